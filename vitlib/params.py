@@ -1,0 +1,243 @@
+"""Parameter sets: the one place where a parameter's type, default, range and meaning stand. Level 0: no torch.
+
+A study is a YAML file under `params/` that holds only what differs from the defaults here. It is read with
+a loader that knows plain values alone: no tags, no aliases, no keys but names. The parameters cell of each
+notebook is printed from this module (`python -m vitlib.params 2_evaluate`), and a test holds the two together.
+"""
+
+import ast
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vitlib import variants as variant_table
+from vitlib.variants import nearest
+
+NOTEBOOKS = ("1_finetune", "2_evaluate", "3_ablation", "4_inference")
+
+
+class ParameterError(ValueError):
+    """A parameter set that cannot be used; the message says which key, why, and what is allowed."""
+
+
+def _parameter(default: Any, meaning: str, *notebooks: int, **limits: Any) -> Any:
+    """A field used by the notebooks with these numbers (none given: by all)."""
+    used_by = [name for name in NOTEBOOKS if not notebooks or int(name[0]) in notebooks]
+    return Field(default, description=meaning, json_schema_extra={"notebooks": used_by}, **limits)
+
+
+class Parameters(BaseModel):
+    """Every parameter of the notebooks. Immutable; unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    study: str = _parameter("demo", "results go to outputs/<study>/", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data_source: str = _parameter(
+        "synthetic", "synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _parameter("auto", "auto takes the GPU where there is one")
+    seed: int = _parameter(0, "of initialisation, order and augmentation", ge=0, lt=2**32)
+    limit: int = _parameter(0, "pictures used of each split, evenly over the classes; 0 takes all", ge=0)
+    pictures_per_class: int = _parameter(60, "training pictures of a class, synthetic data only", ge=4, le=5000)
+    max_megapixels: float = _parameter(50.0, "larger pictures are reported and skipped", gt=0)
+    workers: int = _parameter(2, "threads that decode pictures", ge=1, le=64)
+
+    base_model: str = _parameter("pretrain", "pretrain (on other synthetic flowers), random, a folder, or a Hub id", 1)
+    base_revision: str = _parameter("", "commit of a base from the Hub; required there", 1)
+    architecture: str = _parameter("vit-micro", "of a base that is not loaded", 1)
+    image_size: int = _parameter(64, "side in pixels, of a base that is not loaded", 1, ge=16, le=1024)
+    pretrain_epochs: int = _parameter(12, "passes when base_model is pretrain", 1, ge=1, le=1000)
+    method: Literal["lora", "qlora", "full", "head"] = _parameter("lora", "what is trained beside the head", 1)
+    lora_rank: int = _parameter(8, "rank r of the adapters", 1, ge=1, le=1024)
+    lora_alpha: int = _parameter(32, "adapters are scaled by alpha / rank", 1, ge=1)
+    lora_dropout: float = _parameter(0.1, "share of adapter inputs dropped", 1, ge=0, lt=1)
+    epochs: int = _parameter(6, "passes over the training split", 1, ge=1, le=10000)
+    train_batch_size: int = _parameter(32, "pictures a step", 1, ge=1)
+    learning_rate: float = _parameter(2e-3, "peak of the schedule", 1, gt=0, le=1)
+    weight_decay: float = _parameter(0.01, "AdamW, matrices only", 1, ge=0, lt=1)
+    warmup: float = _parameter(0.1, "share of the steps with a rising learning rate", 1, ge=0, lt=1)
+    label_smoothing: float = _parameter(0.0, "share of the target spread over all classes", 1, ge=0, lt=1)
+    crop_area: float = _parameter(0.6, "smallest share of a picture that a training crop keeps", 1, gt=0, le=1)
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = _parameter(
+        "auto", "of the training arithmetic; auto: bf16, else fp16, on a GPU and fp32 on a CPU", 1
+    )
+    resume: bool = _parameter(False, "go on from the last complete training checkpoint", 1)
+
+    variants: list[str] = _parameter(
+        [variant.name for variant in variant_table.STUDY],
+        "rows of the table of variants; the first is the baseline",
+        2,
+        min_length=1,
+    )
+    batch_sizes: list[int] = _parameter([1, 8, 32], "pictures a call, for latency and throughput", 2, min_length=1)
+    rounds: int = _parameter(6, "times that all variants are measured, in shuffled order", 2, ge=2, le=1000)
+    samples: int = _parameter(24, "calls a round and batch size at most", 2, ge=1, le=10000)
+    round_seconds: float = _parameter(0.3, "seconds a round and batch size at most", 2, gt=0, le=600)
+    cpu_samples: int = _parameter(10, "calls of one picture on the CPU, unquantized rows", 2, ge=0, le=1000)
+    profile_batch_size: int = _parameter(8, "pictures in the profiled call", 2, ge=1)
+    eval_batch_size: int = _parameter(32, "pictures a call when only outputs matter", 2, 3, 4, ge=1)
+
+    ablation_bits: list[int] = _parameter([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
+    ablation_pictures: int = _parameter(0, "validation pictures used, evenly over the classes; 0 takes all", 3, ge=0)
+
+    pictures: str = _parameter("", "folder of pictures, flat or in class folders; empty: the test split", 4)
+    variant: str = _parameter("auto", "a row of the table; auto: NF4 with the best attention that runs here", 4)
+    grid: int = _parameter(12, "pictures shown", 4, ge=1, le=100)
+
+    @field_validator("variants")
+    @classmethod
+    def _known_variants(cls, names: list[str]) -> list[str]:
+        rows = [variant_table.find(name) for name in names]
+        if len(set(rows)) < len(rows):
+            raise ValueError("a variant is named twice")
+        if rows[0].quantized:
+            raise ValueError(f"the first row is the baseline and must not be quantized, {names[0]!r} is")
+        return names
+
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, name: str) -> str:
+        return name if name == "auto" else variant_table.find(name).name
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _rising(cls, sizes: list[int]) -> list[int]:
+        if sizes != sorted(set(sizes)) or sizes[0] < 1:
+            raise ValueError("batch sizes are positive, rising and different")
+        return sizes
+
+    @field_validator("ablation_bits")
+    @classmethod
+    def _bits(cls, bits: list[int]) -> list[int]:
+        if not set(bits) <= {4, 8} or len(set(bits)) < len(bits):
+            raise ValueError("allowed are 4 and 8, each once")
+        return bits
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "Parameters":
+        if is_hub_id(self.base_model) and not self.base_revision:
+            raise ValueError(
+                f"base_model {self.base_model!r} comes from the Hub: set base_revision to the commit you mean, "
+                "so that the study means the same weights tomorrow"
+            )
+        return self
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether `base` names a Hub repository (owner/name) rather than a folder or a keyword."""
+    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of plain values (mappings, sequences, text, numbers, booleans, null): nothing constructs or repeats."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise ParameterError(f"line {event.start_mark.line + 1}: an alias (*) is not allowed, write the value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise ParameterError(
+                f"line {event.start_mark.line + 1}: the tag {tag!r} is not allowed, write a plain value"
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or not key_node.value.isidentifier():
+                raise ParameterError(f"line {key_node.start_mark.line + 1}: a key must be a parameter's name")
+            if key_node.value in seen:
+                raise ParameterError(f"line {key_node.start_mark.line + 1}: {key_node.value!r} is set twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The plain mapping in a YAML file. ParameterError on anything that is not one, with the line."""
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ParameterError(f"there is no parameter set {path.name!r}; {nearest(path.stem, known)}")
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # a SafeLoader, made stricter
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path.name} is not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path.name} is not UTF-8 text: {error.reason}") from None
+    except ParameterError as error:
+        raise ParameterError(f"{path.name}, {error}") from None
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ParameterError(f"{path.name} must hold `name: value` lines, it holds a {type(loaded).__name__}")
+    return loaded or {}
+
+
+def check(values: Mapping[str, Any]) -> Parameters:
+    """Parameters with `values` in place of the defaults; ParameterError lists every fault at once."""
+    try:
+        return Parameters(**values)
+    except ValidationError as error:
+        raise ParameterError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The explicit values of a parameter file, checked: what papermill may be given."""
+    values = read_yaml(path)
+    check(values)
+    return values
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in fault["loc"]) or "the set as a whole"
+    if fault["type"] == "extra_forbidden":
+        return f"unknown parameter {where!r}: {nearest(where, list(Parameters.model_fields))}"
+    reason = fault["msg"].removeprefix("Value error, ")
+    got = "" if fault["type"] == "value_error" else f", it is {fault['input']!r}"
+    hint = ""
+    if fault["type"] == "float_type" and isinstance(fault["input"], str):
+        hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
+    return f"{where}: {reason}{got}{hint}"
+
+
+def collect(namespace: Mapping[str, Any]) -> Parameters:
+    """The parameters that stand in a notebook's `namespace` (call it with `globals()`).
+
+    papermill writes the values of `-f` or `-p` into a cell of their own and only warns of a name that no
+    cell declares. Such a name is an error here, found in that cell's source (IPython keeps it in `In`).
+    """
+    known = Parameters.model_fields
+    for source in namespace.get("In", ()):
+        if source.startswith("# Parameters\n"):
+            unknown = [name for name in _assigned(source) if name not in known]
+            if unknown:
+                check(dict.fromkeys(unknown))
+    return check({name: namespace[name] for name in known if name in namespace})
+
+
+def _assigned(source: str) -> list[str]:
+    targets = [node.targets for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for group in targets for target in group if isinstance(target, ast.Name)]
+
+
+def cell(notebook: str) -> str:
+    """The source of `notebook`'s parameters cell: one annotated literal a line, with its meaning."""
+    lines = []
+    for name, field in Parameters.model_fields.items():
+        if notebook in field.json_schema_extra["notebooks"]:
+            kind, meaning = field.annotation, field.description
+            if get_origin(kind) is Literal:
+                meaning = f"{', '.join(get_args(kind))}: {meaning}"
+                kind = str
+            kind_name = str(kind) if get_origin(kind) else kind.__name__
+            literal = json.dumps(field.default) if isinstance(field.default, (str, list)) else repr(field.default)
+            lines.append(f"{name}: {kind_name} = {literal}  # {meaning}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(cell(sys.argv[1]))
