@@ -1,0 +1,329 @@
+"""Schemas, atomic writes under errors and SIGKILL, provenance that names no machine."""
+
+import getpass
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vitlib import records
+from vitlib.stats import Interval
+
+
+def _frame(name: str, rows: int = 2) -> pd.DataFrame:
+    return pd.DataFrame({column: [1.5] * rows for column in records.COLUMNS[name]})
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+def test_project_root_is_found_from_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("vitlib", "params", "notebooks/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notebooks" / "deep")
+    assert records.project_root() == tmp_path
+    assert records.study_folder("smoke") == tmp_path / "outputs" / "smoke"
+
+
+def test_project_root_without_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkout" / "vitlib").mkdir(parents=True)
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "checkout" / "vitlib" / "records.py"))
+    assert records.project_root() == tmp_path  # Colab: vitlib is installed, there is no checkout
+    (tmp_path / "checkout" / "params").mkdir()
+    assert records.project_root() == tmp_path / "checkout"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "../up", "a/b", "a\\b", "a b", "é", "a\n", None])
+def test_study_names_that_are_not_plain_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="letters, digits"):
+        records.study_folder(name, root=tmp_path)
+    assert records.study_folder("vit-l_16.v2", root=tmp_path).parent == tmp_path / "outputs"
+
+
+# ----------------------------------------------------------------------------------------- atomic writes
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_an_error_midway_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), records.atomic_path(target) as temporary:
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old" and _names(tmp_path) == ["report.html"]
+
+
+def test_success_replaces_file_and_folder(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        with records.atomic_path(tmp_path / "new" / "a.csv") as temporary:
+            assert temporary.suffix == ".csv" and temporary.parent == tmp_path / "new"
+            temporary.write_text(text)
+        with records.atomic_path(tmp_path / "new" / "checkpoint") as temporary:
+            (temporary / "part").mkdir(parents=True)
+            (temporary / "part" / text).write_text(text)
+    assert (tmp_path / "new" / "a.csv").read_text() == "two"
+    assert _names(tmp_path / "new" / "checkpoint" / "part") == ["two"]
+    assert _names(tmp_path / "new") == ["a.csv", "checkpoint"]
+
+
+def test_an_error_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "weights").write_text("old")
+
+    def write() -> None:
+        with records.atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / "weights").write_text("new")
+
+    replace = os.replace
+
+    def refused(source: Path, destination: Path) -> None:
+        if source.name.startswith(".tmp-"):
+            raise PermissionError("the new folder cannot be moved in")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(PermissionError):
+        write()
+    assert (target / "weights").read_text() == "old" and _names(tmp_path) == ["checkpoint"]
+
+
+def test_writing_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing was written"), records.atomic_path(tmp_path / "a"):
+        pass
+
+
+def _killed_while_writing(folder: Path) -> int:
+    """Wait status of a process that SIGKILL ends when it has half written `file` and `folder/weights`."""
+    with warnings.catch_warnings(action="ignore"):  # of numpy's threads, which the child leaves alone
+        child = os.fork()
+    if child == 0:
+        try:
+            with records.atomic_path(folder / "file") as one, records.atomic_path(folder / "folder") as two:
+                two.mkdir()
+                for path in (one, two / "weights"):
+                    path.write_text("half of the new")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_sigkill_midway_leaves_the_old_and_is_cleaned_up_later(tmp_path: Path) -> None:
+    targets = {"file": tmp_path / "file", "folder": tmp_path / "folder" / "weights"}
+    for content in targets.values():
+        content.parent.mkdir(exist_ok=True)
+        content.write_text("old")
+    assert os.WTERMSIG(_killed_while_writing(tmp_path)) == signal.SIGKILL
+    assert len(_names(tmp_path)) == 4 and all(path.read_text() == "old" for path in targets.values())
+
+    for name in targets:
+        records._clean_leftovers(tmp_path / name)
+    assert len(_names(tmp_path)) == 4  # they might belong to a run that is still writing
+    for path in tmp_path.glob(".tmp-*"):
+        os.utime(path, (0, 0))
+    for name in targets:
+        records._clean_leftovers(tmp_path / name)
+    assert _names(tmp_path) == ["file", "folder"] and all(
+        path.read_text() == "old" for path in targets.values()
+    )
+
+
+def test_a_folder_that_stepped_aside_is_put_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".old-0123456789ab-merged"
+    aside.mkdir()
+    (aside / "weights").write_text("old")
+    with pytest.raises(RuntimeError), records.atomic_path(tmp_path / "merged"):
+        raise RuntimeError("the next run fails too")
+    assert _names(tmp_path) == ["merged"] and (tmp_path / "merged" / "weights").read_text() == "old"
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+@pytest.mark.parametrize("name", sorted(records.COLUMNS))
+def test_schema_first_then_the_rest(name: str, tmp_path: Path) -> None:
+    frame = _frame(name).assign(extra=1)
+    path = records.write_table(frame[frame.columns[::-1]], tmp_path / "records" / f"{name}.csv")
+    assert tuple(records.read_table(path).columns) == (*records.COLUMNS[name], "extra")
+
+
+def test_a_missing_schema_column_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ablation.csv"
+    with pytest.raises(ValueError, match=r"ablation\.csv lacks the columns flips, holm_p"):
+        records.write_table(_frame("ablation").drop(columns=["flips", "holm_p"]), path)
+    assert not path.exists()
+    path.write_text("bits,kept\n4,none\n")
+    with pytest.raises(ValueError, match=r"top1.*run 3_ablation again"):
+        records.read_table(path)
+
+
+def test_values_come_back(tmp_path: Path) -> None:
+    frame = _frame("predictions", rows=6).drop(columns=["file", "name_1", "reason"])
+    frame["file"] = ["01", "NA", 'a,"b".png', "line\nbreak", "return\rhere", os.fsdecode(b"caf\xe9.jpg")]
+    frame["name_1"] = ["None", "nan", "1e3", "null", "été", " blank "]
+    frame["reason"] = [None] * 5 + ["not a picture"]
+    frame["probability_1"] = np.array([0.1, 1e-12, np.nan, 1 / 3, 123456789, 0.9], dtype=np.float32)
+    frame["count"] = [123456789, 1, 2, 3, 4, 5]
+    read = records.read_table(records.write_table(frame, tmp_path / "predictions.csv"))
+    assert read["file"].tolist() == [
+        *frame["file"][:4],
+        r"return\rhere",
+        "caf\\udce9.jpg",
+    ]  # escaped, in sight
+    assert read["name_1"].tolist() == frame["name_1"].tolist()
+    assert read["reason"].isna().tolist() == [True] * 5 + [False]
+    np.testing.assert_array_equal(read["probability_1"].to_numpy(np.float32), frame["probability_1"])
+    assert read["count"].tolist() == frame["count"].tolist()
+
+
+def test_a_missing_record_names_its_notebook(tmp_path: Path) -> None:
+    path = tmp_path / "records" / "variants.csv"
+    with pytest.raises(records.MissingRecord) as caught:
+        records.read_table(path)
+    assert str(caught.value) == "records/variants.csv is missing: run 2_evaluate first"
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(ValueError, match="empty: run 2_evaluate again"):
+        records.read_table(path)
+    assert set(records.NOTEBOOKS) == {*records.COLUMNS, "environment"}
+
+
+def test_twice_the_same_column_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="twice: a"):
+        records.write_table(pd.DataFrame([[1, 2]], columns=["a", "a"]), tmp_path / "other.csv")
+
+
+# -------------------------------------------------------------------------------------------------- JSON
+
+
+def test_json_is_plain_and_strict(tmp_path: Path) -> None:
+    content = {
+        "z": float("nan"),
+        "a": np.float32("inf"),
+        "interval": Interval(0.5, 0.25, float("nan")),
+        "array": np.array([[1, 2]]),
+        3: (True, np.int64(4), None, pd.NA),
+        "where": Path("/home/someone/data.csv"),
+        "odd": os.fsdecode(b"caf\xe9"),
+    }
+    path = records.write_json(content, tmp_path / "environment.json")
+    read = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert list(read) == ["z", "a", "interval", "array", "3", "where", "odd"]
+    assert read["z"] is None and read["a"] is None and read["array"] == [[1, 2]]
+    assert read["interval"] == {"estimate": 0.5, "low": 0.25, "high": None}
+    assert read["3"] == [True, 4, None, None] and read["where"] == "data.csv"
+    assert read["odd"] == content["odd"] and records.read_json(path) == read
+    with pytest.raises(TypeError, match="object"):
+        records.write_json({"a": object()}, path)
+    assert records.read_json(path) == read
+
+
+# -------------------------------------------------------------------------------------------- provenance
+
+
+def test_environment_is_complete_and_names_no_machine(tmp_path: Path) -> None:
+    root = records.project_root()
+    parameters = {"data": "/home/alice/flowers", "set": str(root / "params" / "demo.yaml"), "rate": 1e-3}
+    found = records.environment(parameters=parameters, seeds={"numpy": 0}, checksums={"data": "ab"})
+    text = records.write_json(found, tmp_path / "environment.json").read_text(encoding="utf-8")
+    assert found["parameters"] == {"data": ".../flowers", "set": "params/demo.yaml", "rate": 1e-3}
+    assert found["seeds"] == {"numpy": 0} and found["checksums"] == {"data": "ab"}
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["hardware"]["cores"] >= 1 and found["date_utc"].endswith("+00:00")
+    for secret in (socket.gethostname(), str(root), str(Path.home()), f"/{getpass.getuser()}/", "alice"):
+        assert secret not in text
+
+
+def test_importing_loads_no_torch() -> None:
+    code = (
+        "import sys; from vitlib import records, stats; assert 'torch' not in sys.modules;"
+        "found = records.environment(parameters={}); assert 'torch' not in sys.modules;"
+        "assert found['hardware']['gpus_reason'] == 'torch is not imported'"
+    )
+    home = {**os.environ, "PYTHONPATH": str(Path(records.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=home, check=True)
+
+
+def _fake_command(tmp_path: Path, name: str, script: str) -> None:
+    program = tmp_path / name
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+
+
+def test_gpu_state_is_read_with_units_and_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "GPU-1234, 0x0000000000000024, NVIDIA H200, 550.90.07, 143771, 1980, 1980, 3201, 41, [N/A], 700.00"
+    older = 'case "$1" in *event_reasons*) echo unknown field; exit 2;; esac'
+    _fake_command(tmp_path, "nvidia-smi", f"{older}\necho '{line}'")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (state,), reason = records.gpu_state()
+    assert reason is None and state["name"] == "NVIDIA H200" and state["driver"] == "550.90.07"
+    assert (state["sm_clock_mhz"], state["power_w"], state["power_limit_w"]) == (1980.0, None, 700.0)
+    assert state["throttle_reasons"] == ["software power cap", "software thermal slowdown"]
+
+    properties = types.SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30, multi_processor_count=132, uuid="1234"
+    )
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: 1, get_device_properties=lambda index: properties
+    )
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    (gpu,), reason = records._gpus()
+    assert gpu["compute_capability"] == "9.0" and gpu["state"]["memory_mib"] == 143771 and reason is None
+    assert "1234" not in json.dumps(gpu)
+
+
+def test_gpu_state_says_why_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.gpu_state() == (None, "nvidia-smi is not installed")
+    _fake_command(tmp_path, "nvidia-smi", "exit 9")
+    assert records.gpu_state() == (None, "nvidia-smi ended with code 9")
+    _fake_command(tmp_path, "nvidia-smi", "exec /bin/sleep 5")
+    assert records._command("nvidia-smi", timeout_s=0.2) == (None, "nvidia-smi: TimeoutExpired")
+
+
+def test_git_commit_and_dirty_flag(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    assert records._git(tmp_path) == {"commit": None, "dirty": None}
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "one")
+    clean = records._git(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", clean["commit"]) and clean["dirty"] is False
+    (tmp_path / "a").write_text("2")
+    assert records._git(tmp_path) == {**clean, "dirty": True}
+
+
+def test_checksum_of_files_and_folders(tmp_path: Path) -> None:
+    for copy in ("one", "two"):
+        (tmp_path / copy / "sub").mkdir(parents=True)
+        (tmp_path / copy / "sub" / "abc").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, "abc"
+    assert records.checksum(tmp_path / "one" / "sub" / "abc") == known
+    folder = records.checksum(tmp_path / "one")
+    (tmp_path / "two" / ".tmp-0123456789ab-abc").write_text("left by a killed run")
+    assert records.checksum(tmp_path / "two") == folder
+    (tmp_path / "two" / "sub" / "abc").rename(tmp_path / "two" / "abc")
+    assert records.checksum(tmp_path / "two") != folder
+    with pytest.raises(FileNotFoundError, match="nothing to take a checksum of"):
+        records.checksum(tmp_path / "three")

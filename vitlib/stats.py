@@ -1,0 +1,454 @@
+"""Statistics of the study: intervals, paired tests, and what may be concluded from them.
+
+Everything is paired: the baseline and the variant see the same images, or are timed in the same round. That
+is what makes a difference of eight images in 818, or of two percent in a latency, a question with an answer.
+Numpy arrays go in, plain floats and small named tuples come out. A number that could not be measured is NaN,
+never 0. Level 0: no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, special, stats
+
+SIGNIFICANCE = 0.05
+"""Level of the Holm-adjusted p-value below which a row is called different."""
+
+MINIMUM_SAMPLES: dict[int, int] = {50: 1, 90: 64, 95: 130, 99: 662}
+"""Samples below which a percentile is not reported.
+
+For P90, P95 and P99 this is the smallest n at which at least two samples lie beyond the true percentile
+with 99 % probability, whatever the distribution: 1 - n q^(n-1) + (n-1) q^n >= 0.99 (`samples_needed`
+computes it). Said the other way round, the second-largest sample bounds the percentile from above, so that
+it need not rest on one outlier. The same n makes [min, max] a 99 % tolerance interval for a share q of the
+distribution (Wilks, Ann. Math. Statist. 12, 1941). The median is an exception by decision, not by that rule
+(which would ask for 11): it is the estimate of location, always shown, and `median_interval` shows its
+uncertainty.
+"""
+
+MINIMUM_ROUNDS = 8
+"""Rounds below which `same_or_slower` decides nothing: the smallest signed-rank p of n rounds is 2 / 2^n, and
+n = 8 is the first with p < 0.01."""
+
+_CHUNK_ELEMENTS = 4_000_000  # about 32 MB of indices at a time in the bootstrap
+
+
+class Interval(NamedTuple):
+    """An estimate with its confidence bounds, in the unit of the estimate."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class McNemar(NamedTuple):
+    """Images the variant lost and gained against the baseline, and the exact two-sided p."""
+
+    lost: int
+    gained: int
+    p: float
+
+
+class SplitHalf(NamedTuple):
+    """Rank correlation between halves of the images, and what it says of all of them (Spearman–Brown)."""
+
+    correlation: float
+    corrected: float
+
+
+class SpeedComparison(NamedTuple):
+    """Outcome of `same_or_slower`; `ratio` is variant time over baseline time (1.02: two percent slower)."""
+
+    verdict: str
+    ratio: Interval
+    p: float
+    rounds: int
+
+
+# ---------------------------------------------------------------------------------------------- proportions
+
+
+def wilson(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bounds of a proportion `right / n` by the score interval; NaN for n = 0.
+
+    Unlike the Wald interval it stays inside [0, 1] and keeps its coverage near 100 % accuracy
+    (Wilson, JASA 22, 1927; method 3 of Newcombe, Statist. Med. 17, 1998).
+
+    Raises ValueError unless 0 <= right <= n.
+    """
+    if not 0 <= right <= n:
+        raise ValueError(f"wilson needs 0 <= right <= n, got right={right}, n={n}")
+    if n == 0:
+        return math.nan, math.nan
+    bounds = stats.binomtest(int(right), int(n)).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def mcnemar(baseline_right: ArrayLike, variant_right: ArrayLike) -> McNemar:
+    """Exact two-sided McNemar test on the discordant pairs; both inputs bool, shape (n_images,).
+
+    Given their number, lost pairs are Binomial(lost + gained, 1/2) if the two models are equally accurate
+    (McNemar, Psychometrika 12, 1947). Without discordant pairs p = 1. Raises ValueError if shapes differ.
+    """
+    before, after = _paired(baseline_right, variant_right, dtype=bool)
+    lost = int(np.count_nonzero(before & ~after))
+    gained = int(np.count_nonzero(~before & after))
+    p = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    return McNemar(lost=lost, gained=gained, p=float(p))
+
+
+def paired_difference(baseline_right: ArrayLike, variant_right: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Difference of accuracy, variant minus baseline, as a fraction, with the paired score interval.
+
+    Both inputs bool, shape (n_images,). The bootstrap of the same difference has width zero when no pair is
+    discordant, as if ten images proved as much as ten thousand; here the bounds are then +-z^2 / (n + z^2).
+    Source: Tango, Statist. Med. 17, 1998. NaN for no images; ValueError if shapes differ.
+    """
+    before, after = _paired(baseline_right, variant_right, dtype=bool)
+    n = len(before)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    lost = int(np.count_nonzero(before & ~after))
+    gained = int(np.count_nonzero(~before & after))
+    estimate = (gained - lost) / n
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+
+    def upper(gained: int, lost: int) -> float:
+        """Largest difference that the data do not reject: there the score falls to -z."""
+        start = (gained - lost) / n
+        if start == 1.0:
+            return 1.0
+        return float(optimize.brentq(lambda d: _tango_score(d, gained, lost, n) + z, start, 1 - 1e-12))
+
+    return Interval(estimate=estimate, low=-upper(lost, gained), high=upper(gained, lost))
+
+
+def _tango_score(difference: float, gained: int, lost: int, n: int) -> float:
+    """Score of a supposed difference; `q`, the rate of lost pairs, is estimated under that supposition."""
+    b = (2 * n - gained + lost) * difference - gained - lost
+    c = -lost * difference * (1 - difference)
+    q = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+    variance = n * (2 * q + difference * (1 - difference))
+    distance = gained - lost - n * difference
+    return distance / math.sqrt(variance) if variance > 0 else 0.0
+
+
+def smallest_detectable_difference(n: int, discordant_rate: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest true accuracy difference (a fraction) that McNemar's test on n images finds with `power`.
+
+    `discordant_rate` is the share of images on which the two models disagree in correctness. Solves
+    n d^2 = (z_(1-alpha/2) sqrt(r) + z_power sqrt(r - d^2))^2 for d, the sample-size formula of Miettinen
+    (Biometrics 24, 1968) and Connor (Biometrics 43, 1987), in closed form: it is quadratic in d.
+    NaN where no difference can be found, since d cannot exceed the discordant rate.
+
+    Raises ValueError unless n > 0, 0 <= discordant_rate <= 1, 0 < alpha < 1 and 0.5 <= power < 1.
+    """
+    if not (n > 0 and 0 <= discordant_rate <= 1 and 0 < alpha < 1 and 0.5 <= power < 1):
+        raise ValueError("needs n > 0, discordant_rate in [0, 1], alpha in (0, 1) and power in [0.5, 1)")
+    z_alpha, z_power = (float(z) for z in stats.norm.ppf([1 - alpha / 2, power]))
+    a, b = n + z_power**2, z_alpha * math.sqrt(n * discordant_rate)
+    c = discordant_rate * (z_alpha**2 - z_power**2)
+    difference = (b + math.sqrt(max(b * b - a * c, 0.0))) / a
+    return difference if 0 < difference <= discordant_rate else math.nan
+
+
+# ------------------------------------------------------------------------------- several tests, and verdicts
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Holm's step-down adjusted p-values, in the order given; shape (n_tests,) in and out.
+
+    Valid under any dependence of the tests, and these share their images (Holm, Scand. J. Statist. 6, 1979).
+    NaN stands for a row that was not run: it stays NaN and does not count as a test.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    adjusted = np.full(p.shape, np.nan)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    steps = len(order) - np.arange(len(order))  # the smallest p pays for all tests, the largest for itself
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * steps), 1.0)
+    return adjusted
+
+
+def verdict(*, difference: Interval, p_adjusted: float, margin: float) -> str:
+    """What a row of the accuracy table may claim: "different", "non-inferior" or "not shown".
+
+    `difference` is variant minus baseline, in the unit of `margin`, the largest loss that would be accepted.
+
+    1. "different" if the Holm-adjusted p is below 0.05. It comes first: a row that is significantly
+       different and also inside the margin is called different, because a found difference must not hide
+       behind a margin; sign and size are read from the interval beside it. A significant gain is different
+       too.
+    2. "non-inferior" if the interval's lower bound lies above -margin.
+    3. "not shown" otherwise: no difference was found, nor was a relevant loss excluded. NaN ends here.
+
+    An interval of width zero counts as no evidence: that is what the bootstrap answers when no pair is
+    discordant, however few images there are. `paired_difference` has a bound in that case too. A 95 %
+    interval makes rule 2 a one-sided test at 2.5 %, not adjusted for the number of rows.
+
+    Raises ValueError unless margin > 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin must be a positive number in the unit of the difference, got {margin}")
+    if p_adjusted < SIGNIFICANCE:  # False for NaN
+        return "different"
+    informative = difference.high > difference.low  # False for NaN
+    return "non-inferior" if informative and difference.low > -margin else "not shown"
+
+
+# ---------------------------------------------------------------------------------------------- resampling
+
+
+def paired_bootstrap(
+    values: ArrayLike,
+    *,
+    statistic: Callable[..., ArrayLike] = np.mean,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of a statistic of per-image values, shape (n_images,).
+
+    The values are already paired, such as the difference of correctness or the KL of each image: images are
+    drawn anew and both models go with them. `statistic` is called with `axis=` as np.mean and np.median are.
+    One value has no spread to resample: its bounds are NaN, and so is everything for no value or a NaN.
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"expected per-image values of shape (n_images,), got {values.shape}")
+    n = len(values)
+    estimate = float(np.asarray(statistic(values, axis=0))) if n else math.nan
+    if n < 2 or np.isnan(values).any():
+        return Interval(estimate, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK_ELEMENTS // n)
+    drawn = [
+        np.asarray(statistic(values[rng.integers(n, size=(min(rows, resamples - done), n))], axis=1))
+        for done in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(drawn), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(estimate, float(low), float(high))
+
+
+def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, seed: int = 0) -> SplitHalf:
+    """How far a ranking of blocks would repeat itself on other images; input (n_blocks, n_images).
+
+    The images are split at random `repeats` times; blocks are ranked by their mean in either half, and the
+    Spearman correlations of the two rankings are averaged. A half has half the images, so `corrected` is
+    the Spearman–Brown estimate for all of them (Brit. J. Psychol. 3, 1910), written 2 r / (1 + |r|) so that
+    it stays in [-1, 1] for a negative r as well. NaN if the blocks do not differ at all.
+
+    Raises ValueError for fewer than two blocks or two images.
+    """
+    values = np.asarray(per_image_values, dtype=np.float64)
+    if values.ndim != 2 or min(values.shape) < 2:
+        raise ValueError(f"expected (n_blocks, n_images), both at least 2, got {values.shape}")
+    n_images = values.shape[1]
+    first = np.arange(n_images) < n_images // 2
+    masks = np.random.default_rng(seed).permuted(np.tile(first, (repeats, 1)), axis=1)
+    ranks = [
+        stats.rankdata(half @ values.T / half.sum(axis=1, keepdims=True), axis=1)
+        for half in (masks.astype(np.float64), (~masks).astype(np.float64))
+    ]
+    a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    r = float(each.mean())
+    return SplitHalf(correlation=r, corrected=2 * r / (1 + abs(r)))
+
+
+# --------------------------------------------------------------------------------------------------- timing
+
+
+def samples_needed(q: float, *, confidence: float = 0.99) -> int:
+    """Smallest n with at least two samples beyond the q-th percentile at `confidence`; see MINIMUM_SAMPLES.
+
+    `q` in (0, 100); below the median it is the other tail that counts. ValueError outside.
+    """
+    if not 0 < q < 100:
+        raise ValueError(f"a percentile lies between 0 and 100, got {q}")
+    share = max(q, 100 - q) / 100
+    n = 2
+    while 1 - n * share ** (n - 1) + (n - 1) * share**n < confidence:
+        n += 1
+    return n
+
+
+def percentile(samples: ArrayLike, q: float) -> float:
+    """The q-th percentile (q in percent) of samples of any shape, in their unit; NaN from too few samples.
+
+    Too few is below MINIMUM_SAMPLES[q], or below `samples_needed(q)` for a percentile not listed there.
+    """
+    values = np.asarray(samples, dtype=np.float64).ravel()
+    needed = MINIMUM_SAMPLES[int(q)] if q in MINIMUM_SAMPLES else samples_needed(q)
+    return float(np.percentile(values, q)) if len(values) >= needed else math.nan
+
+
+def median_interval(
+    samples_by_round: Sequence[ArrayLike],
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Median of the rounds' medians, in the samples' unit, with a bootstrap interval over rounds.
+
+    Samples of one round share its clock, its temperature and its neighbours, so the round is what is
+    resampled; resampling single samples would promise more than was measured. Bounds are NaN for a single
+    round. Raises ValueError if a round is empty.
+    """
+    medians = round_medians(samples_by_round)
+    return paired_bootstrap(medians, statistic=np.median, resamples=resamples, confidence=confidence, seed=seed)
+
+
+def round_medians(samples_by_round: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """Median of each round, shape (n_rounds,); a round may be one number. ValueError if a round is empty."""
+    rounds = [np.asarray(samples, dtype=np.float64).ravel() for samples in samples_by_round]
+    empty = [number for number, samples in enumerate(rounds) if samples.size == 0]
+    if empty:
+        raise ValueError(f"rounds without samples: {empty}")
+    return np.array([np.median(samples) for samples in rounds])
+
+
+def hodges_lehmann(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Robust location of values, shape (n,), and the interval that the signed-rank test does not reject.
+
+    The estimate is the median of the n (n + 1) / 2 averages of pairs, and the bounds are two of those
+    averages, by the normal approximation of the signed-rank distribution; infinite when n is too small for
+    any bound. Source: Hodges & Lehmann, Ann. Math. Statist. 34, 1963. NaN for no values.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    n = len(x)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    i, j = np.triu_indices(n)
+    averages = np.sort((x[i] + x[j]) / 2)
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    skipped = math.floor(n * (n + 1) / 4 - z * math.sqrt(n * (n + 1) * (2 * n + 1) / 24))
+    if skipped < 0:
+        return Interval(float(np.median(averages)), -math.inf, math.inf)
+    return Interval(float(np.median(averages)), float(averages[skipped]), float(averages[-1 - skipped]))
+
+
+def same_or_slower(
+    baseline_rounds: Sequence[ArrayLike],
+    variant_rounds: Sequence[ArrayLike],
+    *,
+    tolerance: float = 0.02,
+    alpha: float = 0.01,
+) -> SpeedComparison:
+    """Whether a variant takes the same time as the baseline: "same", "slower", "faster" or "not shown".
+
+    Both inputs hold the latencies of each round, any unit, round i of both taken side by side: drift of
+    clock and temperature is then common to both and leaves the ratio of the rounds' medians. Over rounds,
+    Wilcoxon's signed-rank test of the log ratios (Biometrics Bull. 1, 1945) gives p, and the Hodges–Lehmann
+    estimate with its interval gives the ratio; neither is moved by a few outlying rounds.
+
+    `tolerance` is the relative difference that matters and must be found (0.02: two percent).
+
+    - "slower" / "faster": p < alpha and the estimate beyond tolerance / 2, half way between nothing and what
+      must be found, where the two errors balance.
+    - "same": otherwise, if the interval excludes the tolerance on both sides.
+    - "not shown": too noisy for either, or fewer than MINIMUM_ROUNDS rounds. Measure more rounds.
+
+    With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples
+    call A/A the same and a 2 % slowdown slower in 99 of 100 runs; 12 rounds find the slowdown in 87, and with
+    one sample a round it takes 40 rounds. tests/test_stats.py simulates the first of these.
+
+    Raises ValueError if the numbers of rounds differ or a latency is not positive and finite.
+    """
+    before, after = _paired(round_medians(baseline_rounds), round_medians(variant_rounds), dtype=np.float64)
+    if not (np.isfinite([before, after]).all() and min(before.min(initial=1), after.min(initial=1)) > 0):
+        raise ValueError("latencies must be positive and finite")
+    log_ratio = np.log(after / before)
+    interval = hodges_lehmann(log_ratio)
+    p = float(stats.wilcoxon(log_ratio).pvalue) if np.any(log_ratio) else 1.0
+    enough = len(log_ratio) >= MINIMUM_ROUNDS
+    outcome = _speed_outcome(interval, p < alpha, math.log1p(tolerance)) if enough else "not shown"
+    ratio = Interval(*(math.exp(value) for value in interval))
+    return SpeedComparison(verdict=outcome, ratio=ratio, p=p, rounds=len(log_ratio))
+
+
+def _speed_outcome(interval: Interval, significant: bool, limit: float) -> str:
+    """The rule of `same_or_slower`, for a log ratio and the tolerance as one."""
+    if significant and abs(interval.estimate) > limit / 2:
+        return "slower" if interval.estimate > 0 else "faster"
+    return "same" if -limit < interval.low and interval.high < limit else "not shown"
+
+
+# --------------------------------------------------------------------------------- logits and predictions
+
+
+def kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDArray[np.float64]:
+    """KL(softmax(baseline) || softmax(variant)) of each image in nats; (n, classes) twice in, (n,) out.
+
+    Computed in float64 from log-softmax, so that large logits neither overflow nor turn into log(0). A
+    logit that is NaN or +inf makes its image NaN. Source: Kullback & Leibler, Ann. Math. Statist. 22, 1951.
+    Raises ValueError if shapes differ.
+    """
+    before = np.asarray(baseline_logits, dtype=np.float64)
+    after = np.asarray(variant_logits, dtype=np.float64)
+    if before.shape != after.shape or before.ndim != 2:
+        raise ValueError(f"expected (n, classes) twice, got {before.shape} and {after.shape}")
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, and is meant to be
+        log_p, log_q = special.log_softmax(before, axis=1), special.log_softmax(after, axis=1)
+        p = np.exp(log_p)
+        terms = np.where(p == 0, 0.0, p * (log_p - log_q))
+    return np.maximum(terms.sum(axis=1), 0.0)  # a rounding error may leave -1e-17; NaN passes
+
+
+def flips(baseline_pred: ArrayLike, variant_pred: ArrayLike) -> int:
+    """Number of images whose predicted class changed; both (n,). ValueError if shapes differ."""
+    before, after = _paired(baseline_pred, variant_pred)
+    return int(np.count_nonzero(before != after))
+
+
+def topk_right(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> NDArray[np.bool_]:
+    """Whether the label is among the k largest logits; (n, classes) and (n,) in, (n,) out.
+
+    Ties go to the lower class index, as argmax does, so a model that answers a constant is right for one
+    class and not for all. A row with NaN is wrong: it names no class. k beyond the number of classes is
+    always right. Raises ValueError if shapes or labels do not fit, or k < 1.
+    """
+    scores, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or k < 1:
+        raise ValueError(f"expected (n, classes), (n,) and k >= 1, got {scores.shape}, {labels.shape}, {k}")
+    if labels.size and (labels.min() < 0 or labels.max() >= scores.shape[1]):
+        raise ValueError(f"labels must lie in [0, {scores.shape[1]}), got {labels.min()} to {labels.max()}")
+    own = np.take_along_axis(scores, labels[:, None].astype(np.intp), axis=1)
+    earlier = np.arange(scores.shape[1]) < labels[:, None]
+    rank = ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+    return (rank < k) & ~np.isnan(scores).any(axis=1)
+
+
+def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
+    """Share of images whose label is among the k largest logits (see `topk_right`); NaN for no images."""
+    right = topk_right(logits, labels, k)
+    return float(right.mean()) if right.size else math.nan
+
+
+def f1_weighted(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """F1 of each class averaged by its share of the labels; (n,) twice in; NaN for no images.
+
+    A class that is never predicted counts with F1 = 0. Raises ValueError if shapes differ.
+    """
+    from sklearn.metrics import f1_score  # a second of import time, for this function only
+
+    truth, guess = _paired(labels, predictions)
+    if truth.size == 0:
+        return math.nan
+    return float(f1_score(truth, guess, average="weighted", zero_division=0.0))
+
+
+def _paired(a: ArrayLike, b: ArrayLike, *, dtype: type | None = None) -> tuple[NDArray, NDArray]:
+    """Both as one-dimensional arrays of one length; ValueError otherwise, where numpy would broadcast."""
+    first, second = np.asarray(a, dtype=dtype), np.asarray(b, dtype=dtype)
+    if first.ndim != 1 or first.shape != second.shape:
+        raise ValueError(f"pairs need two arrays of one length, got shapes {first.shape} and {second.shape}")
+    return first, second
