@@ -1,0 +1,425 @@
+"""Pictures from any source behind one interface: splits, labels, and what was wrong with them. Level 1.
+
+A source gives `Dataset`: per split a list of `Picture` with its class folder's name, and the display name of each
+class. Integer class ids never come from here once a checkpoint exists: `Labels` maps folder names to the ids that
+the checkpoint was trained with.
+"""
+
+import hashlib
+import json
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from vitlib import synthetic
+from vitlib.params import Parameters
+from vitlib.preprocess import Preprocess
+
+# Decoders that are opened at all: the formats people photograph in. Others (EPS runs a program, for one) are refused.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
+NEAR_DUPLICATE = 0.998  # correlation of 16 × 16 grey thumbnails; below it different pictures of one plant appear
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message says what to do."""
+
+
+class BadPicture(ValueError):
+    """A file that is skipped; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: `file` names it in records, `label` is its class folder (None: unlabelled), `open()` decodes it."""
+
+    file: str
+    label: str | None
+    open: Callable[[], Image.Image] = field(repr=False, compare=False)
+
+
+@dataclass
+class Dataset:
+    """Splits of pictures, display names by class, and what was skipped (file, split, reason)."""
+
+    splits: dict[str, list[Picture]]
+    names: dict[str, str]
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def classes(self) -> list[str]:
+        """Class folders of the training split, in natural order ('2' before '10')."""
+        return sorted({picture.label for picture in self.splits["train"] if picture.label}, key=_natural)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a split: pictures, classes, fewest and most pictures of a class, unlabelled and skipped ones."""
+        rows = []
+        for split, pictures in self.splits.items():
+            counts = pd.Series([p.label for p in pictures if p.label is not None], dtype=object).value_counts()
+            skipped = sum(where == split for _, where, _ in self.skipped)
+            rows.append(
+                {
+                    "split": split,
+                    "pictures": len(pictures),
+                    "classes": len(counts),
+                    "fewest of a class": int(counts.min()) if len(counts) else 0,
+                    "most of a class": int(counts.max()) if len(counts) else 0,
+                    "unlabelled": sum(p.label is None for p in pictures),
+                    "skipped": skipped,
+                }
+            )
+        return pd.DataFrame(rows).set_index("split")
+
+    def problems(self) -> pd.DataFrame:
+        """The skipped files with their reasons."""
+        return pd.DataFrame(self.skipped, columns=["file", "split", "reason"])
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A checkpoint's classes: position is the id, `folders` the class folders, `names` what a person reads."""
+
+    folders: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def ids(self, pictures: Iterable[Picture]) -> torch.Tensor:
+        """int64 ids (n,) of the pictures' classes; −1 for an unlabelled one. DataError for an unknown class."""
+        known = {folder: number for number, folder in enumerate(self.folders)}
+        ids = []
+        for picture in pictures:
+            if picture.label is not None and picture.label not in known:
+                raise DataError(f"{picture.file}: the checkpoint knows no class {picture.label!r}")
+            ids.append(-1 if picture.label is None else known[picture.label])
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def check(self, dataset: Dataset, split: str) -> None:
+        """DataError unless `split` holds a picture of every class that the checkpoint knows, and no other class."""
+        found = {picture.label for picture in dataset.splits[split] if picture.label is not None}
+        if missing := [folder for folder in self.folders if folder not in found]:
+            raise DataError(
+                f"split {split!r} has pictures of {len(found)} classes, the checkpoint knows {len(self.folders)}; "
+                f"missing: {_some(missing)}. Accuracy over a part of the classes is another number: complete the "
+                "data, or fine-tune on these classes first."
+            )
+        if extra := sorted(found - set(self.folders), key=_natural):
+            raise DataError(f"split {split!r} has classes that the checkpoint does not know: {_some(extra)}")
+
+
+def load(settings: Parameters) -> Dataset:
+    """The data set that `settings.data_source` names, checked and cut to `settings.limit`."""
+    kind, _, rest = settings.data_source.partition(":")
+    if settings.data_source == "synthetic":
+        dataset = from_synthetic(synthetic.TARGET_CLASSES, settings)
+    elif kind == "hub":
+        dataset = from_hub(rest)
+    elif kind == "torchvision":
+        dataset = from_torchvision(rest)
+    else:
+        dataset = from_folder(Path(settings.data_source).expanduser(), settings.max_megapixels)
+    check(dataset)
+    for split, pictures in dataset.splits.items():
+        dataset.splits[split] = evenly(pictures, settings.limit)
+    return dataset
+
+
+def check(dataset: Dataset) -> None:
+    """DataError for a missing split, an empty class, or validation classes that training never saw."""
+    for split in ("train", "valid"):
+        if not dataset.splits.get(split):
+            raise DataError(
+                f"there is no split {split!r} with labelled pictures: make folders train/<class>/ and valid/<class>/"
+            )
+    trained = {picture.label for picture in dataset.splits["train"]}
+    for split in ("valid", "test"):
+        found = {picture.label for picture in dataset.splits.get(split, ()) if picture.label is not None}
+        if unknown := sorted(found - trained, key=_natural):
+            raise DataError(f"split {split!r} has classes without training pictures: {_some(unknown)}")
+
+
+def evenly(pictures: list[Picture], limit: int) -> list[Picture]:
+    """At most `limit` pictures (0: all), one of each class in turn, in the given order within a class."""
+    if not limit or len(pictures) <= limit:
+        return pictures
+    by_class = defaultdict(list)
+    for position, picture in enumerate(pictures):
+        by_class[picture.label].append(position)
+    turns = sorted((turn, position) for group in by_class.values() for turn, position in enumerate(group))
+    return [pictures[position] for position in sorted(position for _, position in turns[:limit])]
+
+
+def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
+    """Flower pictures drawn when they are opened; valid and test hold half as many of a class as train."""
+    counts = {"train": settings.pictures_per_class}
+    counts["valid"] = counts["test"] = settings.pictures_per_class // 2
+    splits = {
+        split: [
+            Picture(f"{split}/{flower.key}/{index:04d}", flower.key, partial(_draw, flower, index, split, settings))
+            for flower in flowers
+            for index in range(count)
+        ]
+        for split, count in counts.items()
+    }
+    return Dataset(splits, {flower.key: flower.name for flower in flowers})
+
+
+def _draw(flower: synthetic.FlowerClass, index: int, split: str, settings: Parameters) -> Image.Image:
+    size = settings.image_size
+    return Image.fromarray(synthetic.render(flower, index=index, split=split, seed=settings.seed, size=size))
+
+
+def from_folder(folder: Path, max_megapixels: float) -> Dataset:
+    """The class-folder layout: train/<class>/, valid/<class>/, test/ flat or in classes, cat_to_name.json beside."""
+    if not folder.is_dir():
+        raise DataError(
+            f"there is no data folder {str(folder)!r} (looked from the project's root): put or link the pictures "
+            "there as train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
+        )
+    splits, skipped = {}, []
+    for split, spellings in SPLITS.items():
+        found = next((folder / name for name in spellings if (folder / name).is_dir()), None)
+        if found is not None:
+            splits[split] = list(_walk(found, folder, split, skipped, max_megapixels))
+    return Dataset(splits, _read_names(folder), skipped)
+
+
+def _walk(root: Path, folder: Path, split: str, skipped: list, max_megapixels: float) -> Iterable[Picture]:
+    for entry in sorted(root.iterdir(), key=lambda path: _natural(path.name)):
+        if not entry.is_dir():
+            if reason := not_a_picture(entry):
+                skipped.append((entry.relative_to(folder).as_posix(), split, reason))
+            elif split == "test":
+                yield picture_of(entry, folder, None, max_megapixels)
+            else:
+                skipped.append((entry.relative_to(folder).as_posix(), split, "not in a class folder"))
+            continue
+        usable = 0
+        for file in sorted(entry.iterdir(), key=lambda path: _natural(path.name)):
+            if reason := not_a_picture(file):
+                skipped.append((file.relative_to(folder).as_posix(), split, reason))
+            else:
+                usable += 1
+                yield picture_of(file, folder, entry.name, max_megapixels)
+        if not usable:
+            raise DataError(
+                f"the class folder {entry.relative_to(folder)} holds no picture: add pictures or remove the folder "
+                "(and the class from the other splits)"
+            )
+
+
+def picture_of(file: Path, root: Path, label: str | None, max_megapixels: float) -> Picture:
+    """A picture in a file, named by its path below `root`."""
+    return Picture(file.relative_to(root).as_posix(), label, partial(open_picture, file, max_megapixels))
+
+
+def not_a_picture(path: Path) -> str:
+    """Why a path is not worth opening ('' if it is): folders, hidden files, FIFOs and devices, empty files."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini"):
+        return "hidden file of the system"
+    if stat.S_ISDIR(status.st_mode):
+        return "a folder inside a class folder"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    return "" if status.st_size else "empty file"
+
+
+def open_picture(path: Path, max_megapixels: float) -> Image.Image:
+    """The picture as an upright RGB image. BadPicture with the reason where that cannot be had."""
+    if reason := not_a_picture(path):
+        raise BadPicture(reason)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            # Compressed size says nothing: a 12 KB PNG can take half a gigabyte. The header tells before decoding.
+            if image.width * image.height > max_megapixels * 1e6:
+                raise BadPicture(f"{image.width} × {image.height} pixels are more than {max_megapixels:g} megapixels")
+            if min(image.size) < 2:
+                raise BadPicture(f"{image.width} × {image.height} pixels are too small")
+            return to_rgb(ImageOps.exif_transpose(image))
+    except BadPicture:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadPicture("not a picture in a known format") from None
+    except (OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError, OverflowError) as error:
+        raise BadPicture(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    except Image.DecompressionBombError as error:
+        raise BadPicture(f"too large: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as a viewer shows it: 16-bit grey is scaled (PIL would clip it to white), transparency lies on white."""
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255.0 if image.mode == "F" and values.max() <= 1 else 255 / 65535 if values.max() > 255 else 1.0
+        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def from_hub(name: str) -> Dataset:
+    """A Hub data set (or a local folder of one) with an image and a class-label column, through `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("`data_source: hub:…` needs the package datasets: pip install 'vitlib[hub]'") from None
+    loaded = datasets.load_dataset(name)
+    features = next(iter(loaded.values())).features
+    image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if image is None or label is None:
+        raise DataError(f"{name!r} needs an image and a class-label column, it has {', '.join(features)}")
+    names = features[label].names
+    splits = {
+        split: [
+            Picture(f"{split}/{i:06d}", names[number], partial(_open_row, table, i, image))
+            for i, number in enumerate(table[label])
+        ]
+        for split, spellings in SPLITS.items()
+        if (table := next((loaded[key] for key in spellings if key in loaded), None)) is not None
+    }
+    return Dataset(splits, {key: key.replace("_", " ") for key in names})
+
+
+def _open_row(table: object, row: int, column: str) -> Image.Image:
+    return to_rgb(ImageOps.exif_transpose(table[row][column]))
+
+
+def from_torchvision(folder: str) -> Dataset:
+    """torchvision's Flowers102 (official splits, downloaded to `folder`); classes '1'…'102' as in the class folders."""
+    try:
+        from torchvision.datasets import Flowers102
+    except (ImportError, RuntimeError) as error:  # beside a CPU-only torch its import fails at run time
+        raise DataError(
+            f"`data_source: torchvision:…` needs a working torchvision ({error}); use class folders instead"
+        ) from None
+    splits = {}
+    for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
+        table = Flowers102(folder or "data", split=theirs, download=True)
+        files = zip(table._image_files, table._labels, strict=True)
+        splits[split] = [
+            Picture(f"{split}/{Path(file).name}", str(number + 1), partial(open_picture, Path(file), 50.0))
+            for file, number in files
+        ]
+    return Dataset(splits, {str(number + 1): name for number, name in enumerate(Flowers102.classes)})
+
+
+def _read_names(folder: Path) -> dict[str, str]:
+    for candidate in (folder / "cat_to_name.json", folder.parent / "cat_to_name.json"):
+        if candidate.is_file():
+            try:
+                names = json.loads(candidate.read_text(encoding="utf-8"))
+            except (ValueError, UnicodeDecodeError) as error:
+                raise DataError(f"{candidate.name} is not JSON: {error}") from None
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise DataError(f'{candidate.name} must map class folders to names: {{"1": "pink primrose"}}')
+            return names
+    return {}
+
+
+def new_labels(dataset: Dataset) -> Labels:
+    """Labels for a new head: ids in natural order of the class folders; kept from then on by the checkpoint."""
+    folders = dataset.classes()
+    return Labels(tuple(folders), tuple(dataset.names.get(folder, folder) for folder in folders))
+
+
+@dataclass
+class Decoded:
+    """Pictures that could be read (uint8 (n, 3, h, w), one a row of `pictures`) and those that could not."""
+
+    pixels: torch.Tensor
+    pictures: list[Picture]
+    skipped: list[tuple[str, str]]
+
+
+def decode(pictures: list[Picture], preprocess: Preprocess, *, workers: int = 2, what: str = "pictures") -> Decoded:
+    """Read and resize every picture in threads, in order, with a progress bar; unreadable ones are named, not lost."""
+    height, width = preprocess.side
+    pixels = torch.empty(len(pictures), 3, height, width, dtype=torch.uint8)
+
+    def read(position: int) -> str:
+        try:
+            pixels[position] = preprocess.resize(pictures[position].open())
+        except BadPicture as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        reasons = list(tqdm(pool.map(read, range(len(pictures))), f"decoding {what}", len(pictures), unit="img"))
+    good = [position for position, reason in enumerate(reasons) if not reason]
+    if len(good) < len(pictures):
+        pixels = pixels[good]
+    skipped = [(pictures[i].file, reason) for i, reason in enumerate(reasons) if reason]
+    return Decoded(pixels, [pictures[i] for i in good], skipped)
+
+
+def decode_splits(dataset: Dataset, splits: Iterable[str], preprocess: Preprocess, workers: int) -> dict[str, Decoded]:
+    """`decode` each split; what cannot be read joins `dataset.skipped`. DataError when a class loses every picture."""
+    decoded = {}
+    for split in splits:
+        decoded[split] = decode(dataset.splits[split], preprocess, workers=workers, what=split)
+        dataset.skipped += [(file, split, reason) for file, reason in decoded[split].skipped]
+        lost = {p.label for p in dataset.splits[split]} - {p.label for p in decoded[split].pictures}
+        if lost:
+            raise DataError(f"no picture of class {_some(sorted(map(str, lost)))} in split {split!r} can be read")
+        dataset.splits[split] = decoded[split].pictures
+    return decoded
+
+
+def one_of_each(decoded: Decoded, labels: Labels, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """The first picture (h, w, 3) of each of the first `count` classes, with the class names."""
+    first = {picture.label: row for row, picture in reversed(list(enumerate(decoded.pictures)))}
+    shown = [
+        (first[folder], name) for folder, name in zip(labels.folders, labels.names, strict=True) if folder in first
+    ]
+    return [decoded.pixels[row].permute(1, 2, 0).numpy() for row, _ in shown[:count]], [n for _, n in shown[:count]]
+
+
+def duplicates(decoded: dict[str, Decoded]) -> pd.DataFrame:
+    """Pairs of pictures that stand in two splits: file, other_file, correlation, kind (exact or near).
+
+    Exact: the same pixels after resizing. Near: 16 × 16 grey thumbnails that correlate over `NEAR_DUPLICATE`,
+    which finds re-encoded and rescaled copies, not two photographs of one flower.
+    """
+    rows = []
+    names = list(decoded)
+    thumbnails = {split: _thumbnails(decoded[split].pixels) for split in names}
+    digests = {split: [hashlib.sha256(p.numpy().tobytes()).digest() for p in decoded[split].pixels] for split in names}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            likeness = thumbnails[second] @ thumbnails[first].T
+            for row, column in (likeness > NEAR_DUPLICATE).nonzero().tolist():
+                same = digests[second][row] == digests[first][column]
+                files = (decoded[second].pictures[row].file, decoded[first].pictures[column].file)
+                rows.append((*files, round(likeness[row, column].item(), 4), "exact" if same else "near"))
+    return pd.DataFrame(rows, columns=["file", "other_file", "correlation", "kind"])
+
+
+def _thumbnails(pixels: torch.Tensor) -> torch.Tensor:
+    rows = []
+    for chunk in pixels.split(512):
+        grey = chunk.to(torch.float32).mean(dim=1, keepdim=True)
+        small = torch.nn.functional.interpolate(grey, size=(16, 16), mode="area").flatten(1)
+        rows.append(torch.nn.functional.normalize(small - small.mean(dim=1, keepdim=True), dim=1))
+    return torch.cat(rows) if rows else torch.empty(0, 256)
+
+
+def _natural(text: str) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -1,0 +1,111 @@
+"""From a decoded picture to the tensor a checkpoint expects, and back. Level 1.
+
+The settings are always those of the checkpoint's own image processor: nothing here has a default size, mean
+or standard deviation. Resizing is deterministic and happens once a picture, on the CPU; cropping, flipping
+and normalising are batched and run on whatever device the batch lies on. Training and evaluation therefore
+share one resize and one normalisation by construction.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
+
+
+class PreprocessError(ValueError):
+    """A checkpoint whose preprocessing is missing or not usable; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """One checkpoint's preprocessing, split where it pays: resize a picture, normalise a batch."""
+
+    processor: BaseImageProcessor
+
+    def save(self, folder: Path) -> None:
+        """Write `preprocessor_config.json`, readable by plain transformers."""
+        self.processor.save_pretrained(folder)
+
+    def describe(self) -> dict[str, object]:
+        """The settings that decide what the network sees, for provenance and comparison."""
+        keys = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+        keys += ("do_normalize", "image_mean", "image_std")
+        settings = self.processor.to_dict()
+        return {key: settings[key] for key in keys if settings.get(key) is not None}
+
+    @cached_property
+    def side(self) -> tuple[int, int]:
+        """Height and width in pixels of what the network sees."""
+        size = self.processor.crop_size if getattr(self.processor, "do_center_crop", None) else self.processor.size
+        if not size.get("height"):
+            raise PreprocessError(f"the preprocessing has no fixed height and width, it has {dict(size)}")
+        return size["height"], size["width"]
+
+    @cached_property
+    def _plain_resize(self) -> bool:
+        return bool(self.processor.do_resize) and not getattr(self.processor, "do_center_crop", None)
+
+    def resize(self, image: Image.Image) -> torch.Tensor:
+        """uint8 tensor (3, height, width) of an RGB picture, resized as the checkpoint's processor does it."""
+        if self._plain_resize:  # the same PIL call without the processor's per-picture overhead
+            height, width = self.side
+            resized = image.resize((width, height), resample=Image.Resampling(int(self.processor.resample)))
+            return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)
+        out = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
+        return out["pixel_values"][0].to(torch.uint8)
+
+    def normalise(self, batch: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`pixel_values` (n, 3, h, w) of `dtype` from a batch with values 0…255 on any device."""
+        values = batch.to(torch.float32)
+        if self.processor.do_rescale:
+            values = values * self.processor.rescale_factor
+        if self.processor.do_normalize:
+            mean = torch.tensor(self.processor.image_mean, device=batch.device).view(3, 1, 1)
+            std = torch.tensor(self.processor.image_std, device=batch.device).view(3, 1, 1)
+            values = (values - mean) / std
+        return values.to(dtype)
+
+
+def load(folder: str | Path, revision: str | None = None) -> Preprocess:
+    """The preprocessing of a checkpoint folder or Hub id. PreprocessError where it has none."""
+    if Path(folder).is_dir() and not (Path(folder) / "preprocessor_config.json").is_file():
+        raise PreprocessError(
+            f"the checkpoint {Path(folder).name!r} has no preprocessor_config.json: without it nobody knows how its "
+            "pictures were prepared. Save one with the checkpoint (AutoImageProcessor(...).save_pretrained(folder))."
+        )
+    try:
+        return Preprocess(AutoImageProcessor.from_pretrained(folder, revision=revision, backend="pil"))
+    except (OSError, ValueError) as error:
+        raise PreprocessError(f"the preprocessing of {folder} cannot be read: {error}") from error
+
+
+def new(side: int) -> Preprocess:
+    """The ViT default (bilinear resize to side × side, mean and std 0.5) for a network that is trained from scratch."""
+    return Preprocess(ViTImageProcessorPil(size={"height": side, "width": side}))
+
+
+def augment(batch: torch.Tensor, *, crop_area: float, generator: torch.Generator) -> torch.Tensor:
+    """Random crops of `crop_area`…1 of the area (aspect ¾…4/3), flipped half the time, at the batch's own size.
+
+    Takes (n, 3, h, w) of any real dtype and returns float32 on the same device. Random numbers come from the
+    CPU `generator`, so that a GPU and a CPU cut the same crops (Szegedy et al. 2015, section 6, gives the scheme).
+    """
+    count = batch.shape[0]
+    area = torch.empty(count).uniform_(crop_area, 1, generator=generator)
+    aspect = torch.empty(count).uniform_(-1, 1, generator=generator).mul(np.log(4 / 3) / 2).exp()
+    scale_x, scale_y = (area.sqrt() * aspect).clamp(max=1), (area.sqrt() / aspect).clamp(max=1)
+    shift_x = torch.empty(count).uniform_(-1, 1, generator=generator) * (1 - scale_x)
+    shift_y = torch.empty(count).uniform_(-1, 1, generator=generator) * (1 - scale_y)
+    flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = scale_x * flip, shift_x, scale_y, shift_y
+    grid = torch.nn.functional.affine_grid(theta.to(batch.device), list(batch.shape), align_corners=False)
+    sampled = torch.nn.functional.grid_sample(
+        batch.to(torch.float32), grid, padding_mode="reflection", align_corners=False
+    )
+    return sampled
