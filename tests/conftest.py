@@ -1,0 +1,42 @@
+"""What several tests share: a tiny trained-looking network saved as the three checkpoints of a study."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test processes share the cores: waiting threads must sleep
+
+import pytest
+import torch
+
+from vitlib import models, preprocess
+from vitlib.data import Labels
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def labels() -> Labels:
+    """Class folders whose text order ('1', '10', '2') is not their id order."""
+    return Labels(("1", "2", "10"), ("pink primrose", "hard-leaved pocket orchid", "globe thistle"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, labels):
+    """A folder with merged, nf4 and int8 checkpoints of a small random ViT."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("study") / "checkpoints"
+    network = models.new("vit-micro", image_size=32, labels=labels).eval()
+    with torch.no_grad():  # logits of random weights are all alike; a larger head makes classes differ
+        network.classifier.weight.mul_(20)
+    pre, cpu = preprocess.new(32), torch.device("cpu")
+    models.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={})
+    for weights in ("nf4", "int8"):
+        quantized = models.quantize_checkpoint(folder / "merged", weights, cpu)
+        models.save(quantized, folder / weights, pre=pre, labels=labels, provenance={})
+    return folder
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    """Eight uint8 pictures (8, 3, 32, 32)."""
+    return torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

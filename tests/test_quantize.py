@@ -1,0 +1,83 @@
+"""Quantized layers against the float64 product of their own dequantized weights, and exact sizes."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from vitlib import models, quantize
+from vitlib.data import Labels
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.12), (8, 0.02)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quantized_linear_is_close_to_the_product_it_replaces(bits, tolerance, dtype):
+    linear = nn.Linear(128, 102).to(dtype)  # 102 rows do not divide by the 32 that bitsandbytes packs on some CPUs
+    x = torch.randn(16, 128, dtype=dtype)
+    with torch.no_grad():
+        assert relative(quantize.quantize_linear(linear, bits)(x), linear(x)) < tolerance
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_strided_input_gives_what_its_contiguous_copy_gives(bits):
+    """A ViT's classifier reads `sequence_output[:, 0, :]`; the stock int8 product reads it as if it were contiguous."""
+    layer = quantize.quantize_linear(nn.Linear(128, 102).half(), bits)
+    tokens = torch.randn(6, 17, 128, dtype=torch.float16)
+    strided = tokens[:, 0, :]
+    with torch.no_grad():
+        assert not strided.is_contiguous()
+        torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
+
+
+def test_the_int8_layer_never_hands_a_strided_input_to_bitsandbytes(monkeypatch):
+    """The CPU product happens to be right on strides, so what is handed over is looked at."""
+    seen = []
+    original = bnb.nn.Linear8bitLt.forward
+    monkeypatch.setattr(bnb.nn.Linear8bitLt, "forward", lambda self, x: seen.append(x) or original(self, x))
+    with torch.no_grad():
+        quantize.quantize_linear(nn.Linear(64, 32).half(), 8)(torch.randn(4, 5, 64).half()[:, 0, :])
+    assert [x.is_contiguous() for x in seen] == [True]
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_saved_checkpoints_keep_the_classifier_in_16_bit(checkpoints, weights):
+    network = models.load(checkpoints, models.Variant(weights), torch.device("cpu")).model
+    assert type(network.classifier) is nn.Linear
+    assert network.config.quantization_config.llm_int8_skip_modules == ["classifier"]
+    encoder = [m for n, m in network.named_modules() if isinstance(m, nn.Linear) and n != "classifier"]
+    assert len(encoder) == 4 * 6
+    assert all(quantize.quantized_bits(m) == {"nf4": 4, "int8": 8}[weights] for m in encoder)
+
+
+def test_nf4_computes_in_16_bit():
+    assert quantize.config("nf4", torch.float16).bnb_4bit_compute_dtype == torch.float16
+
+
+def test_model_mb_counts_every_byte_once():
+    network = nn.Sequential(nn.Linear(1024, 512, bias=False))
+    assert quantize.model_mb(network) == 1024 * 512 * 4 / 2**20
+    network.append(network[0])  # the same tensor twice weighs nothing more
+    assert quantize.model_mb(network) == 1024 * 512 * 4 / 2**20
+
+
+def test_model_mb_of_nf4_counts_scales_of_both_levels():
+    layer = quantize.quantize_linear(nn.Linear(1024, 512, bias=False).half(), 4)
+    blocks = 1024 * 512 // 64
+    expected = (
+        1024 * 512 // 2 + blocks + 4 * blocks // 256 + 16 * 4 + 256 * 4 + 4
+    )  # codes, scales, their scales, tables
+    assert quantize.model_mb(layer) == pytest.approx(expected / 2**20)
+
+
+def test_quantized_copy_shares_norms_and_leaves_the_original_alone():
+    labels = Labels(("a", "b"), ("a", "b"))
+    block = models.new("vit-micro", image_size=32, labels=labels).half().eval().vit.layers[0]
+    twin = quantize.quantized_copy(block, 4)
+    assert twin.layernorm_before is not None
+    assert twin.layernorm_before.weight is block.layernorm_before.weight
+    assert type(block.mlp.fc1) is nn.Linear
+    assert quantize.quantized_bits(twin.mlp.fc1) == 4

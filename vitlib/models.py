@@ -1,0 +1,224 @@
+"""Build, load, verify and save a network; the one place where a variant becomes a module. Level 2.
+
+A checkpoint is a folder that plain transformers can load and that is enough by itself: weights (safetensors),
+config with id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json`.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.utils import logging as transformers_logging
+
+from vitlib import attention, preprocess, quantize, records
+from vitlib.data import Labels
+from vitlib.preprocess import Preprocess
+from vitlib.variants import Variant, nearest
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# hidden, blocks, heads, mlp, patch. Heads are 64 wide: the width FlashAttention-2 is built for here. The last three are
+# table 1 of Dosovitskiy et al. 2021 and Touvron et al. 2021.
+ARCHITECTURES = {
+    "vit-micro": (128, 4, 2, 512, 8),
+    "vit-mini": (192, 6, 3, 768, 16),
+    "vit-tiny": (192, 12, 3, 768, 16),
+    "vit-small": (384, 12, 6, 1536, 16),
+    "vit-base": (768, 12, 12, 3072, 16),
+    "vit-large": (1024, 24, 16, 4096, 16),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says what is missing and what to do."""
+
+
+class NotRun(RuntimeError):
+    """A variant that cannot run here; the message is the reason that its row shows."""
+
+
+@dataclass
+class Loaded:
+    """A verified network with the preprocessing and labels of its checkpoint."""
+
+    model: nn.Module
+    preprocess: Preprocess
+    labels: Labels
+    device: torch.device
+    dtype: torch.dtype  # of pixel_values and of the unquantized weights
+    folder: Path
+    weights_mb: float  # as loaded; on a CPU bitsandbytes repacks NF4 in the first pass
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called auto, cpu or cuda. NotRun for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise NotRun("device is 'cuda' and torch sees no CUDA device: set device to 'auto' or 'cpu'")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def quiet_libraries() -> None:
+    """Leave the progress bars to the notebooks: transformers' bar for a load of one second is noise in a report."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def new(architecture: str, *, image_size: int, labels: Labels) -> ViTForImageClassification:
+    """A ViT with random weights (torch's global generator) and the labels' names."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}: {nearest(architecture, list(ARCHITECTURES))}")
+    hidden, blocks, heads, mlp, patch = ARCHITECTURES[architecture]
+    config = ViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+        image_size=image_size,
+        patch_size=patch,
+        **label_maps(labels),
+    )
+    return ViTForImageClassification(config)
+
+
+def label_maps(labels: Labels) -> dict[str, object]:
+    """The keyword arguments of a config that carry the labels."""
+    return {
+        "num_labels": len(labels.names),
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+    }
+
+
+def load_base(
+    base: str, *, revision: str, labels: Labels, dtype: torch.dtype, quantized: bool, device: torch.device
+) -> nn.Module:
+    """A pretrained ViT from a folder or the Hub with a new random head; safetensors only, no remote code."""
+    return AutoModelForImageClassification.from_pretrained(
+        base,
+        revision=revision or None,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantize.config("nf4", dtype) if quantized else None,
+        **label_maps(labels),
+    )
+
+
+def quantize_checkpoint(merged: Path, weights: str, device: torch.device) -> nn.Module:
+    """The network of a merged checkpoint with NF4 or int8 weights, quantized by transformers while it loads."""
+    return AutoModelForImageClassification.from_pretrained(
+        merged,
+        dtype=torch.float16,
+        device_map={"": device},
+        quantization_config=quantize.config(weights, torch.float16),
+        use_safetensors=True,
+    ).eval()
+
+
+def save(model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: dict[str, object]) -> Path:
+    """Write a self-sufficient checkpoint to `folder`, complete or not at all."""
+    with records.atomic_path(folder) as target:
+        model.save_pretrained(target)
+        pre.save(target)
+        pairs = zip(labels.folders, labels.names, strict=True)
+        entries = [{"id": number, "folder": key, "name": name} for number, (key, name) in enumerate(pairs)]
+        records.write_json(entries, target / "labels.json")
+        records.write_json({**provenance, "preprocessing": pre.describe()}, target / "provenance.json")
+    return folder
+
+
+def read_labels(folder: Path) -> Labels:
+    """The labels of a checkpoint: `labels.json`, else the names in its config. CheckpointError where it has neither."""
+    names = AutoConfig.from_pretrained(folder).id2label
+    names = tuple(names[number] for number in sorted(names))
+    file = folder / "labels.json"
+    if file.is_file():
+        entries = sorted(json.loads(file.read_text(encoding="utf-8")), key=lambda entry: entry["id"])
+        labels = Labels(tuple(e["folder"] for e in entries), tuple(e["name"] for e in entries))
+        if labels.names != names or [e["id"] for e in entries] != list(range(len(names))):
+            raise CheckpointError(f"labels.json and config.json of {folder.name!r} disagree: fine-tune again")
+        return labels
+    if all(name == f"LABEL_{number}" for number, name in enumerate(names)):
+        raise CheckpointError(
+            f"the checkpoint {folder.name!r} has no labels: neither labels.json nor names in config.json. "
+            "Without them class ids mean nothing; run 1_finetune, or add id2label to its config."
+        )
+    return Labels(names, names)
+
+
+def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
+    """Which of a study's checkpoints holds the weights of `variant`. CheckpointError where it is missing."""
+    folder = checkpoints / (variant.weights if variant.quantized else "merged")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"there is no checkpoint {folder.name!r} in {checkpoints.name}/: run 1_finetune first")
+    return folder
+
+
+def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
+    """The network of `variant` on `device`, in evaluation mode, verified to be what was asked.
+
+    Raises NotRun where it cannot run here, CheckpointError where the checkpoint is unfit, EvidenceError where
+    the libraries gave something else than was asked.
+    """
+    if reason := attention.not_runnable(variant, device):
+        raise NotRun(reason)
+    folder = checkpoint_folder(checkpoints, variant)
+    pre, labels = preprocess.load(folder), read_labels(folder)
+    dtype = torch.float16 if variant.quantized else DTYPES[variant.weights]
+    model = AutoModelForImageClassification.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=variant.attention,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+    ).eval()
+    verify(model, variant)
+    return Loaded(model, pre, labels, device, dtype, folder, quantize.model_mb(model))
+
+
+class EvidenceError(RuntimeError):
+    """A network that is not the variant asked for."""
+
+
+def evidence(model: nn.Module) -> dict[str, object]:
+    """What the module really is: encoder linear classes, dtypes of the other weights, attention, classifier."""
+    encoder = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and quantize.CLASSIFIER not in name]
+    other = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return {
+        "encoder_linears": dict(Counter(type(m).__name__ for m in encoder)),
+        "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in other),
+        "compute_dtypes": sorted(
+            {str(m.compute_dtype).removeprefix("torch.") for m in encoder if hasattr(m, "compute_dtype")}
+        ),
+        "attention": model.config._attn_implementation,
+        "classifier": type(model.classifier).__name__,
+        "training": model.training,
+    }
+
+
+def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
+    """The evidence for `model`; EvidenceError where it contradicts `variant`."""
+    found = evidence(model)
+    kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}.get(variant.weights, "Linear")
+    dtype = str(torch.float16 if variant.quantized else DTYPES[variant.weights]).removeprefix("torch.")
+    expected = {"attention": variant.attention, "classifier": "Linear", "training": False, "dtypes": [dtype]}
+    if variant.weights == "nf4":
+        expected["compute_dtypes"] = [dtype]
+    faults = [f"{key} is {found[key]}, asked was {value}" for key, value in expected.items() if found[key] != value]
+    if set(found["encoder_linears"]) != {kind}:
+        faults.append(f"encoder linears are {found['encoder_linears']}, asked was {kind} only")
+    if faults:
+        raise EvidenceError(f"{variant.name}: " + "; ".join(faults))
+    return found
+
+
+def disk_mb(folder: Path) -> float:
+    """Megabytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / quantize.MB
