@@ -1,0 +1,126 @@
+"""What is trained, and that what is saved is what was trained."""
+
+import pytest
+import torch
+
+from vitlib import data, finetune, models, params, preprocess, quantize, records
+from vitlib.finetune import Base, FinetuneError
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes):
+    return params.check({"study": "unit", "precision": "fp32", **changes})
+
+
+@pytest.fixture
+def base(labels):
+    torch.manual_seed(0)
+    return Base(models.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
+
+
+@pytest.fixture
+def nf4_base(checkpoints, labels):
+    network = models.load_base(
+        str(checkpoints / "merged"), revision="", labels=labels, dtype=torch.bfloat16, quantized=True, device=CPU
+    )
+    return Base(network, preprocess.new(32), labels, CPU, {})
+
+
+def test_lora_trains_the_head_and_an_adapter_on_every_encoder_linear(base):
+    model = finetune.make_trainable(base, settings())
+    table = finetune.parameter_table(model)
+    adapters = 4 * 8 * (4 * (128 + 128) + 2 * (128 + 512))  # blocks × rank × Σ (in + out)
+    assert table.loc["adapters", "trainable"] == adapters
+    assert table.loc["head", "trainable"] == 128 * 3 + 3
+    assert table.loc["encoder", "trainable"] == 0
+
+
+def test_adapters_of_vit_large_have_the_size_the_original_study_printed():
+    assert 24 * 8 * (4 * (1024 + 1024) + 2 * (1024 + 4096)) == 3_538_944
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_the_head_is_trained_by_every_method(base, method):
+    model = finetune.make_trainable(base, settings(method=method))
+    assert any("classifier" in name and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_a_frozen_head_is_an_error(base):
+    model = finetune.make_trainable(base, settings())
+    for name, parameter in model.named_parameters():
+        if "classifier" in name:
+            parameter.requires_grad_(False)
+    with pytest.raises(FinetuneError, match="classifier is frozen"):
+        finetune.check_trainable(model, "lora")
+
+
+def test_targets_that_match_only_a_part_are_an_error(base):
+    config = finetune.peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    with pytest.raises(FinetuneError, match="have an adapter"):
+        finetune.check_trainable(finetune.peft.get_peft_model(base.model, config), "lora")
+
+
+def _stir(model):
+    """Give adapters and head values that training could have given."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_merging_changes_nothing_but_the_format(base, method):
+    model = _stir(finetune.make_trainable(base, settings(method=method)))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(pixel_values=x).logits
+        merged = finetune.merge(model, base, settings(method=method))
+        found = merged(pixel_values=x.half()).logits.float()
+    assert merged.classifier.weight.dtype == torch.float16
+    assert (found - expected).norm() / expected.norm() < 5e-3
+
+
+def test_merging_qlora_keeps_the_dequantized_weights(nf4_base):
+    model = _stir(finetune.make_trainable(nf4_base, settings(method="qlora")))
+    layer = model.base_model.model.vit.layers[1].mlp.fc1
+    weight = quantize.bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
+    expected = weight.float() + layer.get_delta_weight("default").float()
+    head = model.base_model.model.classifier.modules_to_save["default"].weight.detach().clone()
+    merged = finetune.merge(model, nf4_base, settings(method="qlora"))
+    found = merged.vit.layers[1].mlp.fc1.weight.float()
+    assert quantize.quantized_bits(merged.vit.layers[1].mlp.fc1) is None
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(merged.classifier.weight, head.half())
+    assert not hasattr(merged.config, "quantization_config")
+
+
+def test_a_base_from_nowhere_says_what_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = settings(base_model="no-such-folder")
+    dataset = data.from_synthetic(finetune.synthetic.TARGET_CLASSES[:2], chosen)
+    with pytest.raises(FinetuneError, match="pretrain, random, a folder"):
+        finetune.load_base(chosen, dataset)
+
+
+def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
+    history = finetune.pd.DataFrame({"top1": [0.5]})
+    paths = finetune.save_checkpoints(merged, base, settings(), history)
+    valid = data.Decoded(pixels, [], [])
+    table = finetune.check_reload(merged, base, paths, valid)
+    assert table.loc["merged", "relative_difference"] == 0
+    assert 0 < table.loc["int8", "relative_difference"] < table.loc["nf4", "relative_difference"] < 0.5
+    assert models.read_labels(paths["nf4"]) == base.labels
+
+
+def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatch, pixels):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
+    paths = finetune.save_checkpoints(merged, base, settings(), finetune.pd.DataFrame({"top1": [0.5]}))
+    with torch.no_grad():
+        merged.classifier.weight.mul_(1.5)
+    with pytest.raises(FinetuneError, match="other logits"):
+        finetune.check_reload(merged, base, paths, data.Decoded(pixels, [], []))

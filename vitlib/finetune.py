@@ -1,0 +1,280 @@
+"""The sections of notebook 1: a base, LoRA on it, and three checkpoints that are enough by themselves. Level 3."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import peft
+import torch
+from torch import nn
+from transformers import set_seed
+
+from vitlib import data, engine, models, preprocess, quantize, records, synthetic, training
+from vitlib.data import Dataset, Decoded, Labels
+from vitlib.params import Parameters, is_hub_id
+from vitlib.preprocess import Preprocess
+from vitlib.training import Examples, Recipe
+from vitlib.variants import Variant
+
+ENCODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+
+
+class FinetuneError(RuntimeError):
+    """Training would not do what was asked; the message says what is wrong."""
+
+
+@dataclass
+class Base:
+    """A network to fine-tune, its preprocessing, the labels of its new head, and where it came from."""
+
+    model: nn.Module
+    preprocess: Preprocess
+    labels: Labels
+    device: torch.device
+    origin: dict[str, object]
+
+
+def recipe(settings: Parameters) -> Recipe:
+    """What the parameter set says about training."""
+    return Recipe(
+        epochs=settings.epochs,
+        batch_size=settings.train_batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup=settings.warmup,
+        label_smoothing=settings.label_smoothing,
+        crop_area=settings.crop_area,
+        precision=settings.precision,
+        seed=settings.seed,
+    )
+
+
+def load_base(settings: Parameters, dataset: Dataset) -> Base:
+    """The base that `settings.base_model` names, with a new head for the classes of the data."""
+    models.quiet_libraries()
+    device, labels = models.pick_device(settings.device), data.new_labels(dataset)
+    if settings.base_model == "random":
+        set_seed(settings.seed)
+        model = models.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
+        pre, origin = preprocess.new(settings.image_size), {"base": "random", "architecture": settings.architecture}
+    else:
+        folder = _pretrained(settings, device) if settings.base_model == "pretrain" else settings.base_model
+        if not is_hub_id(str(folder)) and not Path(folder).is_dir():
+            raise FinetuneError(
+                f"base_model {str(folder)!r} is neither pretrain, random, a folder nor a Hub id (owner/name)"
+            )
+        pre = preprocess.load(folder, settings.base_revision or None)
+        set_seed(settings.seed)  # the new head's initialisation
+        quantized = settings.method == "qlora"
+        dtype = torch.bfloat16 if quantized else torch.float32
+        model = models.load_base(
+            str(folder), revision=settings.base_revision, labels=labels, dtype=dtype, quantized=quantized, device=device
+        )
+        origin = {"base": settings.base_model, "revision": settings.base_revision}
+    return Base(model, pre, labels, device, origin)
+
+
+def _pretrained(settings: Parameters, device: torch.device) -> Path:
+    """The demo's base: a small ViT trained on the generator's other classes; kept until a setting changes."""
+    keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
+    settled = {key: getattr(settings, key) for key in keys} | {"classes": len(synthetic.PRETRAIN_CLASSES)}
+    name = hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8]
+    folder = records.study_folder(settings.study) / "checkpoints" / f"base-{name}"
+    if (folder / "config.json").is_file():
+        return folder
+    pictures = settings.model_copy(update={"pictures_per_class": PRETRAIN_PICTURES})
+    dataset = data.from_synthetic(synthetic.PRETRAIN_CLASSES, pictures)
+    pre, labels = preprocess.new(settings.image_size), data.new_labels(dataset)
+    set_seed(settings.seed)
+    model = models.new(settings.architecture, image_size=settings.image_size, labels=labels)
+    recipe_ = replace(
+        PRETRAIN_RECIPE, epochs=settings.pretrain_epochs, seed=settings.seed, precision=settings.precision
+    )
+    decoded = data.decode_splits(dataset, ("train", "valid"), pre, settings.workers)
+    history = training.train(
+        model,
+        examples_of(decoded, labels),
+        pre=pre,
+        recipe=recipe_,
+        folder=records.study_folder(settings.study) / "training" / "base",
+        device=device,
+    )
+    provenance = {
+        "trained on": "the generator's pretraining classes",
+        "top1": float(history["top1"].iloc[-1]),
+        **settled,
+    }
+    return models.save(model.cpu(), folder, pre=pre, labels=labels, provenance=provenance)
+
+
+PRETRAIN_PICTURES = 60  # of a class
+PRETRAIN_RECIPE = Recipe(
+    epochs=12,
+    batch_size=64,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    warmup=0.1,
+    label_smoothing=0.1,
+    crop_area=0.6,
+    precision="auto",
+    seed=0,
+)
+
+
+def examples_of(decoded: dict[str, Decoded], labels: Labels) -> dict[str, Examples]:
+    """Pixels with the checkpoint's class ids, by split."""
+    return {split: Examples(part.pixels, labels.ids(part.pictures)) for split, part in decoded.items()}
+
+
+def make_trainable(base: Base, settings: Parameters) -> nn.Module:
+    """The model with the parameters of `settings.method` trainable, the head always among them.
+
+    FinetuneError where an adapter would be missing from a linear of the encoder or the head would stay frozen:
+    a list of target names that matches nothing, or a head left at random, trains without complaint.
+    """
+    model = base.model
+    if settings.method in ("lora", "qlora"):
+        # Of an NF4 base only norms and biases are floating point; they stay frozen, in 16 bit.
+        config = peft.LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=list(ENCODER_LINEARS),
+            modules_to_save=[quantize.CLASSIFIER],
+        )
+        model = peft.get_peft_model(model, config)
+    else:
+        model.requires_grad_(settings.method == "full")
+        model.classifier.requires_grad_(True)
+    check_trainable(model, settings.method)
+    return model
+
+
+def check_trainable(model: nn.Module, method: str) -> None:
+    """FinetuneError unless the head is trained and, for LoRA, every linear of the encoder has an adapter."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not any(quantize.CLASSIFIER in name for name in trained):
+        raise FinetuneError("the classifier is frozen: it would stay at its random initialisation")
+    if method in ("lora", "qlora"):
+        blocks = model.config.num_hidden_layers
+        adapted = {name.split(".lora_A")[0] for name in trained if ".lora_A" in name}
+        if len(adapted) != blocks * len(ENCODER_LINEARS):
+            raise FinetuneError(
+                f"{len(adapted)} linears have an adapter, the encoder has {blocks * len(ENCODER_LINEARS)}: "
+                f"the base names its modules differently from {', '.join(ENCODER_LINEARS)}"
+            )
+
+
+def parameter_table(model: nn.Module) -> pd.DataFrame:
+    """Trainable and frozen parameters of the head, the adapters and the rest, a row each."""
+    rows: dict[str, list[int]] = {"head": [0, 0], "adapters": [0, 0], "encoder": [0, 0]}
+    for name, parameter in model.named_parameters():
+        part = "head" if quantize.CLASSIFIER in name else "adapters" if "lora_" in name else "encoder"
+        rows[part][0 if parameter.requires_grad else 1] += parameter.numel()
+    return pd.DataFrame(rows, index=["trainable", "frozen"]).T
+
+
+def train(model: nn.Module, base: Base, decoded: dict[str, Decoded], settings: Parameters) -> pd.DataFrame:
+    """Fine-tune in place; returns and writes `records/finetune.csv`."""
+    folder = records.study_folder(settings.study)
+    history = training.train(
+        model,
+        examples_of(decoded, base.labels),
+        pre=base.preprocess,
+        recipe=recipe(settings),
+        folder=folder / "training" / "finetune",
+        device=base.device,
+        resume=settings.resume,
+    )
+    records.write_table(history, folder / "records" / "finetune.csv")
+    return history
+
+
+def merge(model: nn.Module, base: Base, settings: Parameters) -> nn.Module:
+    """The fine-tuned network as a plain one in 16 bit: adapters added to the weights they were trained on.
+
+    For QLoRA these are the dequantized NF4 weights (bitsandbytes would round the sum to NF4 again).
+    """
+    if settings.method in ("full", "head"):
+        return model.eval().half()
+    if settings.method == "lora":
+        return model.eval().merge_and_unload().half()
+    deltas = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").float()
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    dense = model.unload().dequantize(dtype=torch.float32).float()
+    for name, delta in deltas.items():
+        dense.get_submodule(name).weight.data += delta
+    return dense.eval().half()
+
+
+def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, history: pd.DataFrame) -> dict[str, Path]:
+    """Write `merged`, `nf4` and `int8`; the quantized ones are made by transformers from the merged one."""
+    folder = records.study_folder(settings.study) / "checkpoints"
+    provenance = {
+        "study": settings.study,
+        "origin": base.origin,
+        "method": settings.method,
+        "parameters": settings.model_dump(),
+        "top1": float(history["top1"].iloc[-1]),
+        "versions": records.environment(parameters={})["versions"],
+    }
+    shared = {"pre": base.preprocess, "labels": base.labels}
+    merged.config.update(models.label_maps(base.labels))
+    paths = {"merged": models.save(merged, folder / "merged", provenance=provenance | {"weights": "fp16"}, **shared)}
+    for weights in ("nf4", "int8"):
+        quantized = models.quantize_checkpoint(paths["merged"], weights, base.device)
+        note = {"weights": weights, "quantized_from": "merged", "kept_in_16_bit": [quantize.CLASSIFIER]}
+        paths[weights] = models.save(quantized, folder / weights, provenance=provenance | note, **shared)
+    return paths
+
+
+def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: Decoded) -> pd.DataFrame:
+    """Each saved checkpoint loaded again and compared with the model in memory, a row each.
+
+    `relative_difference` is ‖reloaded − memory‖ / ‖memory‖ of the logits of up to 64 pictures. A merged checkpoint
+    that differs is an error; the quantized ones differ by what quantization costs.
+    """
+    pixels, rows = valid.pixels[:64], []
+    memory = models.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
+    expected = engine.logits(engine.Engine(memory), pixels, 32)
+    for name, path in paths.items():
+        variant = Variant("fp16" if name == "merged" else name)
+        loaded = models.load(path.parent, variant, base.device)
+        found = engine.logits(engine.Engine(loaded), pixels, 32)
+        rows.append(
+            {
+                "checkpoint": name,
+                "disk_mb": models.disk_mb(path),
+                "model_mb": loaded.weights_mb,
+                "relative_difference": ((found - expected).norm() / expected.norm()).item(),
+                "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
+            }
+        )
+    if rows[0]["relative_difference"] > 1e-3:
+        raise FinetuneError(f"the merged checkpoint gives other logits than the model it was saved from: {rows[0]}")
+    return pd.DataFrame(rows).set_index("checkpoint")
+
+
+def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> str:
+    """What the records say, in a few sentences (Markdown)."""
+    last, copies = history.iloc[-1], data.duplicates(decoded)
+    found = (copies["kind"] == "exact").sum(), (copies["kind"] == "near").sum()
+    nf4, int8 = (reloaded.loc["merged", "model_mb"] / reloaded.loc[name, "model_mb"] for name in ("nf4", "int8"))
+    return "\n".join(
+        (
+            f"- After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of "
+            f"{len(base.labels.names)} classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 "
+            f"{100 * last['top5']:.2f} % of {len(decoded['valid'].pictures):,} validation pictures.",
+            f"- {found[0]} exact and {found[1]} near copies stand in both splits.",
+            f"- Training passed {history['images_per_s'].median():,.0f} images per second on {base.device.type}.",
+            f"- The 16-bit checkpoint is reproduced on loading (relative difference "
+            f"{reloaded.loc['merged', 'relative_difference']:.0e}); NF4 is {nf4:.1f} and int8 {int8:.1f} times smaller "
+            f"in memory than it, and give {100 * reloaded.loc['nf4', 'same_class']:.1f} % and "
+            f"{100 * reloaded.loc['int8', 'same_class']:.1f} % of the same classes.",
+        )
+    )
