@@ -1,0 +1,205 @@
+"""The sections of notebook 3: which parts of the network pay for being quantized. Level 3.
+
+The network is loaded once. Each block has a quantized twin beside it, and a configuration is a choice between the
+two. What runs before the first block in which two configurations differ is the same for both and is computed once:
+"only block k kept" starts from the activations that the fully quantized network has before block k, which saves
+half of all block evaluations.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vitlib import data, models, quantize, records, stats
+from vitlib.data import Dataset
+from vitlib.params import Parameters
+from vitlib.variants import Variant
+
+NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"
+
+
+@dataclass
+class Subject:
+    """The 16-bit network, its validation pictures and their class ids."""
+
+    loaded: models.Loaded
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The encoder blocks."""
+        return self.loaded.model.vit.layers
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Which blocks, and whether the classifier, stay in 16 bit; the patch embedding, a convolution, always does."""
+
+    kept: str
+    blocks: frozenset[int]
+    classifier: bool
+
+
+def prepare(settings: Parameters, dataset: Dataset) -> Subject:
+    """The merged checkpoint in fp16 (bf16 on a CPU, where fp16 is emulated) and the validation pictures."""
+    models.quiet_libraries()
+    device = models.pick_device(settings.device)
+    weights = "fp16" if device.type == "cuda" else "bf16"
+    checkpoints = records.study_folder(settings.study) / "checkpoints"
+    loaded = models.load(checkpoints, Variant(weights), device)
+    loaded.labels.check(dataset, "valid")
+    dataset.splits["valid"] = data.evenly(dataset.splits["valid"], settings.ablation_pictures)
+    valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
+    return Subject(loaded, valid.pixels, loaded.labels.ids(valid.pictures))
+
+
+def configurations(blocks: int) -> list[Configuration]:
+    """Nothing kept, first and last block, classifier, each single block, and everything (the reference)."""
+    single = [Configuration(f"block {k}", frozenset({k}), False) for k in range(blocks)]
+    ends = Configuration(ENDS, frozenset({0, blocks - 1}), False)
+    everything = Configuration(ALL, frozenset(range(blocks)), True)
+    return [Configuration(NONE, frozenset(), False), ends, Configuration(HEADS, frozenset(), True), *single, everything]
+
+
+class Exchange:
+    """The blocks and classifier of a network with a quantized twin of each, and passes that choose between them."""
+
+    def __init__(self, model: nn.Module, bits: int) -> None:
+        self.model = model
+        self.pairs = [(block, quantize.quantized_copy(block, bits)) for block in model.vit.layers]
+        self.classifiers = (model.classifier, quantize.quantized_copy(model.classifier, bits))
+        self.block_runs = 0
+
+    def logits(self, pixel_values: torch.Tensor, wanted: list[Configuration]) -> dict[str, torch.Tensor]:
+        """Logits (n, classes) of one batch for every configuration."""
+        return dict(self._walk(self.model.vit.embeddings(pixel_values), 0, wanted))
+
+    def _walk(
+        self, hidden: torch.Tensor, number: int, wanted: list[Configuration]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Configurations that agree up to block `number` arrive here together and part where they differ."""
+        if number == len(self.pairs):
+            tokens = self.model.vit.layernorm(hidden)[:, 0, :]
+            for configuration in wanted:
+                yield configuration.kept, self.classifiers[0 if configuration.classifier else 1](tokens)
+            return
+        for kept, block in zip((True, False), self.pairs[number], strict=True):
+            if group := [c for c in wanted if (number in c.blocks) == kept]:
+                self.block_runs += 1
+                yield from self._walk(block(hidden), number + 1, group)
+
+
+@torch.inference_mode()
+def measure(subject: Subject, settings: Parameters) -> tuple[dict[tuple[int, str], torch.Tensor], float]:
+    """float32 logits of every (bits, kept), and the share of block evaluations that were needed.
+
+    The share is against a full pass for every configuration.
+    """
+    loaded, found, needed, naive = subject.loaded, {}, 0, 0
+    wanted = configurations(len(subject.blocks))
+    chunks = subject.pixels.split(settings.eval_batch_size)
+    for bits in settings.ablation_bits:
+        exchange = Exchange(loaded.model, bits)
+        parts: dict[str, list[torch.Tensor]] = {configuration.kept: [] for configuration in wanted}
+        for chunk in tqdm(chunks, f"{bits} bits, {len(wanted)} configurations", unit="batch"):
+            pixel_values = loaded.preprocess.normalise(chunk.to(loaded.device), loaded.dtype)
+            for kept, logits in exchange.logits(pixel_values, wanted).items():
+                parts[kept].append(logits.float().cpu())
+        found |= {(bits, kept): torch.cat(logits) for kept, logits in parts.items()}
+        needed += exchange.block_runs
+        naive += len(chunks) * len(wanted) * len(subject.blocks)
+    return found, needed / naive
+
+
+def table(logits: dict[tuple[int, str], torch.Tensor], subject: Subject, settings: Parameters) -> pd.DataFrame:
+    """A row a configuration, written to `records/ablation.csv`.
+
+    `logit_kl` is the mean KL divergence of the probabilities from "everything kept", with a bootstrap interval over
+    pictures. Discordant pairs, flips and McNemar's p compare with "nothing kept" of the same bits; Holm's p adjusts for
+    all configurations of these bits.
+    """
+    labels, rows = subject.labels.numpy(), []
+    for (bits, kept), values in logits.items():
+        found, nothing = values.numpy(), logits[bits, NONE].numpy()
+        right, right_nothing = (stats.topk_right(part, labels, 1) for part in (found, nothing))
+        test = stats.mcnemar(right_nothing, right)
+        kl = stats.paired_bootstrap(stats.kl_divergence(logits[bits, ALL].numpy(), found), seed=settings.seed)
+        rows.append(
+            {
+                "bits": bits,
+                "kept": kept,
+                "top1": right.mean(),
+                "top5": stats.topk_accuracy(found, labels, 5),
+                "loss": nn.functional.cross_entropy(values, subject.labels).item(),
+                "logit_kl": kl.estimate,
+                "logit_kl_low": kl.low,
+                "logit_kl_high": kl.high,
+                "flips": stats.flips(nothing.argmax(1), found.argmax(1)),
+                "discordant_pairs": test.lost + test.gained,
+                "mcnemar_p": np.nan if kept == NONE else test.p,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame["holm_p"] = frame.groupby("bits")["mcnemar_p"].transform(lambda p: stats.holm(p.to_numpy()))
+    records.write_table(frame, records.study_folder(settings.study) / "records" / "ablation.csv")
+    return frame
+
+
+def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
+    """By bits and block: the share of the KL from quantizing everything that goes away when this block is kept."""
+    nothing = frame[frame["kept"] == NONE].set_index("bits")["logit_kl"]
+    blocks = frame[frame["kept"].str.startswith("block ")].copy()
+    blocks["block"] = blocks["kept"].str.removeprefix("block ").astype(int)
+    blocks["kl_removed"] = 1 - blocks["logit_kl"] / blocks["bits"].map(nothing)
+    return blocks[["bits", "block", "kl_removed", "logit_kl", "top1", "holm_p"]].reset_index(drop=True)
+
+
+def readable(frame: pd.DataFrame) -> "pd.io.formats.style.Styler":
+    """The table for a report: KL with its interval in one column, percentages, no index."""
+    shown = pd.DataFrame(
+        {
+            "bits": frame["bits"],
+            "kept in 16 bit": frame["kept"],
+            "Top-1 (%)": 100 * frame["top1"],
+            "Top-5 (%)": 100 * frame["top5"],
+            "KL (nats)": frame["logit_kl"],
+            "KL, 95 % interval": [
+                f"{low:.1e} … {high:.1e}"
+                for low, high in zip(frame["logit_kl_low"], frame["logit_kl_high"], strict=True)
+            ],
+            "flips": frame["flips"],
+            "discordant": frame["discordant_pairs"],
+            "McNemar p": frame["mcnemar_p"],
+            "Holm p": frame["holm_p"],
+        }
+    )
+    formats = {
+        "Top-1 (%)": "{:.2f}",
+        "Top-5 (%)": "{:.2f}",
+        "KL (nats)": "{:.2e}",
+        "McNemar p": "{:.3f}",
+        "Holm p": "{:.3f}",
+    }
+    return shown.style.format(formats, na_rep="–").hide(axis="index")
+
+
+def headline(frame: pd.DataFrame, blocks: pd.DataFrame) -> str:
+    """What the records say, in a few sentences (Markdown)."""
+    lines = []
+    for bits, rows in frame.groupby("bits"):
+        nothing = rows.set_index("kept").loc[NONE]
+        best = blocks[blocks["bits"] == bits].sort_values("kl_removed").iloc[-1]
+        surviving = int((rows["holm_p"] < stats.SIGNIFICANCE).sum())
+        lines.append(
+            f"- **{bits} bits**: quantizing everything moves the probabilities by {nothing['logit_kl']:.1e} nats on "
+            f"average (Top-1 {100 * nothing['top1']:.2f} %). Keeping block {best['block']:.0f} helps most: "
+            f"{100 * best['kl_removed']:.0f} % of that goes away. By accuracy, {surviving} of {len(rows) - 1} "
+            "configurations differ from quantizing everything after Holm's adjustment."
+        )
+    return "\n".join(lines)

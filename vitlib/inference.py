@@ -1,0 +1,175 @@
+"""The sections of notebook 4: a folder of pictures in, names and probabilities out. Level 3."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vitlib import attention, data, engine, models, records
+from vitlib.data import DataError, Decoded, Picture
+from vitlib.engine import Engine
+from vitlib.params import Parameters
+from vitlib.variants import Variant, find
+
+TOP = 5
+
+
+@dataclass
+class Predictor:
+    """A verified variant, ready to classify."""
+
+    variant: Variant
+    engine: Engine
+
+    def describe(self) -> pd.Series:
+        """What was asked and what really is there."""
+        loaded = self.engine.loaded
+        found = models.evidence(loaded.model)
+        facts = {"variant": self.variant.name, "device": loaded.device.type, "classes": len(loaded.labels.names)}
+        facts |= {"weights (MB)": round(loaded.weights_mb, 1), "pixels": " × ".join(map(str, loaded.preprocess.side))}
+        return pd.Series(
+            facts | {"encoder linears": found["encoder_linears"], "attention": found["attention"]}, name=""
+        )
+
+
+def load(settings: Parameters) -> Predictor:
+    """The variant of the parameter set; `auto` is NF4 with the best attention that runs here."""
+    models.quiet_libraries()
+    device = models.pick_device(settings.device)
+    variant = Variant("nf4", attention.best(device)) if settings.variant == "auto" else find(settings.variant)
+    loaded = models.load(records.study_folder(settings.study) / "checkpoints", variant, device)
+    return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)))
+
+
+def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, str]]]:
+    """The pictures to classify, and what in their folder is none (file, reason).
+
+    A folder may be flat, hold class folders, or both. Without `pictures` it is the data's test split, else its
+    validation split.
+    """
+    if not settings.pictures:
+        dataset = data.load(settings)
+        split = "test" if dataset.splits.get("test") else "valid"
+        skipped = [(file, reason) for file, where, reason in dataset.skipped if where == split]
+        return dataset.splits[split], skipped
+    folder = Path(settings.pictures).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"there is no folder of pictures {settings.pictures!r} (looked from the project's root)")
+    pictures, skipped = [], []
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        if reason := data.not_a_picture(path):
+            skipped.append((path.relative_to(folder).as_posix(), reason))
+        else:
+            label = None if path.parent == folder else path.parent.name
+            pictures.append(data.picture_of(path, folder, label, settings.max_megapixels))
+    if not pictures:
+        raise DataError(f"the folder {settings.pictures!r} holds no picture")
+    return pictures, skipped
+
+
+def predict(
+    predictor: Predictor, pictures: list[Picture], skipped: list[tuple[str, str]], settings: Parameters
+) -> tuple[pd.DataFrame, Decoded, float]:
+    """Classify every picture: `records/predictions.csv` (a row a file), the decoded pictures, and images per second.
+
+    The rate covers decoding, resizing, the network and its results. A label that the checkpoint does not know stands
+    in the table and does not count for accuracy.
+    """
+    start = time.perf_counter()
+    loaded = predictor.engine.loaded
+    decoded = data.decode(pictures, loaded.preprocess, workers=settings.workers)
+    logits = engine.logits(predictor.engine, decoded.pixels, settings.eval_batch_size)
+    rate = len(decoded.pictures) / (time.perf_counter() - start)
+    frame = _rows(decoded, logits, loaded.labels)
+    lost = [(file, reason) for file, reason in (*skipped, *decoded.skipped)]
+    faults = pd.DataFrame(lost, columns=["file", "reason"]).assign(status="skipped", label="", label_name="")
+    frame = pd.concat([frame, faults], ignore_index=True) if lost else frame
+    records.write_table(frame, records.study_folder(settings.study) / "records" / "predictions.csv")
+    return frame, decoded, rate
+
+
+def _rows(decoded: Decoded, logits: torch.Tensor, labels: data.Labels) -> pd.DataFrame:
+    best = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
+    names = dict(zip(labels.folders, labels.names, strict=True))
+    rows = []
+    for picture, ids, probabilities in zip(decoded.pictures, best.indices.tolist(), best.values.tolist(), strict=True):
+        row = {"file": picture.file, "status": "ok", "reason": "", "label": picture.label or ""}
+        row["label_name"] = names.get(picture.label, "")
+        for rank in range(TOP):
+            number = ids[rank] if rank < len(ids) else None
+            row[f"id_{rank + 1}"] = number
+            row[f"name_{rank + 1}"] = "" if number is None else labels.names[number]
+            row[f"probability_{rank + 1}"] = np.nan if number is None else probabilities[rank]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def accuracy(frame: pd.DataFrame, predictor: Predictor) -> pd.Series:
+    """Pictures, labelled ones, Top-1 and Top-5 over those whose label the checkpoint knows (missing without any)."""
+    labels = predictor.engine.loaded.labels
+    ids = {folder: number for number, folder in enumerate(labels.folders)}
+    known = frame[(frame["status"] == "ok") & frame["label"].isin(ids)]
+    truth = known["label"].map(ids)
+    hits = known[[f"id_{rank}" for rank in range(1, TOP + 1)]].eq(truth, axis=0)
+    return pd.Series(
+        {
+            "pictures": int((frame["status"] == "ok").sum()),
+            "skipped": int((frame["status"] != "ok").sum()),
+            "labelled": len(known),
+            "top1": hits["id_1"].mean() if len(known) else np.nan,
+            "top5": hits.any(axis=1).mean() if len(known) else np.nan,
+        },
+        name=predictor.variant.name,
+    )
+
+
+def readable(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
+    """The first rows for a report: file, status, right name, and the three best names with their probabilities."""
+    shown = frame[["file", "status", "label_name"]].copy()
+    for rank in (1, 2, 3):
+        pairs = zip(frame[f"name_{rank}"], frame[f"probability_{rank}"], strict=True)
+        shown[f"guess {rank}"] = ["" if pd.isna(p) else f"{name} ({100 * p:.1f} %)" for name, p in pairs]
+    shown["reason"] = frame["reason"]
+    return shown.head(rows)
+
+
+def examples(frame: pd.DataFrame, decoded: Decoded, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures (h, w, 3) spread evenly over the files, as the network sees them, and titles with the best name."""
+    chosen = _chosen(len(decoded.pictures), count)
+    images = [decoded.pixels[i].permute(1, 2, 0).numpy() for i in chosen]
+    return images, [f"{frame['name_1'][i]}\n{100 * frame['probability_1'][i]:.0f} %" for i in chosen]
+
+
+def marks(frame: pd.DataFrame, count: int) -> list[bool | None]:
+    """Whether the best name of each of `examples` is right; None where the right name is not known."""
+    usable = frame[frame["status"] == "ok"]
+    chosen = usable.iloc[_chosen(len(usable), count)]
+    pairs = zip(chosen["label_name"], chosen["name_1"], strict=True)
+    return [None if not name else name == guess for name, guess in pairs]
+
+
+def _chosen(total: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+
+
+def headline(frame: pd.DataFrame, predictor: Predictor, rate: float) -> str:
+    """What the record says, in a few sentences (Markdown)."""
+    found = accuracy(frame, predictor)
+    lines = [
+        f"- {found['pictures']:.0f} pictures were classified by **{predictor.variant.name}** on "
+        f"{predictor.engine.loaded.device.type}, {rate:,.0f} images per second from file to answer; "
+        f"{found['skipped']:.0f} files were skipped, each with its reason in the record."
+    ]
+    if found["labelled"]:
+        lines.append(
+            f"- {found['labelled']:.0f} of them have a known class: Top-1 **{100 * found['top1']:.2f} %**, "
+            f"Top-5 {100 * found['top5']:.2f} %."
+        )
+    else:
+        lines.append("- None of them has a known class, so there is no accuracy to report.")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""The pictures of the reports, each from a record's table. Level 4: no torch.
+
+Every function returns a matplotlib figure and changes nothing else; a notebook's last expression shows it.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+PALETTE = "colorblind"
+
+
+def _axes(columns: int = 1, *, width: float = 8.0, height: float = 4.5) -> tuple[Figure, np.ndarray]:
+    sns.set_theme(style="whitegrid", palette=PALETTE)
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    plt.close(figure)  # the notebook shows what a cell returns; an open figure would appear twice
+    return figure, axes[0]
+
+
+def _colours(names: Sequence[str]) -> dict[str, tuple]:
+    return dict(zip(names, sns.color_palette(PALETTE, max(len(names), 1)), strict=False))
+
+
+def picture_grid(
+    images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int = 6, right: Sequence[bool | None] = ()
+) -> Figure:
+    """uint8 pictures (h, w, 3) with a title each; green where `right` is true, red where false, black where None."""
+    rows = -(-len(images) // columns)
+    sns.set_theme(style="white")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.25 * rows), layout="constrained", squeeze=False
+    )
+    plt.close(figure)
+    for axis in axes.flat:
+        axis.axis("off")
+    marks = list(right) or [None] * len(images)
+    for axis, image, title, mark in zip(axes.flat, images, titles, marks, strict=False):
+        axis.imshow(image)
+        colour = "black" if mark is None else "#1a7f37" if mark else "#c0272d"
+        axis.set_title(title, fontsize=8.5, color=colour)
+    return figure
+
+
+def learning_curves(history: pd.DataFrame) -> Figure:
+    """Loss of training and validation, and Top-1 and Top-5 of validation, by epoch."""
+    figure, (left, right) = _axes(2, width=10, height=3.8)
+    for column, label in (("train_loss", "training (augmented)"), ("valid_loss", "validation")):
+        left.plot(history["epoch"], history[column], marker="o", label=label)
+    for column, label in (("top1", "Top-1"), ("top5", "Top-5")):
+        right.plot(history["epoch"], 100 * history[column], marker="o", label=label)
+    left.set(xlabel="epoch", ylabel="cross entropy (nats)", title="Loss")
+    right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy")
+    for axis in (left, right):
+        axis.legend()
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def accuracy_against_latency(table: pd.DataFrame, batch: int) -> Figure:
+    """Top-1 against median latency at one batch size; up and left is better."""
+    return _scatter(
+        _ran(table, batch),
+        x="latency_p50_ms",
+        y="top1",
+        scale=100,
+        labels=("median latency (ms, log scale)", "Top-1 (%)"),
+        title=f"Accuracy against latency, batch {batch}",
+    )
+
+
+def size_against_memory(table: pd.DataFrame, batch: int) -> Figure:
+    """Peak memory of a forward pass against the size of the weights; down and left is better."""
+    return _scatter(
+        _ran(table, batch),
+        x="model_mb",
+        y="peak_memory_mb",
+        scale=1,
+        labels=("weights (MB, log scale)", "weights + peak of a pass (MB)"),
+        title=f"Size against peak memory, batch {batch}",
+    )
+
+
+def _scatter(rows: pd.DataFrame, *, x: str, y: str, scale: float, labels: tuple[str, str], title: str) -> Figure:
+    figure, (axis,) = _axes(width=9)
+    colours, markers = _colours(list(rows["variant"])), "osD^vPX*<>hdp8"
+    for number, row in enumerate(rows.to_dict("records")):
+        axis.scatter(
+            row[x], scale * row[y], s=90, color=colours.get(row["variant"]), marker=markers[number % len(markers)],
+            label=row["variant"], zorder=3,
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
+    axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""))
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def _ran(table: pd.DataFrame, batch: int) -> pd.DataFrame:
+    return table[(table["status"] == "ok") & (table["batch"] == batch)]
+
+
+def throughput_by_batch(table: pd.DataFrame) -> Figure:
+    """Measured images per second by batch size, a line a variant."""
+    figure, (axis,) = _axes(width=9)
+    rows = table[table["status"] == "ok"]
+    sns.lineplot(
+        rows, x="batch", y="throughput_img_s", hue="variant", style="variant", markers=True, dashes=False, ax=axis
+    )
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set(xlabel="pictures a call (log scale)", ylabel="images per second (log scale)", title="Throughput, measured")
+    for numbers in (axis.xaxis, axis.yaxis):
+        numbers.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
+    """Device time of one pass in milliseconds, stacked by part of the model, a bar a variant."""
+    figure, (axis,) = _axes(width=9)
+    order = list(dict.fromkeys(kernels["variant"]))
+    sums = kernels.groupby(["variant", "part"])["device_time_us"].sum().unstack(fill_value=0).reindex(order) / 1000
+    left = np.zeros(len(sums))
+    colours = dict(zip(parts, sns.color_palette("tab10", len(parts)), strict=True))
+    for part in (part for part in parts if part in sums and sums[part].sum() > 0):
+        axis.barh(sums.index, sums[part], left=left, label=part, color=colours[part])
+        left = left + sums[part].to_numpy()
+    axis.invert_yaxis()
+    batch = kernels["batch"].iloc[0]
+    axis.set(xlabel=f"device time of one pass (ms), batch {batch}", title="Where the device time goes")
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
+    """By block: the share of the quantization error (KL) that goes away when this block stays in 16 bit."""
+    bits = sorted(blocks["bits"].unique())
+    figure, axes = _axes(len(bits), width=5.5 * len(bits), height=3.8)
+    for axis, number in zip(axes, bits, strict=True):
+        rows = blocks[blocks["bits"] == number]
+        axis.bar(rows["block"], 100 * rows["kl_removed"], color=sns.color_palette(PALETTE)[0])
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="block kept in 16 bit", ylabel="KL that goes away (%)", title=f"{number} bits")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Figure:
+    """Mean KL from the 16-bit network with its interval, for a few configurations, a panel for each number of bits."""
+    bits = sorted(frame["bits"].unique())
+    figure, axes = _axes(len(bits), width=5.5 * len(bits), height=3.2)
+    for axis, number in zip(axes, bits, strict=True):
+        rows = frame[(frame["bits"] == number) & frame["kept"].isin(kept)].set_index("kept").reindex(kept)
+        error = [rows["logit_kl"] - rows["logit_kl_low"], rows["logit_kl_high"] - rows["logit_kl"]]
+        axis.barh(rows.index, rows["logit_kl"], xerr=error, capsize=4, color=sns.color_palette(PALETTE)[1])
+        axis.invert_yaxis()
+        axis.set(xlabel="mean KL from the 16-bit network (nats)", title=f"{number} bits")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+    return figure
