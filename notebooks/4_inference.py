@@ -1,0 +1,86 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Inference: what is in these pictures?
+#
+# A folder of pictures goes in, flat or in class folders; names and probabilities come out. We will see
+#
+# - which variant is used, and that it is the one asked for;
+# - a prediction for every file, or the reason why there is none;
+# - how many images a second pass from file to answer;
+# - the accuracy, where the folders say what is right.
+#
+# *Installing: `make setup` on your own machine. In Colab, clone the project, then run `%cd` to its folder and `%pip
+# install -q -e .` in a cell above this one. Every setting below can be changed in place.*
+
+# %% tags=["parameters"]
+study: str = "demo"  # results go to outputs/<study>/
+data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
+device: str = "auto"  # auto, cpu, cuda: auto takes the GPU where there is one
+seed: int = 0  # of initialisation, order and augmentation
+limit: int = 0  # pictures used of each split, evenly over the classes; 0 takes all
+pictures_per_class: int = 60  # training pictures of a class, synthetic data only
+max_megapixels: float = 50.0  # larger pictures are reported and skipped
+workers: int = 2  # threads that decode pictures
+eval_batch_size: int = 32  # pictures a call when only outputs matter
+pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
+variant: str = "auto"  # a row of the table; auto: NF4 with the best attention that runs here
+grid: int = 12  # pictures shown
+
+# %%
+from vitlib import params
+
+settings = params.collect(globals())
+
+# %% [markdown]
+# ## The network
+#
+# `auto` takes the NF4 weights with the best attention that this machine can run. Preprocessing and class names come
+# with the checkpoint.
+
+# %%
+from vitlib import inference
+
+predictor = inference.load(settings)
+predictor.describe()
+
+# %% [markdown]
+# ## The pictures
+#
+# Without a folder of your own this is the test split, or the validation split where there is no test.
+
+# %%
+pictures_found, skipped = inference.find_pictures(settings)
+f"{len(pictures_found)} pictures, {len(skipped)} other files"
+
+# %% [markdown]
+# ## Predictions
+#
+# One row for each file, also for what could not be read; the five best names with their probabilities.
+
+# %%
+frame, decoded, rate = inference.predict(predictor, pictures_found, skipped, settings)
+inference.readable(frame)
+
+# %% [markdown]
+# Some of them to look at. Where the right answer is known, the title is green for a right and red for a wrong
+# prediction.
+
+# %%
+from vitlib import plots
+
+plots.picture_grid(*inference.examples(frame, decoded, settings.grid), right=inference.marks(frame, settings.grid))
+
+# %% [markdown]
+# ## What we saw
+
+# %%
+from IPython.display import Markdown
+
+Markdown(inference.headline(frame, predictor, rate))
