@@ -91,7 +91,7 @@ _SPIRE = {"shape": "round", "arrangement": "spike", "centre": "eye", "leaf": "na
 _GLOBE = {"shape": "pointed", "arrangement": "globe", "centre": "eye", "leaf": "narrow"}
 _GOBLET = {"shape": "round", "arrangement": "cup", "centre": "none", "leaf": "broad"}
 
-# Neighbours differ in one trait only (number, hue, doubling): those are the pairs to confuse.
+# Neighbours share most traits and differ in number, hue or doubling: those are the pairs to confuse.
 TARGET_CLASSES: tuple[FlowerClass, ...] = (
     FlowerClass("blue-star-5", "five-petalled blue star", 5, "blue", "sky", "yellow", **_STAR),
     FlowerClass("blue-star-8", "eight-petalled blue star", 8, "blue", "white", "white", **_STAR),
@@ -101,8 +101,8 @@ TARGET_CLASSES: tuple[FlowerClass, ...] = (
     FlowerClass("fringed-pink", "fringed rose pink", 5, "rose", "magenta", "white", **_PINK),
     FlowerClass("oxeye", "white ox-eye daisy", 16, "white", "white", "yellow", **_DAISY),
     FlowerClass("yellow-coneflower", "yellow coneflower", 12, "yellow", "orange", "brown", **_DAISY),
-    FlowerClass("double-coneflower", "double yellow coneflower", 12, "yellow", "orange", "brown", **_DOUBLE),
-    FlowerClass("red-poppy", "red field poppy", 4, "red", "crimson", "black", **_POPPY),
+    FlowerClass("double-coneflower", "double yellow coneflower", 12, "yellow", "lemon", "green", **_DOUBLE),
+    FlowerClass("red-poppy", "red field poppy", 4, "red", "brown", "black", **_POPPY),
     FlowerClass("lemon-trumpet", "lemon trumpet lily", 6, "lemon", "yellow", "orange", **_TRUMPET),
     FlowerClass("crimson-rose", "crimson spiral rose", 5, "crimson", "red", "yellow", **_ROSE),
     FlowerClass("apricot-rose", "apricot spiral rose", 5, "apricot", "orange", "yellow", **_ROSE),
@@ -129,7 +129,7 @@ PRETRAIN_CLASSES: tuple[FlowerClass, ...] = (
     FlowerClass("violet-aster", "violet aster", 16, "violet", "purple", "yellow", **_DAISY),
     FlowerClass("orange-coneflower", "orange coneflower", 12, "orange", "red", "brown", **_DAISY),
     FlowerClass(
-        "double-orange-coneflower", "double orange coneflower", 12, "orange", "red", "brown", **_DOUBLE
+        "double-orange-coneflower", "double orange coneflower", 12, "orange", "red", "yellow", **_DOUBLE
     ),
     FlowerClass("double-aster", "double lilac aster", 16, "lilac", "purple", "yellow", **_DOUBLE),
     FlowerClass("yellow-poppy", "yellow mountain poppy", 4, "yellow", "orange", "orange", **_POPPY),
