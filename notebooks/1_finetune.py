@@ -35,22 +35,20 @@ workers: int = 2  # threads that decode pictures
 base_model: str = "pretrain"  # pretrain (on other synthetic flowers), random, a folder, or a Hub id
 base_revision: str = ""  # commit of a base from the Hub; required there
 architecture: str = "vit-micro"  # of a base that is not loaded
-image_size: int = 64  # side in pixels, of a base that is not loaded
-pretrain_epochs: int = 12  # passes when base_model is pretrain
+image_size: int = 48  # side in pixels, of a base that is not loaded
+pretrain_epochs: int = 10  # passes when base_model is pretrain
 method: str = "lora"  # lora, qlora, full, head: what is trained beside the head
 lora_rank: int = 8  # rank r of the adapters
 lora_alpha: int = 32  # adapters are scaled by alpha / rank
 lora_dropout: float = 0.1  # share of adapter inputs dropped
 epochs: int = 6  # passes over the training split
 train_batch_size: int = 32  # pictures a step
-learning_rate: float = 0.002  # peak of the schedule
+learning_rate: float = 0.003  # peak of the schedule
 weight_decay: float = 0.01  # AdamW, matrices only
 warmup: float = 0.1  # share of the steps with a rising learning rate
 label_smoothing: float = 0.0  # share of the target spread over all classes
 crop_area: float = 0.6  # smallest share of a picture that a training crop keeps
-precision: str = (
-    "auto"  # auto, fp32, fp16, bf16: of the training arithmetic; auto: bf16, else fp16, on a GPU and fp32 on a CPU
-)
+precision: str = "auto"  # auto, fp32, fp16, bf16: training arithmetic; auto: 16 bit on a GPU
 resume: bool = False  # go on from the last complete training checkpoint
 
 # %%
@@ -64,10 +62,10 @@ settings = params.collect(globals())
 # Every source looks alike from here: pictures with a class, in a training, a validation and perhaps a test split.
 
 # %%
-from vitlib import data
+from vitlib import data, plots
 
 dataset = data.load(settings)
-dataset.summary()
+plots.table(dataset.summary(), index=True)
 
 # %% [markdown]
 # The base network comes first, because it decides how pictures are resized and normalised. `pretrain` trains a
@@ -77,7 +75,7 @@ dataset.summary()
 from vitlib import finetune
 
 base = finetune.load_base(settings, dataset)
-base.origin
+plots.table(finetune.describe(base))
 
 # %% [markdown]
 # This is what the preprocessing does to every picture, in training and in evaluation alike.
@@ -92,22 +90,20 @@ base.preprocess.describe()
 decoded = data.decode_splits(dataset, ["train", "valid"], base.preprocess, settings.workers)
 
 # %%
-from vitlib import plots
-
 plots.picture_grid(*data.one_of_each(decoded["train"], base.labels, 18))
 
 # %% [markdown]
 # Files that could not be used are named here with the reason, not dropped in silence.
 
 # %%
-dataset.problems()
+plots.table(dataset.problems(), none="every file could be used")
 
 # %% [markdown]
 # A picture that stands in two splits would be tested on what was learnt by heart. Exact copies and near copies (the
 # same photograph, saved again) are listed; both count against the validation accuracy.
 
 # %%
-data.duplicates(decoded)
+plots.table(data.duplicates(decoded), digits=4, none="no picture stands in two splits")
 
 # %% [markdown]
 # ## What is trained
@@ -118,7 +114,7 @@ data.duplicates(decoded)
 
 # %%
 model = finetune.make_trainable(base, settings)
-finetune.parameter_table(model)
+plots.table(finetune.parameter_table(model), index=True)
 
 # %% [markdown]
 # ## Training
@@ -127,7 +123,7 @@ finetune.parameter_table(model)
 
 # %%
 history = finetune.train(model, base, decoded, settings)
-history.round(3).set_index("epoch")
+plots.table(history, digits=3)
 
 # %%
 plots.learning_curves(history)
@@ -145,7 +141,7 @@ checkpoints = finetune.save_checkpoints(merged, base, settings, history)
 
 # %%
 reloaded = finetune.check_reload(merged, base, checkpoints, decoded["valid"])
-reloaded.round(4)
+plots.table(reloaded, digits=4, index=True)
 
 # %% [markdown]
 # ## What we saw

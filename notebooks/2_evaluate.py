@@ -60,10 +60,10 @@ settings = params.collect(globals())
 # row with the reason; nothing is replaced by something else.
 
 # %%
-from vitlib import data, evaluate
+from vitlib import data, evaluate, plots
 
 bench = evaluate.prepare(settings, data.load(settings))
-evaluate.status_table(bench)
+plots.table(evaluate.status_table(bench))
 
 # %% [markdown]
 # ## Accuracy
@@ -87,14 +87,14 @@ quality.style.format("{:.4f}").format("{:.1e}", subset="logit_kl")
 # %%
 latencies, throughputs = evaluate.benchmark(bench, settings)
 speeds = evaluate.speed(latencies, throughputs)
-speeds.round(2)
+plots.table(speeds)
 
 # %% [markdown]
 # The same for one picture on this machine's CPU, for the variants that run there.
 
 # %%
 cpu = evaluate.cpu_latency(bench, settings)
-cpu.round(2).to_frame()
+plots.table(cpu.to_frame(), index=True)
 
 # %% [markdown]
 # ## Memory
@@ -104,7 +104,7 @@ cpu.round(2).to_frame()
 
 # %%
 memories = evaluate.memory(bench, settings)
-memories.round(2)
+plots.table(memories)
 
 # %% [markdown]
 # ## Where the time goes
@@ -115,10 +115,9 @@ memories.round(2)
 
 # %%
 kernels, device_times = evaluate.device_time(bench, settings)
-device_times.round(3)
+plots.table(evaluate.readable_device_times(device_times))
 
 # %%
-from vitlib import plots
 from vitlib.profile import PARTS
 
 plots.device_time_by_part(kernels, PARTS)
@@ -158,7 +157,7 @@ plots.throughput_by_batch(table)
 
 # %%
 ratios = evaluate.compare(table, bench.baseline)
-ratios.round(2)
+plots.table(ratios, index=True)
 
 # %%
 from IPython.display import Markdown

@@ -48,14 +48,14 @@ settings = params.collect(globals())
 from vitlib import ablation, data
 
 subject = ablation.prepare(settings, data.load(settings))
-f"{len(subject.blocks)} blocks, {len(subject.labels)} pictures, on {subject.loaded.device.type}"
+print(f"{len(subject.blocks)} blocks, {len(subject.labels)} pictures, on {subject.loaded.device.type}")
 
 # %% [markdown]
 # Configurations that agree up to some block share the work up to there.
 
 # %%
 logits, share = ablation.measure(subject, settings)
-f"{share:.0%} of the block evaluations of a full pass for each configuration were needed"
+print(f"{share:.0%} of the block evaluations of a full pass for each configuration were needed")
 
 # %% [markdown]
 # ## The table

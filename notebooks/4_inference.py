@@ -45,10 +45,10 @@ settings = params.collect(globals())
 # with the checkpoint.
 
 # %%
-from vitlib import inference
+from vitlib import inference, plots
 
 predictor = inference.load(settings)
-predictor.describe()
+plots.table(predictor.describe())
 
 # %% [markdown]
 # ## The pictures
@@ -57,7 +57,7 @@ predictor.describe()
 
 # %%
 pictures_found, skipped = inference.find_pictures(settings)
-f"{len(pictures_found)} pictures, {len(skipped)} other files"
+print(f"{len(pictures_found)} pictures, {len(skipped)} other files")
 
 # %% [markdown]
 # ## Predictions
@@ -66,15 +66,13 @@ f"{len(pictures_found)} pictures, {len(skipped)} other files"
 
 # %%
 frame, decoded, rate = inference.predict(predictor, pictures_found, skipped, settings)
-inference.readable(frame)
+plots.table(inference.readable(frame))
 
 # %% [markdown]
 # Some of them to look at. Where the right answer is known, the title is green for a right and red for a wrong
 # prediction.
 
 # %%
-from vitlib import plots
-
 plots.picture_grid(*inference.examples(frame, decoded, settings.grid), right=inference.marks(frame, settings.grid))
 
 # %% [markdown]

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def subject(checkpoints, pixels):
-    loaded = models.load(checkpoints, Variant("bf16"), CPU)
+    loaded = models.load(checkpoints, Variant("fp16"), CPU)
     return ablation.Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
 
 
@@ -21,7 +21,7 @@ def subject(checkpoints, pixels):
 def test_every_configuration_equals_a_network_quantized_that_way(subject, bits):
     model = subject.loaded.model
     wanted = ablation.configurations(len(subject.blocks))
-    x = subject.loaded.preprocess.normalise(subject.pixels, torch.bfloat16)
+    x = subject.loaded.preprocess.normalise(subject.pixels, torch.float16)
     with torch.inference_mode():
         found = ablation.Exchange(model, bits).logits(x, wanted)
         assert set(found) == {configuration.kept for configuration in wanted}

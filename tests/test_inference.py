@@ -21,7 +21,7 @@ def study(checkpoints, tmp_path, monkeypatch):
         Image.fromarray(noise).save(folder / name)
     (folder / ".DS_Store").write_bytes(b"Bud1")
     (folder / "2" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not really")
-    return params.check({"study": "unit", "pictures": str(folder)})
+    return params.check({"study": "unit", "device": "cpu", "pictures": str(folder)})
 
 
 @pytest.fixture

@@ -140,9 +140,7 @@ def test_sigkill_midway_leaves_the_old_and_is_cleaned_up_later(tmp_path: Path) -
         os.utime(path, (0, 0))
     for name in targets:
         records._clean_leftovers(tmp_path / name)
-    assert _names(tmp_path) == ["file", "folder"] and all(
-        path.read_text() == "old" for path in targets.values()
-    )
+    assert _names(tmp_path) == ["file", "folder"] and all(path.read_text() == "old" for path in targets.values())
 
 
 def test_a_folder_that_stepped_aside_is_put_back(tmp_path: Path) -> None:

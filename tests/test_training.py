@@ -60,7 +60,7 @@ def kill(train, monkeypatch, tmp_path):
 
     def run(**options):
         with monkeypatch.context() as patch:
-            patch.setattr(training._EpochClock, "on_step_end", stop, raising=False)
+            patch.setattr(training._EpochClock, "on_step_end", stop)
             with pytest.raises(Killed):
                 train(**options)
         return tmp_path / "run"

@@ -47,12 +47,11 @@ class Configuration:
 
 
 def prepare(settings: Parameters, dataset: Dataset) -> Subject:
-    """The merged checkpoint in fp16 (bf16 on a CPU, where fp16 is emulated) and the validation pictures."""
+    """The merged checkpoint in fp16, the format that bitsandbytes' int8 product takes, and the validation pictures."""
     models.quiet_libraries()
     device = models.pick_device(settings.device)
-    weights = "fp16" if device.type == "cuda" else "bf16"
     checkpoints = records.study_folder(settings.study) / "checkpoints"
-    loaded = models.load(checkpoints, Variant(weights), device)
+    loaded = models.load(checkpoints, Variant("fp16"), device)
     loaded.labels.check(dataset, "valid")
     dataset.splits["valid"] = data.evenly(dataset.splits["valid"], settings.ablation_pictures)
     valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]

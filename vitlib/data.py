@@ -6,6 +6,7 @@ the checkpoint was trained with.
 """
 
 import hashlib
+import io
 import json
 import re
 import stat
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -27,7 +29,7 @@ from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
 
 # Decoders that are opened at all: the formats people photograph in. Others (EPS runs a program, for one) are refused.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG reads MPO too: phones store two JPEGs in one file
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 NEAR_DUPLICATE = 0.998  # correlation of 16 × 16 grey thumbnails; below it different pictures of one plant appear
 
@@ -121,9 +123,9 @@ def load(settings: Parameters) -> Dataset:
     if settings.data_source == "synthetic":
         dataset = from_synthetic(synthetic.TARGET_CLASSES, settings)
     elif kind == "hub":
-        dataset = from_hub(rest)
+        dataset = from_hub(rest, settings.max_megapixels)
     elif kind == "torchvision":
-        dataset = from_torchvision(rest)
+        dataset = from_torchvision(rest, settings.max_megapixels)
     else:
         dataset = from_folder(Path(settings.data_source).expanduser(), settings.max_megapixels)
     check(dataset)
@@ -194,7 +196,7 @@ def from_folder(folder: Path, max_megapixels: float) -> Dataset:
 
 def _walk(root: Path, folder: Path, split: str, skipped: list, max_megapixels: float) -> Iterable[Picture]:
     for entry in sorted(root.iterdir(), key=lambda path: _natural(path.name)):
-        if not entry.is_dir():
+        if not entry.is_dir() or entry.name.startswith("."):  # .ipynb_checkpoints is no class
             if reason := not_a_picture(entry):
                 skipped.append((entry.relative_to(folder).as_posix(), split, reason))
             elif split == "test":
@@ -240,8 +242,12 @@ def open_picture(path: Path, max_megapixels: float) -> Image.Image:
     """The picture as an upright RGB image. BadPicture with the reason where that cannot be had."""
     if reason := not_a_picture(path):
         raise BadPicture(reason)
+    return _decode(path, max_megapixels)
+
+
+def _decode(file: Path | BinaryIO, max_megapixels: float) -> Image.Image:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             # Compressed size says nothing: a 12 KB PNG can take half a gigabyte. The header tells before decoding.
             if image.width * image.height > max_megapixels * 1e6:
                 raise BadPicture(f"{image.width} × {image.height} pixels are more than {max_megapixels:g} megapixels")
@@ -252,8 +258,10 @@ def open_picture(path: Path, max_megapixels: float) -> Image.Image:
         raise
     except Image.UnidentifiedImageError:
         raise BadPicture("not a picture in a known format") from None
+    except PermissionError as error:
+        raise BadPicture(f"cannot be read: {error.strerror}") from None
     except (OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError, OverflowError) as error:
-        raise BadPicture(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise BadPicture(f"damaged: {_first_line(error)}") from error
     except Image.DecompressionBombError as error:
         raise BadPicture(f"too large: {error}") from None
 
@@ -262,7 +270,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as a viewer shows it: 16-bit grey is scaled (PIL would clip it to white), transparency lies on white."""
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I", "F"):
         values = np.asarray(image, dtype=np.float64)
-        scale = 255.0 if image.mode == "F" and values.max() <= 1 else 255 / 65535 if values.max() > 255 else 1.0
+        if image.mode.startswith("I;16"):
+            scale = 255 / 65535  # by the format, not by the values: a dark picture stays dark
+        else:
+            scale = 255.0 if image.mode == "F" and values.max() <= 1 else 255 / 65535 if values.max() > 255 else 1.0
         return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -270,7 +281,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def from_hub(name: str) -> Dataset:
+def from_hub(name: str, max_megapixels: float) -> Dataset:
     """A Hub data set (or a local folder of one) with an image and a class-label column, through `datasets`."""
     try:
         import datasets
@@ -283,35 +294,42 @@ def from_hub(name: str) -> Dataset:
     if image is None or label is None:
         raise DataError(f"{name!r} needs an image and a class-label column, it has {', '.join(features)}")
     names = features[label].names
-    splits = {
-        split: [
-            Picture(f"{split}/{i:06d}", names[number], partial(_open_row, table, i, image))
-            for i, number in enumerate(table[label])
-        ]
-        for split, spellings in SPLITS.items()
-        if (table := next((loaded[key] for key in spellings if key in loaded), None)) is not None
-    }
+    splits = {}
+    for split, spellings in SPLITS.items():
+        if (key := next((key for key in spellings if key in loaded), None)) is not None:
+            table = loaded[key].cast_column(image, datasets.Image(decode=False))  # opened here, with our limits
+            splits[split] = [
+                Picture(
+                    f"{split}/{row:06d}",
+                    None if number is None or number < 0 else names[number],  # −1: unlabelled, by the Hub's custom
+                    partial(_open_row, table, row, image, max_megapixels),
+                )
+                for row, number in enumerate(table[label])
+            ]
     return Dataset(splits, {key: key.replace("_", " ") for key in names})
 
 
-def _open_row(table: object, row: int, column: str) -> Image.Image:
-    return to_rgb(ImageOps.exif_transpose(table[row][column]))
+def _open_row(table: object, row: int, column: str, max_megapixels: float) -> Image.Image:
+    cell = table[row][column]
+    if not cell:
+        raise BadPicture("no picture in this row")
+    return _decode(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), max_megapixels)
 
 
-def from_torchvision(folder: str) -> Dataset:
+def from_torchvision(folder: str, max_megapixels: float) -> Dataset:
     """torchvision's Flowers102 (official splits, downloaded to `folder`); classes '1'…'102' as in the class folders."""
     try:
         from torchvision.datasets import Flowers102
     except (ImportError, RuntimeError) as error:  # beside a CPU-only torch its import fails at run time
         raise DataError(
-            f"`data_source: torchvision:…` needs a working torchvision ({error}); use class folders instead"
+            f"`data_source: torchvision:…` needs a working torchvision ({_first_line(error)}): use class folders"
         ) from None
     splits = {}
     for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
         table = Flowers102(folder or "data", split=theirs, download=True)
         files = zip(table._image_files, table._labels, strict=True)
         splits[split] = [
-            Picture(f"{split}/{Path(file).name}", str(number + 1), partial(open_picture, Path(file), 50.0))
+            Picture(f"{split}/{Path(file).name}", str(number + 1), partial(open_picture, Path(file), max_megapixels))
             for file, number in files
         ]
     return Dataset(splits, {str(number + 1): name for number, name in enumerate(Flowers102.classes)})
@@ -418,7 +436,12 @@ def _thumbnails(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _natural(text: str) -> list:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    return [*parts, (-1, 0, text)]  # '07' and '7' have an order too
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _some(items: list[str]) -> str:

@@ -291,7 +291,7 @@ def compare(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
         rows.append(
             {
                 "variant": variant,
-                "batch": batch,
+                "batch": int(batch),
                 "times smaller": base.loc[batch, "model_mb"] / row["model_mb"],
                 "times lower latency": base.loc[batch, "latency_p50_ms"] / row["latency_p50_ms"],
                 "times the throughput": row["throughput_img_s"] / base.loc[batch, "throughput_img_s"],
@@ -304,6 +304,21 @@ def compare(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def pixels_seen(picture: data.Picture, pre: preprocess.Preprocess) -> torch.Tensor:
     """The normalised tensor (3, h, w) the network gets for one picture, for looking at."""
     return pre.normalise(pre.resize(picture.open())[None])[0]
+
+
+def readable_device_times(device_times: pd.DataFrame) -> pd.DataFrame:
+    """The totals of `device_time` for a report: milliseconds, and kernel names cut to what tells them apart."""
+    return pd.DataFrame(
+        {
+            "variant": device_times["variant"],
+            "batch": device_times["profiled_batch"],
+            "kernels a pass": device_times["kernels_per_pass"],
+            "device time (ms)": device_times["device_time_us"] / 1000,
+            "attention (ms)": device_times["attention_device_time_us"] / 1000,
+            "not attributed (%)": 100 * device_times["unattributed_share"],
+            "attention kernel": device_times["attention_kernel"].str.removeprefix("void ").str.slice(0, 55),
+        }
+    )
 
 
 def readable(table: pd.DataFrame) -> "pd.io.formats.style.Styler":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,15 +110,15 @@ def _pretrained(settings: Parameters, device: torch.device) -> Path:
     return models.save(model.cpu(), folder, pre=pre, labels=labels, provenance=provenance)
 
 
-PRETRAIN_PICTURES = 60  # of a class
+PRETRAIN_PICTURES = 100  # of a class
 PRETRAIN_RECIPE = Recipe(
-    epochs=12,
+    epochs=10,
     batch_size=64,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     weight_decay=0.05,
     warmup=0.1,
-    label_smoothing=0.1,
-    crop_area=0.6,
+    label_smoothing=0.0,
+    crop_area=0.7,
     precision="auto",
     seed=0,
 )
@@ -126,6 +127,22 @@ PRETRAIN_RECIPE = Recipe(
 def examples_of(decoded: dict[str, Decoded], labels: Labels) -> dict[str, Examples]:
     """Pixels with the checkpoint's class ids, by split."""
     return {split: Examples(part.pixels, labels.ids(part.pictures)) for split, part in decoded.items()}
+
+
+def describe(base: Base) -> pd.DataFrame:
+    """What is fine-tuned: origin, size and shape of the base."""
+    config = base.model.config
+    facts = {
+        "base": f"{base.origin['base']} {base.origin.get('revision', '')[:10]}".strip(),
+        "blocks": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "patch": config.patch_size,
+        "pixels": " × ".join(map(str, base.preprocess.side)),
+        "parameters (M)": round(sum(p.numel() for p in base.model.parameters()) / 1e6, 2),
+        "new classes": len(base.labels.names),
+    }
+    return pd.DataFrame([facts])
 
 
 def make_trainable(base: Base, settings: Parameters) -> nn.Module:
@@ -144,7 +161,9 @@ def make_trainable(base: Base, settings: Parameters) -> nn.Module:
             target_modules=list(ENCODER_LINEARS),
             modules_to_save=[quantize.CLASSIFIER],
         )
-        model = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():  # of a name that peft still uses and transformers will drop
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            model = peft.get_peft_model(model, config)
     else:
         model.requires_grad_(settings.method == "full")
         model.classifier.requires_grad_(True)

@@ -24,14 +24,22 @@ class Predictor:
     variant: Variant
     engine: Engine
 
-    def describe(self) -> pd.Series:
+    def describe(self) -> pd.DataFrame:
         """What was asked and what really is there."""
         loaded = self.engine.loaded
         found = models.evidence(loaded.model)
-        facts = {"variant": self.variant.name, "device": loaded.device.type, "classes": len(loaded.labels.names)}
-        facts |= {"weights (MB)": round(loaded.weights_mb, 1), "pixels": " × ".join(map(str, loaded.preprocess.side))}
-        return pd.Series(
-            facts | {"encoder linears": found["encoder_linears"], "attention": found["attention"]}, name=""
+        return pd.DataFrame(
+            [
+                {
+                    "variant": self.variant.name,
+                    "device": loaded.device.type,
+                    "classes": len(loaded.labels.names),
+                    "pixels": " × ".join(map(str, loaded.preprocess.side)),
+                    "weights (MB)": loaded.weights_mb,
+                    "encoder linears": ", ".join(f"{n} {kind}" for kind, n in found["encoder_linears"].items()),
+                    "attention": found["attention"],
+                }
+            ]
         )
 
 
@@ -129,13 +137,14 @@ def accuracy(frame: pd.DataFrame, predictor: Predictor) -> pd.Series:
 
 
 def readable(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
-    """The first rows for a report: file, status, right name, and the three best names with their probabilities."""
+    """Rows spread over the files: file, status, right name, the three best names with their probabilities."""
+    frame = frame.iloc[_chosen(len(frame), rows)]
     shown = frame[["file", "status", "label_name"]].copy()
     for rank in (1, 2, 3):
         pairs = zip(frame[f"name_{rank}"], frame[f"probability_{rank}"], strict=True)
         shown[f"guess {rank}"] = ["" if pd.isna(p) else f"{name} ({100 * p:.1f} %)" for name, p in pairs]
     shown["reason"] = frame["reason"]
-    return shown.head(rows)
+    return shown
 
 
 def examples(frame: pd.DataFrame, decoded: Decoded, count: int) -> tuple[list[np.ndarray], list[str]]:
@@ -162,8 +171,8 @@ def headline(frame: pd.DataFrame, predictor: Predictor, rate: float) -> str:
     found = accuracy(frame, predictor)
     lines = [
         f"- {found['pictures']:.0f} pictures were classified by **{predictor.variant.name}** on "
-        f"{predictor.engine.loaded.device.type}, {rate:,.0f} images per second from file to answer; "
-        f"{found['skipped']:.0f} files were skipped, each with its reason in the record."
+        f"{predictor.engine.loaded.device.type}, {rate:,.0f} images per second from file to answer."
+        + (f" {found['skipped']:.0f} files were skipped, each with its reason." if found["skipped"] else "")
     ]
     if found["labelled"]:
         lines.append(

@@ -50,21 +50,21 @@ class Parameters(BaseModel):
     base_model: str = _parameter("pretrain", "pretrain (on other synthetic flowers), random, a folder, or a Hub id", 1)
     base_revision: str = _parameter("", "commit of a base from the Hub; required there", 1)
     architecture: str = _parameter("vit-micro", "of a base that is not loaded", 1)
-    image_size: int = _parameter(64, "side in pixels, of a base that is not loaded", 1, ge=16, le=1024)
-    pretrain_epochs: int = _parameter(12, "passes when base_model is pretrain", 1, ge=1, le=1000)
+    image_size: int = _parameter(48, "side in pixels, of a base that is not loaded", 1, ge=16, le=1024)
+    pretrain_epochs: int = _parameter(10, "passes when base_model is pretrain", 1, ge=1, le=1000)
     method: Literal["lora", "qlora", "full", "head"] = _parameter("lora", "what is trained beside the head", 1)
     lora_rank: int = _parameter(8, "rank r of the adapters", 1, ge=1, le=1024)
     lora_alpha: int = _parameter(32, "adapters are scaled by alpha / rank", 1, ge=1)
     lora_dropout: float = _parameter(0.1, "share of adapter inputs dropped", 1, ge=0, lt=1)
     epochs: int = _parameter(6, "passes over the training split", 1, ge=1, le=10000)
     train_batch_size: int = _parameter(32, "pictures a step", 1, ge=1)
-    learning_rate: float = _parameter(2e-3, "peak of the schedule", 1, gt=0, le=1)
+    learning_rate: float = _parameter(3e-3, "peak of the schedule", 1, gt=0, le=1)
     weight_decay: float = _parameter(0.01, "AdamW, matrices only", 1, ge=0, lt=1)
     warmup: float = _parameter(0.1, "share of the steps with a rising learning rate", 1, ge=0, lt=1)
     label_smoothing: float = _parameter(0.0, "share of the target spread over all classes", 1, ge=0, lt=1)
     crop_area: float = _parameter(0.6, "smallest share of a picture that a training crop keeps", 1, gt=0, le=1)
     precision: Literal["auto", "fp32", "fp16", "bf16"] = _parameter(
-        "auto", "of the training arithmetic; auto: bf16, else fp16, on a GPU and fp32 on a CPU", 1
+        "auto", "training arithmetic; auto: 16 bit on a GPU", 1
     )
     resume: bool = _parameter(False, "go on from the last complete training checkpoint", 1)
 
@@ -172,6 +172,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ParameterError(f"{path.name} is not UTF-8 text: {error.reason}") from None
     except ParameterError as error:
         raise ParameterError(f"{path.name}, {error}") from None
+    except ValueError as error:  # what looks like a date or a number and is none: 2024-99-99, 0x_, 5,000 digits
+        raise ParameterError(f"{path.name} holds a value that cannot be read: {error}") from None
+    except RecursionError:
+        raise ParameterError(f"{path.name} is nested too deeply: write `name: value` lines") from None
     if loaded is not None and not isinstance(loaded, dict):
         raise ParameterError(f"{path.name} must hold `name: value` lines, it holds a {type(loaded).__name__}")
     return loaded or {}

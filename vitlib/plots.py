@@ -9,9 +9,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import Markdown
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 PALETTE = "colorblind"
+
+
+def table(frame: pd.DataFrame, *, digits: int = 2, index: bool = False, none: str = "none") -> Styler | Markdown:
+    """A table to read: rounded, thousands separated, a dash for what was not measured; `none` where it has no row."""
+    if frame.empty:
+        return Markdown(f"*{none}*")
+    numbers = frame.select_dtypes("number")
+    whole = [name for name in numbers if (numbers[name].dropna() % 1 == 0).all()]
+    formats = {name: "{:,.0f}" if name in whole else f"{{:,.{digits}f}}" for name in numbers}
+    text = [name for name in frame if name not in numbers]
+    styled = frame.style.format(formats, na_rep="–").set_properties(subset=text, **{"text-align": "left"})
+    return styled if index else styled.hide(axis="index")
 
 
 def _axes(columns: int = 1, *, width: float = 8.0, height: float = 4.5) -> tuple[Figure, np.ndarray]:
@@ -146,6 +160,7 @@ def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
         rows = blocks[blocks["bits"] == number]
         axis.bar(rows["block"], 100 * rows["kl_removed"], color=sns.color_palette(PALETTE)[0])
         axis.axhline(0, color="black", linewidth=0.8)
+        axis.axhline(100 / len(rows), color="grey", linestyle=":")  # if all blocks shared the divergence equally
         axis.set(xlabel="block kept in 16 bit", ylabel="KL that goes away (%)", title=f"{number} bits")
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -98,7 +98,9 @@ def augment(batch: torch.Tensor, *, crop_area: float, generator: torch.Generator
     count = batch.shape[0]
     area = torch.empty(count).uniform_(crop_area, 1, generator=generator)
     aspect = torch.empty(count).uniform_(-1, 1, generator=generator).mul(np.log(4 / 3) / 2).exp()
-    scale_x, scale_y = (area.sqrt() * aspect).clamp(max=1), (area.sqrt() / aspect).clamp(max=1)
+    side = area.sqrt()
+    aspect = aspect.clamp(min=side, max=1 / side)  # a crop wider or higher than the picture would lose area
+    scale_x, scale_y = side * aspect, side / aspect
     shift_x = torch.empty(count).uniform_(-1, 1, generator=generator) * (1 - scale_x)
     shift_y = torch.empty(count).uniform_(-1, 1, generator=generator) * (1 - scale_y)
     flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)

@@ -128,9 +128,7 @@ PRETRAIN_CLASSES: tuple[FlowerClass, ...] = (
     FlowerClass("pink-daisy", "pink garden daisy", 16, "pink", "rose", "yellow", **_DAISY),
     FlowerClass("violet-aster", "violet aster", 16, "violet", "purple", "yellow", **_DAISY),
     FlowerClass("orange-coneflower", "orange coneflower", 12, "orange", "red", "brown", **_DAISY),
-    FlowerClass(
-        "double-orange-coneflower", "double orange coneflower", 12, "orange", "red", "yellow", **_DOUBLE
-    ),
+    FlowerClass("double-orange-coneflower", "double orange coneflower", 12, "orange", "red", "yellow", **_DOUBLE),
     FlowerClass("double-aster", "double lilac aster", 16, "lilac", "purple", "yellow", **_DOUBLE),
     FlowerClass("yellow-poppy", "yellow mountain poppy", 4, "yellow", "orange", "orange", **_POPPY),
     FlowerClass("apricot-poppy", "apricot field poppy", 4, "apricot", "coral", "black", **_POPPY),
@@ -277,9 +275,7 @@ def _background(rng: np.random.Generator, *, size: int) -> np.ndarray:
     return dark + texture * (light - dark)
 
 
-def _plant(
-    canvas: np.ndarray, flower: FlowerClass, rng: np.random.Generator, *, radius: float, reach: float
-) -> None:
+def _plant(canvas: np.ndarray, flower: FlowerClass, rng: np.random.Generator, *, radius: float, reach: float) -> None:
     """Paint stem, leaves and head; `reach` bounds the head's distance from the middle on each axis."""
     x, y = _grid(canvas.shape[-1])
     cx, cy = rng.uniform(-reach, reach), rng.uniform(-reach, reach)
@@ -422,9 +418,7 @@ def _paint_centre(
         _blend(canvas, _soft(frill - radius, head.pixel), bright * colour)
 
 
-def _paint_cup(
-    canvas: np.ndarray, flower: FlowerClass, head: _Head, colours: tuple, rng: np.random.Generator
-) -> None:
+def _paint_cup(canvas: np.ndarray, flower: FlowerClass, head: _Head, colours: tuple, rng: np.random.Generator) -> None:
     """Paint a tulip from the side: petals rise from one foot, the middle one in front."""
     tip, base, _ = colours
     fan = np.linspace(-0.42, 0.42, flower.petals)

@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import sort_checkpoints
 
 from vitlib import preprocess, records
@@ -116,16 +117,30 @@ def _metrics(prediction: object) -> dict[str, float]:
 
 
 class _EpochClock(TrainerCallback):
-    """Puts seconds, images per second and peak memory of each epoch's training into the log history."""
+    """Puts seconds, images per second and peak memory of each epoch into the log history, and shows a progress bar."""
 
     def __init__(self, pictures: int) -> None:
         self.pictures = pictures
 
     def on_epoch_begin(self, args: object, state: object, control: object, **_: object) -> None:
         """Start the clock."""
+        if not hasattr(self, "bar"):
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.start = time.perf_counter()
+
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+        """Move the bar."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args: object, state: object, control: object, metrics: dict, **_: object) -> None:
+        """Show the last validation accuracy beside the bar."""
+        self.bar.set_postfix(epoch=round(state.epoch), top1=f"{metrics['eval_top1']:.3f}")
+
+    def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
+        """Close the bar."""
+        self.bar.close()
 
     def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Stop it, before validation runs."""
@@ -173,6 +188,7 @@ def train(
         recipe=recipe,
         identity=identity,
     )
+    trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
     trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
     return _history(trainer.state.log_history)
 
@@ -201,6 +217,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to="none",
+        disable_tqdm=True,
         seed=recipe.seed,
         data_seed=recipe.seed,
     )

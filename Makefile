@@ -1,0 +1,43 @@
+# The two commands: `make study` and `make test`. Both set up .venv first, from pyproject.toml.
+PYTHON ?= python3
+STUDY ?= demo
+CORES ?= all
+BIN := .venv/bin
+# uv finds a folder of wheels only through its own variable.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup study test lab sync clean
+
+help:  ## print this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo; echo "STUDY=<name> takes params/<name>.yaml (default demo): $$(cd params && ls *.yaml 2>/dev/null | sed 's/\.yaml//' | xargs)"
+
+setup: .venv/installed  ## make .venv with the pinned versions
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, $(PYTHON) is {v}; try make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/uv pip install -e '.[dev]'
+	@touch $@
+
+study: setup  ## run the notebooks of STUDY that are out of date, then print the table of variants
+	@$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet host progress rules reason --config study=$(STUDY)
+	@$(BIN)/python -m vitlib.report summary --study $(STUDY)
+
+test: setup  ## linter and tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 -q
+
+lab: setup  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+sync: setup  ## bring each notebook's .py and .ipynb in step (the newer one wins)
+	$(BIN)/jupytext --sync notebooks/*.py
+
+clean:  ## remove the results of STUDY and caches, not .venv
+	rm -rf outputs/$(STUDY) .snakemake .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

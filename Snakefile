@@ -1,0 +1,88 @@
+"""The order of a study's notebooks; what is up to date is not run again. `make study` calls it.
+
+    snakemake -c all --config study=demo
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+STUDY = config.get("study", "demo")
+SET = f"params/{STUDY}.yaml"
+OUT = f"outputs/{STUDY}"
+RUN = f"{shlex.quote(sys.executable)} -m vitlib.report"
+
+# notebook: the records it leaves, and the notebooks whose records it needs. A further notebook is a further row.
+NOTEBOOKS = {
+    "1_finetune": (["finetune.csv"], []),
+    "2_evaluate": (["variants.csv", "kernels.csv"], ["1_finetune"]),
+    "3_ablation": (["ablation.csv"], ["2_evaluate"]),
+    "4_inference": (["predictions.csv"], ["2_evaluate"]),
+}
+
+workflow.workdir(workflow.basedir)  # also when called from notebooks/
+sys.path.insert(0, str(workflow.basedir))
+from vitlib.imports import sources
+
+if not Path(SET).is_file():
+    sys.exit(f"error: there is no parameter set {SET}")
+
+
+def records_of(notebook):
+    return [f"{OUT}/records/{name}" for name in NOTEBOOKS[notebook][0]]
+
+
+def reports_of(notebook):
+    return [f"{OUT}/{notebook}.html", f"{OUT}/{notebook}.ipynb"]
+
+
+def mark_of(notebook):
+    """An empty file that says that the notebook's last run went well."""
+    return f".snakemake/done/{STUDY}/{notebook}"
+
+
+rule all:
+    # All files by name, not the index alone: Snakemake takes no notice of a missing file that lies further back.
+    input:
+        f"{OUT}/index.html",
+        [file for notebook in NOTEBOOKS for file in reports_of(notebook) + records_of(notebook)],
+        [mark_of(notebook) for notebook in NOTEBOOKS],
+
+
+rule index:
+    input:
+        [file for notebook in NOTEBOOKS for file in reports_of(notebook) + records_of(notebook)],
+        [mark_of(notebook) for notebook in NOTEBOOKS],
+        "vitlib/frontpage.py",
+        "vitlib/templates/index.html.j2",
+        "vitlib/templates/report/static/report.css",
+    output:
+        f"{OUT}/index.html",
+    shell:
+        "{RUN} index --study {STUDY}"
+
+
+for notebook, (_, needs) in NOTEBOOKS.items():
+
+    rule:
+        name: notebook.partition("_")[2]
+        input:
+            script=f"notebooks/{notebook}.py",
+            parameters=SET,
+            code=[os.path.relpath(file) for file in sources(f"notebooks/{notebook}.py")],
+            records=[record for other in needs for record in records_of(other)],
+            marks=[mark_of(other) for other in needs],
+        output:
+            # Snakemake removes outputs before a job, except those it is to update: the last good report stays
+            # until a better one is whole. The mark is removed, so that a failed notebook is run again next time.
+            # The failed report is no `log:`, as Snakemake makes empty files of logs that were not written.
+            reports=[update(file) for file in reports_of(notebook)],
+            records=[update(file) for file in records_of(notebook)],
+            mark=touch(mark_of(notebook)),
+        params:
+            notebook=f"notebooks/{notebook}.ipynb",
+        # One at a time: each uses all cores, and evaluate and inference measure time.
+        threads: workflow.cores
+        shell:
+            "{RUN} run {params.notebook} --study {STUDY} --params {input.parameters}"

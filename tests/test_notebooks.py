@@ -1,0 +1,76 @@
+"""The notebooks: both twins in step, told in small cells, and run from the first cell to the last."""
+
+import ast
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from vitlib import params, records, report
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in params.NOTEBOOKS]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_twins_are_in_step(notebook):
+    """`jupytext --test` passes on a pair that disagrees, so the text is compared."""
+    config = jupytext.config.load_jupytext_config(str(notebook))
+    written = jupytext.writes(jupytext.read(notebook, config=config), fmt="py:percent", config=config)
+    assert written.strip() == notebook.with_suffix(".py").read_text().strip(), "run `make sync`"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_outputs_are_kept_in_a_source(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_cell_calls_and_shows_and_defines_nothing(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    for cell in (cell for cell in cells if cell.cell_type == "code"):
+        nodes = list(ast.walk(ast.parse(cell.source)))
+        assert not [n for n in nodes if isinstance(n, ast.Try | ast.ClassDef | ast.FunctionDef | ast.For | ast.While)]
+        if "parameters" not in cell.metadata.get("tags", ()):
+            assert len(cell.source.splitlines()) <= 8, cell.source
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_prose_holds_no_measured_number(notebook):
+    """A number typed into the prose of a parametrised report is wrong for every other parameter set."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    prose = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert "%" not in prose.replace("%cd", "").replace("%pip", ""), "percentages are computed"
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    """Runs the notebooks one after the other with params/smoke.yaml; returns the study's folder."""
+    folder = records.study_folder("smoke", root=ROOT)
+    for notebook in NOTEBOOKS:
+        chosen = params.load(ROOT / "params" / "smoke.yaml")
+        report.execute(notebook, parameters=chosen, folder=folder, progress=False)
+    report.index(folder)
+    return folder
+
+
+def test_the_whole_study_runs_and_leaves_its_files(smoke):
+    for notebook in NOTEBOOKS:
+        assert (smoke / notebook.name).is_file()
+        assert (smoke / notebook.name).with_suffix(".html").is_file()
+    for name in ("finetune", "variants", "kernels", "ablation", "predictions"):
+        table = records.read_table(smoke / "records" / f"{name}.csv")
+        assert len(table) > 0
+        assert list(table.columns[: len(records.COLUMNS[name])]) == list(records.COLUMNS[name])
+    for checkpoint in ("merged", "nf4", "int8"):
+        assert (smoke / "checkpoints" / checkpoint / "preprocessor_config.json").is_file()
+    assert (smoke / "index.html").is_file()
+
+
+def test_reports_show_no_path_and_no_noise_of_this_machine(smoke):
+    for page in smoke.glob("*.html"):
+        text = page.read_text()
+        for unwanted in (str(ROOT), str(Path.home()) + "/", "Warning:", "USDT", "gemm_4bit_forward"):
+            assert unwanted not in text, f"{page.name} shows {unwanted!r}"

@@ -1,0 +1,304 @@
+"""Parameter sets: one place for defaults, every fault explained, and no file that executes anything."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitlib import params, variants
+from vitlib.params import ParameterError, Parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+SETS = sorted((ROOT / "params").glob("*.yaml"))
+NAMES = set(Parameters.model_fields)
+
+
+def code_cells(notebook: str) -> list[dict]:
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
+
+
+def is_parameters(cell: dict) -> bool:
+    return "parameters" in cell["metadata"].get("tags", [])
+
+
+def formatted(code: str) -> str:
+    """The code as ruff writes it with this project's settings: long lines are broken in the notebooks."""
+    command = [sys.executable, "-m", "ruff", "format", "-", "--config", str(ROOT / "pyproject.toml")]
+    return subprocess.run(command, input=code, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def bound_names(code: str) -> set[str]:
+    """Every name that the code binds: by assignment, import, definition, loop, with or except."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
+                names.add(name)
+            case ast.alias(name=name, asname=other):
+                names.add(other or name.partition(".")[0])
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
+                names.add(name)
+    return names
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Load the text or bytes of a parameter file."""
+
+    def read(content: str | bytes) -> dict:
+        file = tmp_path / "set.yaml"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return params.load(file)
+
+    return read
+
+
+# The files and the notebooks
+
+
+def test_the_sets_of_the_design_are_there():
+    assert {"demo", "smoke", "flowers102"} <= {path.stem for path in SETS}
+
+
+@pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
+def test_every_set_loads_and_is_named_after_its_file(path):
+    """Otherwise two files would write to one outputs/<study>/."""
+    assert params.load(path)["study"] == path.stem
+
+
+@pytest.mark.parametrize("notebook", params.NOTEBOOKS)
+def test_the_parameters_cell_of_the_notebook_is_the_one_printed_from_the_module(notebook):
+    printed = formatted(params.cell(notebook))
+    assert [cell["source"] for cell in code_cells(notebook) if is_parameters(cell)] == [printed]
+    assert f'# %% tags=["parameters"]\n{printed}\n\n# %%' in (ROOT / f"notebooks/{notebook}.py").read_text("utf-8")
+
+
+@pytest.mark.parametrize("notebook", params.NOTEBOOKS)
+def test_a_parameters_cell_holds_the_defaults_as_annotated_literals(notebook):
+    for node in ast.parse(params.cell(notebook)).body:
+        assert isinstance(node, ast.AnnAssign)
+        assert ast.literal_eval(node.value) == getattr(Parameters(), node.target.id)
+
+
+@pytest.mark.parametrize("notebook", params.NOTEBOOKS)
+def test_no_notebook_binds_a_parameters_name_outside_its_parameters_cell(notebook):
+    bound = set().union(*(bound_names(cell["source"]) for cell in code_cells(notebook) if not is_parameters(cell)))
+    assert {"params", "settings"} <= bound  # the finder finds imports and assignments
+    assert bound & NAMES == set()
+
+
+def test_every_parameter_is_read_somewhere():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "vitlib").glob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert NAMES - read == set()
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("epohcs", "epochs"), ("batchsizes", "batch_sizes"), ("lora_r", "lora_rank")]
+)
+def test_an_unknown_parameter_names_the_nearest_known_one(typo, meant):
+    with pytest.raises(ParameterError, match=f"unknown parameter '{typo}': did you mean '{meant}'"):
+        params.check({typo: 1})
+
+
+def test_a_parameter_like_no_other_lists_them_all():
+    with pytest.raises(ParameterError, match=r"known: study, data_source, .*grid"):
+        params.check({"zzz": 1})
+
+
+def test_an_unknown_set_names_the_nearest_file():
+    with pytest.raises(ParameterError, match=r"no parameter set 'flower102\.yaml'; did you mean 'flowers102'"):
+        params.load(ROOT / "params/flower102.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"epochs": 0}, "epochs: .*greater than or equal to 1, it is 0"),
+        ({"epochs": 2.5}, r"epochs: .*integer, it is 2\.5"),
+        ({"seed": "1"}, "seed: .*integer, it is '1'"),
+        ({"seed": True}, "seed: .*integer, it is True"),
+        ({"study": "../elsewhere"}, "study: .*pattern"),
+        ({"resume": "yes"}, "resume: .*boolean, it is 'yes'"),
+        ({"lora_dropout": 1}, "lora_dropout: .*less than 1, it is 1"),
+        ({"learning_rate": float("nan")}, "learning_rate: .*finite"),
+        ({"method": "lorra"}, "method: .*'lora', 'qlora', 'full' or 'head', it is 'lorra'"),
+        ({"variants": []}, "variants: .*at least 1 item"),
+        ({"variants": ["fp32-spda"]}, "unknown variant 'fp32-spda': did you mean 'fp32-sdpa'"),
+        ({"variants": ["fp32-sdpa", "fp32-sdpa"]}, "variants: a variant is named twice"),
+        ({"variants": ["nf4-sdpa"]}, "variants: .*baseline .*must not be quantized"),
+        ({"variant": "nf4-flash"}, "variant: unknown variant"),
+        ({"batch_sizes": [8, 1]}, "batch_sizes: .*rising"),
+        ({"batch_sizes": [0, 1]}, "batch_sizes: .*positive"),
+        ({"batch_sizes": [1, "8"]}, r"batch_sizes\.1: .*integer, it is '8'"),
+        ({"ablation_bits": [3]}, "ablation_bits: allowed are 4 and 8"),
+    ],
+    ids=lambda value: "=".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
+def test_a_wrong_value_says_what_is_allowed(values, says):
+    with pytest.raises(ParameterError, match=says):
+        params.check(values)
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ParameterError) as told:
+        params.check({"epochs": 0, "methd": "lora", "seed": -1})
+    assert len(str(told.value).splitlines()) == 3
+
+
+def test_a_yaml_number_that_yaml_reads_as_text_gets_a_hint(read):
+    with pytest.raises(ParameterError, match=r"learning_rate: .* \(YAML reads 1e-3 as text: write 1\.0e-3\)"):
+        read("learning_rate: 1e-3")
+    assert read("learning_rate: 1.0e-3") == {"learning_rate": 0.001}
+
+
+def test_a_base_from_the_hub_needs_a_revision():
+    base = {"base_model": "google/vit-large-patch16-224"}
+    with pytest.raises(ParameterError, match="set base_revision"):
+        params.check(base)
+    assert params.check({**base, "base_revision": "8041a8c"}).base_revision == "8041a8c"
+
+
+@pytest.mark.parametrize("base", ["pretrain", "random", "./some/folder", "/some/folder", "~/folder"])
+def test_a_base_from_elsewhere_needs_none(base):
+    assert params.check({"base_model": base}).base_model == base
+
+
+def test_an_existing_folder_of_two_parts_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "outputs/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not params.is_hub_id("outputs/base")
+    assert params.is_hub_id("google/base")
+
+
+def test_parameters_cannot_be_changed_afterwards():
+    with pytest.raises(ValueError, match="frozen"):
+        Parameters().epochs = 3
+
+
+# Hostile files
+
+TRAP = "open('trap', 'w').close()"  # executed in any way, it leaves a file
+HOSTILE = {
+    "call tag": f"study: !!python/object/apply:eval [\"{TRAP}\"]",
+    "new-object tag": f"study: !!python/object/new:type {{args: [x, !!python/tuple [], {{a: 1}}], state: \"{TRAP}\"}}",
+    "module tag": "study: !!python/module:antigravity",
+    "tag by a handle": f"%TAG ! tag:yaml.org,2002:python/\n---\nstudy: !object/apply:eval [\"{TRAP}\"]",
+    "harmless tag": "study: !!str demo",
+    "local tag": "study: ! demo",
+    "binary": "study: !!binary ZGVtbw==",
+    "pairs": "study: !!pairs [a: 1]",
+    "set": "study: !!set {a}",
+    "alias": "seed: &one 1\nepochs: *one",
+    "merge key": "<<: {seed: 1}",
+    "nested merge key": "study: {<<: {seed: 1}}",
+    "billion laughs": "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]",
+    "recursive alias": "study: &a [*a]",
+    "key set twice": "seed: 1\nseed: 2",
+    "key that is code": f"\"{TRAP}\": 1",
+    "key that ends a line": f"\"seed = 1\\n{TRAP}\\nseed\": 1",
+    "key that is a list": "? [seed]\n: 1",
+    "key that is a number": "1: 2",
+    "key that is a keyword": "import: 1",
+    "key that is a dunder": "__class__: 1",
+    "key of pydantic": "model_config: {extra: allow}",
+    "list": "- seed",
+    "text": "seed",
+    "number": "0",
+    "two documents": "seed: 1\n---\nseed: 2",
+    "not closed": "batch_sizes: [1, 2",
+    "NUL": "study: \0",
+    "not UTF-8": b"study: \xff\xfe",
+    "deep lists": "study: " + "[" * 20_000,
+    "deep mappings": "study: " + "{a: " * 3_000,
+    "endless number": "seed: " + "9" * 5_000,
+    "no such date": "study: 2024-99-99",
+    "a date": "study: 2024-01-01",
+    "no such offset": "study: 2001-12-14t21:59:43.10+99:99",
+    "hexadecimal nothing": "seed: 0x_",
+    "infinity": "learning_rate: .inf",
+    "value sign": "study: =",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused_and_executes_nothing(read, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError):
+        read(content)
+    assert not Path("trap").exists()
+
+
+@pytest.mark.parametrize("kind", ["call tag", "alias", "key set twice", "key that is code"])
+def test_a_refusal_names_file_and_line(read, kind):
+    with pytest.raises(ParameterError, match=r"set\.yaml, line \d"):
+        read(HOSTILE[kind])
+
+
+def test_text_that_is_code_stays_text(read):
+    """Values are typed: code can only arrive as a string, which papermill quotes."""
+    assert read(f'data_source: "{TRAP}"') == {"data_source": TRAP}
+
+
+@pytest.mark.parametrize("content", ["", "# nothing but a comment\n", "---\n"])
+def test_an_empty_file_changes_nothing(read, content):
+    assert read(content) == {}
+
+
+# In a notebook
+
+
+def test_collect_takes_what_stands_in_the_notebook():
+    found = params.collect({"epochs": 3, "study": "mine", "unrelated": object()})
+    assert (found.epochs, found.study, found.seed) == (3, "mine", 0)
+
+
+def test_collect_finds_a_typo_in_the_cell_that_papermill_injected():
+    history = ["", "epochs: int = 6", "# Parameters\nstudy = 'demo'\nepohcs = 3\n"]
+    with pytest.raises(ParameterError, match="'epohcs': did you mean 'epochs'"):
+        params.collect({"In": history, "epochs": 6, "epohcs": 3})
+
+
+def test_collect_lets_other_cells_assign_what_they_like():
+    assert params.collect({"In": ["", "mine = 1", "# Parameters\nepochs = 3\n"], "epochs": 3, "mine": 1}).epochs == 3
+
+
+def test_collect_checks_values_that_papermill_did_not_bring():
+    with pytest.raises(ParameterError, match="epochs: "):
+        params.collect({"epochs": "many"})
+
+
+# The table of variants
+
+
+def test_names_of_variants_are_unique():
+    rows = (*variants.STUDY, *variants.EXTRA)
+    assert len({row.name for row in rows}) == len(set(rows)) == len(rows) == len(variants.VARIANTS)
+
+
+def test_the_table_covers_the_five_of_the_original_study():
+    original = {"fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2", "int8-flash_attention_2"}
+    assert original <= set(Parameters().variants)
+
+
+def test_the_16_bit_baselines_stand_beside_the_first_row_which_is_fp32():
+    assert Parameters().variants[0] == variants.BASELINE.name == "fp32-sdpa"
+    assert {"fp16-sdpa", "bf16-sdpa"} <= set(Parameters().variants)
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_variant_is_found_by_its_name(name):
+    assert variants.find(name).name == name
+
+
+@pytest.mark.parametrize("wrong", [("int4",), ("fp16", "flash"), ("fp16", "sdpa", "jit")])
+def test_a_variant_of_unknown_parts_cannot_be_made(wrong):
+    with pytest.raises(ValueError, match=f"'{wrong[-1]}' is not one of"):
+        variants.Variant(*wrong)

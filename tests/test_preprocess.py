@@ -1,0 +1,172 @@
+"""One preprocessing for training, evaluation and plain transformers; crops that can be repeated."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from vitlib import models, preprocess
+from vitlib.preprocess import Preprocess, PreprocessError
+
+SQUARE = {"height": 32, "width": 32}
+PROCESSORS = {
+    "ViTImageProcessorPil": {"size": SQUARE},
+    "BeitImageProcessorPil": {"size": SQUARE, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.6, 0.7]},
+    "DeiTImageProcessorPil": {"size": {"height": 40, "width": 40}, "crop_size": SQUARE},
+    "CLIPImageProcessorPil": {"size": {"shortest_edge": 40}, "crop_size": SQUARE},
+}
+
+
+def load(name: str, folder, **settings) -> Preprocess:
+    """A processor of transformers, saved and loaded as a checkpoint's is."""
+    getattr(transformers, name)(**{**PROCESSORS.get(name, {}), **settings}).save_pretrained(folder)
+    return preprocess.load(folder)
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (height // 3, width // 3, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# The processor's own output
+
+
+@pytest.mark.parametrize("size", [(90, 60), (45, 120), (32, 32), (9, 9)], ids=str)
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_resize_then_normalise_is_what_the_processor_does(tmp_path, name, size):
+    pre, image = load(name, tmp_path), photograph(*size)
+    expected = pre.processor(images=image, return_tensors="pt")["pixel_values"]
+    pixels = pre.resize(image)
+    assert (pixels.dtype, tuple(pixels.shape), pre.side) == (torch.uint8, (3, 32, 32), (32, 32))
+    torch.testing.assert_close(pre.normalise(pixels[None]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("switch", ["do_rescale", "do_normalize"])
+def test_what_the_checkpoint_switches_off_stays_off(tmp_path, switch):
+    pre, image = load("ViTImageProcessorPil", tmp_path, **{switch: False}), photograph(50, 50)
+    expected = pre.processor(images=image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pre.normalise(pre.resize(image)[None]), expected.float(), rtol=0, atol=1e-6)
+
+
+def test_height_and_width_are_not_exchanged(tmp_path):
+    pre = load("ViTImageProcessorPil", tmp_path, size={"height": 32, "width": 48})
+    image = photograph(60, 90)
+    expected = pre.processor(images=image, return_tensors="pt")["pixel_values"]
+    assert pre.side == (32, 48) == tuple(expected.shape[2:])
+    torch.testing.assert_close(pre.normalise(pre.resize(image)[None]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalise_computes_in_fp32_and_rounds_last(dtype):
+    pre, pixels = preprocess.new(16), torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    assert pre.normalise(pixels, dtype).equal(pre.normalise(pixels).to(dtype))
+
+
+# Which preprocessing
+
+
+def test_a_checkpoint_without_preprocessing_is_refused_with_advice(checkpoints, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoints / "merged/config.json").read_bytes())
+    with pytest.raises(PreprocessError, match=r"no preprocessor_config\.json.*Save one with the checkpoint"):
+        preprocess.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"image_processor_type": "NoSuchProcessor"}'])
+def test_a_preprocessing_that_cannot_be_read_is_refused(tmp_path, content):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(PreprocessError, match="cannot be read"):
+        preprocess.load(tmp_path)
+
+
+def test_a_preprocessing_without_a_fixed_size_is_refused(tmp_path):
+    pre = load("ConvNextImageProcessorPil", tmp_path, size={"shortest_edge": 32})
+    with pytest.raises(PreprocessError, match="no fixed height and width"):
+        _ = pre.side
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_saved_and_loaded_again_it_says_the_same(tmp_path, name):
+    pre = load(name, tmp_path / "first")
+    pre.save(tmp_path / "second")
+    again = preprocess.load(tmp_path / "second")
+    assert again.describe() == pre.describe()
+    assert {"size", "resample", "image_mean", "image_std"} <= set(pre.describe())
+
+
+def test_describe_tells_two_preprocessings_apart():
+    other = Preprocess(transformers.ViTImageProcessorPil(size=SQUARE, image_mean=[0.485, 0.456, 0.406]))
+    assert other.describe() != preprocess.new(32).describe()
+
+
+def test_what_trained_a_network_evaluates_it(checkpoints):
+    """The fault of the original study: 0.5 in training, the ImageNet mean and another crop in evaluation."""
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator())
+    trained = preprocess.new(32)
+    for name in ("fp32", "nf4", "int8"):
+        evaluated = models.load(checkpoints, models.Variant(name), torch.device("cpu")).preprocess
+        assert evaluated.describe() == trained.describe()
+        assert evaluated.normalise(pixels).equal(trained.normalise(pixels))
+
+
+# Augmentation
+
+
+@pytest.fixture
+def batch() -> torch.Tensor:
+    """Sixteen pictures (16, 3, 24, 32) of which no two rows or columns are alike."""
+    return torch.randint(0, 256, (16, 3, 24, 32), dtype=torch.uint8, generator=generator(1))
+
+
+def test_the_same_seed_cuts_the_same_crops(batch):
+    first, again, other = (preprocess.augment(batch, crop_area=0.5, generator=generator(seed)) for seed in (3, 3, 4))
+    assert first.equal(again)
+    assert not first.equal(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
+def test_crops_come_at_the_batchs_own_size_in_fp32(batch, dtype):
+    out = preprocess.augment(batch.to(dtype), crop_area=0.5, generator=generator())
+    assert (out.shape, out.dtype) == (batch.shape, torch.float32)
+
+
+def test_the_batch_is_left_alone(batch):
+    before = batch.clone()
+    preprocess.augment(batch, crop_area=0.5, generator=generator())
+    assert batch.equal(before)
+
+
+def test_a_crop_of_everything_is_the_picture_or_its_mirror_image(batch):
+    out = preprocess.augment(batch, crop_area=1, generator=generator())
+    plain = (out - batch).abs().amax(dim=(1, 2, 3)) < 0.05  # grey levels
+    mirrored = (out - batch.flip(3)).abs().amax(dim=(1, 2, 3)) < 0.05
+    assert (plain ^ mirrored).all()
+    assert plain.any()
+    assert mirrored.any()
+
+
+@pytest.mark.parametrize("crop_area", [0.25, 0.6, 0.9, 1.0])
+def test_no_crop_keeps_less_than_asked_or_is_more_stretched_than_4_to_3(crop_area):
+    """Ramps along x and y: their range in a crop is the share of width and height that it keeps."""
+    ramp = torch.linspace(-1, 1, 129)
+    batch = torch.stack([ramp.expand(129, 129), ramp[:, None].expand(129, 129)]).expand(500, 2, 129, 129)
+    out = preprocess.augment(batch, crop_area=crop_area, generator=generator())
+    width, height = (out.amax(dim=(2, 3)) - out.amin(dim=(2, 3))).div(2).unbind(1)
+    assert (width * height).min() > crop_area - 0.02
+    assert (width * height).min() < crop_area + 0.05  # and small ones do occur
+    assert (width / height).log().abs().max() < np.log(4 / 3) + 0.01
+
+
+def test_crops_lie_everywhere_and_half_are_flipped():
+    ramp = torch.linspace(-1, 1, 65)
+    batch = ramp.expand(400, 1, 65, 65)
+    out = preprocess.augment(batch, crop_area=0.25, generator=generator())
+    centres = out.mean(dim=(1, 2, 3))
+    assert centres.min() < -0.3
+    assert centres.max() > 0.3
+    flipped = (out[:, 0, 0, 0] > out[:, 0, 0, -1]).float().mean().item()
+    assert flipped == pytest.approx(0.5, abs=0.1)
