@@ -19,6 +19,7 @@ NOTEBOOKS = {
     "2_evaluate": (["variants.csv", "kernels.csv"], ["1_finetune"]),
     "3_ablation": (["ablation.csv"], ["2_evaluate"]),
     "4_inference": (["predictions.csv"], ["2_evaluate"]),
+    "5_claims": (["claims.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
 }
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/

@@ -40,12 +40,13 @@ variants: list[str] = [
     "int8-flash_attention_2",
 ]  # rows of the table of variants; the first is the baseline
 batch_sizes: list[int] = [1, 8, 32]  # pictures a call, for latency and throughput
-rounds: int = 6  # times that all variants are measured, in shuffled order
+rounds: int = 20  # times that all variants are measured, in shuffled order
 samples: int = 24  # calls a round and batch size at most
-round_seconds: float = 0.3  # seconds a round and batch size at most
+round_seconds: float = 0.1  # seconds a round and batch size at most
 cpu_samples: int = 10  # calls of one picture on the CPU, unquantized rows
 profile_batch_size: int = 8  # pictures in the profiled call
 eval_batch_size: int = 32  # pictures a call when only outputs matter
+margin: float = 0.02  # share of pictures that a non-inferior variant may lose
 
 # %%
 from vitlib import params
@@ -66,55 +67,19 @@ bench = evaluate.prepare(settings, data.load(settings))
 plots.table(evaluate.status_table(bench))
 
 # %% [markdown]
-# ## Accuracy
-#
-# All variants see the same validation pictures, prepared by the checkpoint's own preprocessing. Agreement is the
-# share of pictures that get the same class as from the baseline; KL is the mean divergence of the probabilities
-# from the baseline's, in nats. It shows a change long before accuracy does.
-
-# %%
-logits = evaluate.outputs(bench, settings)
-quality = evaluate.accuracy(bench, logits)
-quality.style.format("{:.4f}").format("{:.1e}", subset="logit_kl")
-
-# %% [markdown]
-# ## Latency and throughput
-#
-# Latency is the time of one call, from an idle device to a finished result. Throughput is measured apart, with
-# calls queued one behind the other. Variants take turns in shuffled order, and the inputs rotate. A percentile is
-# printed only with samples enough for it: 130 for the 95th, 662 for the 99th.
-
-# %%
-latencies, throughputs = evaluate.benchmark(bench, settings)
-speeds = evaluate.speed(latencies, throughputs)
-plots.table(speeds)
-
-# %% [markdown]
-# The same for one picture on this machine's CPU, for the variants that run there.
-
-# %%
-cpu = evaluate.cpu_latency(bench, settings)
-plots.table(cpu.to_frame(), index=True)
-
-# %% [markdown]
-# ## Memory
-#
-# Weights as they lie in memory (with the scales that quantization adds), the weight files on disk, and the peak of
-# a forward pass: weights plus everything that the pass allocates. A megabyte is 2²⁰ bytes.
-
-# %%
-memories = evaluate.memory(bench, settings)
-plots.table(memories)
-
-# %% [markdown]
 # ## Where the time goes
 #
-# The profiler lists every kernel (on a CPU: every operator) with its time. A kernel belongs to the part of the
-# model that launched it, whatever its name. Converting between number formats is a part of its own: it is what
-# quantized variants pay for their small weights.
+# Before anything is timed, one pass of each variant is profiled. The profiler lists every kernel (on a CPU: every
+# operator) with its time. A kernel belongs to the part of the model that launched it. Converting between number
+# formats is a part of its own: it is what quantized variants pay for their small weights.
+#
+# This is also the gate: a variant whose kernels are not those of its name (another attention, no quantized product,
+# no attention at all, time that belongs to no part) is refused here and appears below with the reason.
 
 # %%
-kernels, device_times = evaluate.device_time(bench, settings)
+from vitlib import benchmark
+
+kernels, device_times = benchmark.device_time(bench, settings)
 plots.table(evaluate.readable_device_times(device_times))
 
 # %%
@@ -123,13 +88,82 @@ from vitlib.profile import PARTS
 plots.device_time_by_part(kernels, PARTS)
 
 # %% [markdown]
+# How near is that to what the hardware allows? A part can run no faster than its arithmetic at the peak rate, nor
+# than its bytes at the peak bandwidth. Both peaks are measured here, with a large matrix product and a large copy.
+# The lines are these ceilings; a point's distance below its line is what is lost.
+
+# %%
+from vitlib import roofline
+
+peak = roofline.ceilings(bench.device)
+limits = benchmark.against_the_roofline(bench, settings, kernels, peak)
+plots.roofline(limits)
+
+# %% [markdown]
+# ## Accuracy
+#
+# All variants see the same validation pictures, prepared by the checkpoint's own preprocessing. Agreement is the
+# share of pictures that get the same class as from the baseline; KL is the mean divergence of the probabilities
+# from the baseline's, in nats. It shows a change long before accuracy does.
+
+# %%
+logits = evaluate.outputs(bench, settings)
+quality = evaluate.accuracy(bench, logits, settings)
+evaluate.readable_accuracy(quality)
+
+# %% [markdown]
+# Pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
+# test, with Holm's adjustment for the number of rows). *Different* means that a difference was found;
+# *non-inferior* that a loss larger than the margin is excluded; *not shown* that these pictures cannot tell.
+
+# %%
+plots.accuracy_intervals(quality, settings.margin)
+
+# %% [markdown]
+# ## Latency and throughput
+#
+# Latency is the time of one call, from an idle device to a finished result. Throughput is measured apart, with
+# calls queued one behind the other. Variants take turns in shuffled order, and the inputs rotate. A percentile is
+# printed only with samples enough for it: 130 for the 95th, 662 for the 99th. The bounds are bootstrap intervals
+# over rounds.
+
+# %%
+latencies, throughputs, clocks = benchmark.measure(bench, settings)
+speeds = benchmark.speed(latencies, throughputs, bench.baseline)
+plots.table(speeds)
+
+# %% [markdown]
+# The same for one picture on this machine's CPU, for the variants that run there.
+
+# %%
+cpu = benchmark.cpu_latency(bench, settings)
+plots.table(cpu.to_frame(), index=True)
+
+# %% [markdown]
+# Can these numbers be believed? The instruments are tried on a call and a tensor of known size, and the comparison
+# on this run's own samples: on two halves of the same calls, and on one half made slower by a fiftieth.
+
+# %%
+plots.table(benchmark.validity(bench, settings, latencies, device_times, clocks))
+
+# %% [markdown]
+# ## Memory
+#
+# Weights as they lie in memory (with the scales that quantization adds), the weight files on disk, and the peak of
+# a forward pass: weights plus everything that the pass allocates. A megabyte is 2²⁰ bytes.
+
+# %%
+memories = benchmark.memory(bench, settings)
+plots.table(memories)
+
+# %% [markdown]
 # ## The table of variants
 #
 # All of it together, one row for each variant and batch size. It is the file `records/variants.csv`.
 
 # %%
-parts = {"quality": quality, "speeds": speeds, "memories": memories, "cpu": cpu, "device_times": device_times}
-table = evaluate.variants_table(bench, settings, **parts)
+measured = {"quality": quality, "speeds": speeds, "memories": memories, "cpu": cpu, "device_times": device_times}
+table = evaluate.variants_table(bench, settings, **measured, clocks=clocks)
 evaluate.readable(table)
 
 # %% [markdown]

@@ -56,8 +56,9 @@ def test_configurations_of_24_blocks_need_at_most_55_percent_of_the_block_evalua
 
 def test_measured_share_counts_what_was_run(subject):
     _, share = ablation.measure(subject, params.check({"eval_batch_size": 8, "ablation_bits": [4]}))
-    # 4 blocks: 4 for nothing kept, 4 + 3 + 2 + 1 for each single, 1 for first+last, 3 for everything; 8 configurations
-    assert share == (4 + 10 + 1 + 3) / (8 * 4)
+    # 4 blocks, 12 configurations. Nothing kept: 4 runs. Block k kept: 4, 3, 2, 1 that nothing kept has not. First and
+    # last: 1 more than block 0 kept. Everything kept: 3 more than that. All but block k: 2, 2, 2, 1 more than others.
+    assert share == (4 + (4 + 3 + 2 + 1) + 1 + 3 + (2 + 2 + 2 + 1)) / (12 * 4)
 
 
 def test_table_has_every_configuration_and_everything_kept_has_no_divergence(subject, tmp_path, monkeypatch):
@@ -65,9 +66,30 @@ def test_table_has_every_configuration_and_everything_kept_has_no_divergence(sub
     settings = params.check({"study": "unit", "eval_batch_size": 8})
     logits, _ = ablation.measure(subject, settings)
     frame = ablation.table(logits, subject, settings)
-    assert len(frame) == 2 * 8
+    assert len(frame) == 2 * 12
     everything = frame[frame["kept"] == ablation.ALL]
     assert everything["logit_kl"].abs().max() < 1e-12
     assert (frame.loc[frame["kept"] == ablation.NONE, "logit_kl"] > 0).all()
     written = records.read_table(tmp_path / "outputs" / "unit" / "records" / "ablation.csv")
     assert list(written.columns) == list(frame.columns)
+
+
+def test_reliability_has_both_rankings_and_the_smallest_difference(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    settings = params.check({"study": "unit", "eval_batch_size": 8})
+    logits, _ = ablation.measure(subject, settings)
+    frame = ablation.table(logits, subject, settings)
+    table = ablation.reliability(logits, frame, subject, settings)
+    assert table["bits"].tolist() == [4, 8]
+    assert table["split_half_kl_only_quantized"].between(-1, 1).all()
+
+
+def test_one_block_alone_quantized_diverges_less_than_everything(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    settings = params.check({"study": "unit", "eval_batch_size": 8})
+    logits, _ = ablation.measure(subject, settings)
+    frame = ablation.table(logits, subject, settings)
+    blocks = ablation.sensitivity(frame)
+    nothing = frame[frame["kept"] == ablation.NONE].set_index("bits")["logit_kl"]
+    assert (blocks["kl_alone"] > 0).all()
+    assert blocks.groupby("bits")["kl_alone"].mean().lt(nothing).all()

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import data, evaluate, models, params, records, stats, synthetic
+from vitlib import benchmark, data, evaluate, models, params, records, stats, synthetic
 from vitlib.data import DataError, Dataset, Picture
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
@@ -62,16 +62,17 @@ def bench(project, settings, labels):
 @pytest.fixture(scope="module")
 def table(bench, settings):
     logits = evaluate.outputs(bench, settings)
-    latencies, throughputs = evaluate.benchmark(bench, settings)
-    _, device_times = evaluate.device_time(bench, settings)
+    _, device_times = benchmark.device_time(bench, settings)
+    latencies, throughputs, clocks = benchmark.measure(bench, settings)
     return evaluate.variants_table(
         bench,
         settings,
-        quality=evaluate.accuracy(bench, logits),
-        speeds=evaluate.speed(latencies, throughputs),
-        memories=evaluate.memory(bench, settings),
-        cpu=evaluate.cpu_latency(bench, settings),
+        quality=evaluate.accuracy(bench, logits, settings),
+        speeds=benchmark.speed(latencies, throughputs, bench.baseline),
+        memories=benchmark.memory(bench, settings),
+        cpu=benchmark.cpu_latency(bench, settings),
         device_times=device_times,
+        clocks=clocks,
     )
 
 
@@ -137,10 +138,11 @@ def test_classes_in_another_order_change_nothing(project, settings, labels, benc
     shuffled.splits["valid"] = shuffled.splits["valid"][::-1]
     other = evaluate.prepare(settings, shuffled)
     first, second = (
-        evaluate.accuracy(b, {n: evaluate.engine.logits(e, b.valid.pixels, 4) for n, e in b.engines.items()})
+        evaluate.accuracy(b, {n: evaluate.engine.logits(e, b.valid.pixels, 4) for n, e in b.engines.items()}, settings)
         for b in (bench, other)
     )
-    pd.testing.assert_frame_equal(first, second)
+    columns = ["variant", "n", "right", "top5", "flips", "lost", "gained", "verdict"]
+    pd.testing.assert_frame_equal(first[columns], second[columns])
 
 
 def test_fewer_classes_than_the_checkpoint_knows_is_an_error(project, settings, labels):

@@ -16,7 +16,7 @@ LEVELS = {
     0: {"__init__", "params", "records", "stats", "variants", "imports"},
     1: {"data", "synthetic", "preprocess", "attention", "quantize", "profile", "timing"},
     2: {"models", "engine", "training"},
-    3: {"finetune", "evaluate", "ablation", "inference", "standin"},
+    3: {"finetune", "evaluate", "ablation", "inference", "standin", "claims"},
     4: {"plots", "report", "frontpage", "publish"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}

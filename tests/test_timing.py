@@ -1,7 +1,5 @@
 """The instruments, calibrated against a callable of known duration and a tensor of known size."""
 
-import time
-
 import pytest
 import torch
 
@@ -11,32 +9,21 @@ from vitlib.timing import Budget
 CPU = torch.device("cpu")
 
 
-def spin(seconds: float):
-    """A callable that takes `seconds`; sleeping would wake up late on a busy machine."""
-
-    def call(_: int) -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
-
-    return call
-
-
 def test_latency_of_a_known_duration_is_within_two_and_a_half_percent():
-    frame = timing.latency({"a": spin(0.004)}, CPU, Budget(rounds=3, samples=20, seconds=1.0))
-    assert frame["latency_ms"].median() == pytest.approx(4.0, rel=0.025)
+    frame = timing.latency({"a": timing.busy(0.004)}, CPU, Budget(rounds=3, samples=20, seconds=1.0))
+    assert frame["latency_ms"].min() == pytest.approx(4.0, rel=0.025)  # other processes only make it longer
 
 
 def test_throughput_of_a_known_duration_is_within_two_and_a_half_percent():
-    frame = timing.throughput({"a": spin(0.004)}, {"a": 8}, CPU, Budget(rounds=5, samples=20, seconds=1.0))
-    assert frame["throughput_img_s"].median() == pytest.approx(2000, rel=0.025)
+    frame = timing.throughput({"a": timing.busy(0.004)}, {"a": 8}, CPU, Budget(rounds=5, samples=20, seconds=1.0))
+    assert frame["throughput_img_s"].max() == pytest.approx(2000, rel=0.025)
 
 
 def test_throughput_is_measured_at_its_batch_not_inverted_from_batch_one():
     """A call that costs the same for 1 and 8 pictures has eight times the throughput at 8, whatever batch 1 took."""
-    calls = {1: spin(0.002), 8: spin(0.002)}
+    calls = {1: timing.busy(0.002), 8: timing.busy(0.002)}
     rates = timing.throughput(calls, {1: 1, 8: 8}, CPU, Budget(3, 10, 0.5)).groupby("candidate")["throughput_img_s"]
-    assert rates.median()[8] == pytest.approx(8 * rates.median()[1], rel=0.1)
+    assert rates.max()[8] == pytest.approx(8 * rates.max()[1], rel=0.1)
 
 
 def test_every_candidate_is_measured_in_every_round_and_the_order_changes():
@@ -58,7 +45,7 @@ def test_inputs_rotate():
 @pytest.mark.parametrize("megabytes", [8, 64])
 def test_peak_memory_of_a_tensor_of_known_size_is_within_two_percent(megabytes):
     peak = timing.peak_memory_mb(lambda _: torch.empty(megabytes * 2**20, dtype=torch.uint8).fill_(1), CPU)
-    assert peak == pytest.approx(megabytes, rel=0.02)
+    assert peak.allocated == pytest.approx(megabytes, rel=0.02)
 
 
 def test_peak_memory_is_the_most_held_at_once():
@@ -66,4 +53,4 @@ def test_peak_memory_is_the_most_held_at_once():
         for _ in range(5):
             torch.empty(16 * 2**20, dtype=torch.uint8).fill_(1)
 
-    assert timing.peak_memory_mb(call, CPU) == pytest.approx(16, rel=0.02)
+    assert timing.peak_memory_mb(call, CPU).allocated == pytest.approx(16, rel=0.02)

@@ -1,7 +1,6 @@
 """The sections of notebook 2: every variant through one pipeline. Level 3."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,13 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import data, engine, models, preprocess, profile, records, stats, timing
+from vitlib import data, engine, models, preprocess, records, stats
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.engine import Engine
 from vitlib.params import Parameters
 from vitlib.variants import Variant, find
-
-ROTATING = 4  # different batches that a timed call cycles through, so that its input is not always in cache
 
 
 @dataclass
@@ -101,136 +98,60 @@ def outputs(bench: Bench, settings: Parameters) -> dict[str, torch.Tensor]:
     return found
 
 
-def accuracy(bench: Bench, logits: dict[str, torch.Tensor]) -> pd.DataFrame:
-    """Top-1, Top-5, weighted F1, agreement with the baseline and mean KL from its probabilities, a row a variant."""
+def accuracy(bench: Bench, logits: dict[str, torch.Tensor], settings: Parameters) -> pd.DataFrame:
+    """Accuracy with its uncertainty, a row a variant; written to `records/accuracy.csv`.
+
+    Beside Top-1, Top-5 and weighted F1: right answers of n with Wilson's interval; pictures lost and gained against the
+    baseline with McNemar's exact p, adjusted by Holm over the rows; the paired difference with a bootstrap and a
+    score interval; flips; mean KL from the baseline with its interval; and a verdict (`stats.verdict`).
+    """
     labels = bench.labels.ids(bench.valid.pictures).numpy()
-    base, rows = logits[bench.baseline].numpy(), {}
-    for name, values in logits.items():
-        found = values.numpy()
-        predicted = found.argmax(axis=1)
-        rows[name] = {
-            "top1": stats.topk_accuracy(found, labels, 1),
-            "top5": stats.topk_accuracy(found, labels, 5),
-            "f1_weighted": stats.f1_weighted(labels, predicted),
-            "agreement_with_baseline": float((predicted == base.argmax(axis=1)).mean()),
-            "logit_kl": float(stats.kl_divergence(base, found).mean()),
-        }
-    return pd.DataFrame(rows).T
-
-
-def _rotating_calls(engine_: Engine, pixels: torch.Tensor, size: int) -> Callable[[int], torch.Tensor]:
-    """A call of one batch of `size` that cycles through different pictures already on the device, normalised."""
-    loaded, total = engine_.loaded, len(pixels)
-    batches = [
-        loaded.preprocess.normalise(
-            pixels[torch.arange(k * size, (k + 1) * size) % total].to(loaded.device), loaded.dtype
-        )
-        for k in range(ROTATING)
+    base = logits[bench.baseline].numpy()
+    rows = [_accuracy_row(name, values.numpy(), base, labels, settings.seed) for name, values in logits.items()]
+    frame = pd.DataFrame(rows)
+    other = frame["variant"] != bench.baseline
+    frame["holm_p"] = np.nan
+    frame.loc[other, "holm_p"] = stats.holm(frame.loc[other, "mcnemar_p"].to_numpy())
+    bounds = zip(frame["difference"], frame["difference_low"], frame["difference_high"], frame["holm_p"], strict=True)
+    frame["verdict"] = [
+        stats.verdict(difference=stats.Interval(d, low, high), p_adjusted=p, margin=settings.margin)
+        for d, low, high, p in bounds
     ]
-    return lambda number: engine_(batches[number % ROTATING])
+    frame.loc[~other, "verdict"] = "baseline"
+    records.write_table(frame, records.study_folder(settings.study) / "records" / "accuracy.csv")
+    return frame
 
 
-def benchmark(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Raw latency samples and throughput rounds of every variant and batch size, all shuffled together.
-
-    Columns: variant, batch, round, sample, latency_ms; and variant, batch, round, throughput_img_s. Both are written
-    to `records/latency.csv` and `records/throughput.csv`.
-    """
-    budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
-    calls = {
-        (name, size): _rotating_calls(engine_, bench.valid.pixels, size)
-        for name, engine_ in bench.engines.items()
-        for size in settings.batch_sizes
+def _accuracy_row(name: str, found: np.ndarray, base: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, object]:
+    right, base_right = (stats.topk_right(values, labels, 1) for values in (found, base))
+    low, high = stats.wilson(int(right.sum()), len(labels))
+    test, score = stats.mcnemar(base_right, right), stats.paired_difference(base_right, right)
+    resampled = stats.paired_bootstrap(right.astype(float) - base_right.astype(float), seed=seed)
+    kl = stats.paired_bootstrap(stats.kl_divergence(base, found), seed=seed)
+    predicted, expected = found.argmax(axis=1), base.argmax(axis=1)
+    return {
+        "variant": name,
+        "n": len(labels),
+        "right": int(right.sum()),
+        "top1": right.mean(),
+        "top1_low": low,
+        "top1_high": high,
+        "top5": stats.topk_accuracy(found, labels, 5),
+        "f1_weighted": stats.f1_weighted(labels, predicted),
+        "agreement_with_baseline": float((predicted == expected).mean()),
+        "flips": stats.flips(expected, predicted),
+        "lost": test.lost,
+        "gained": test.gained,
+        "mcnemar_p": test.p,
+        "difference": score.estimate,
+        "difference_low": score.low,
+        "difference_high": score.high,
+        "bootstrap_low": resampled.low,
+        "bootstrap_high": resampled.high,
+        "logit_kl": kl.estimate,
+        "logit_kl_low": kl.low,
+        "logit_kl_high": kl.high,
     }
-    sizes = {key: key[1] for key in calls}
-    folder, frames = records.study_folder(settings.study) / "records", []
-    for record, frame in (
-        ("latency", timing.latency(calls, bench.device, budget, settings.seed)),
-        ("throughput", timing.throughput(calls, sizes, bench.device, budget, settings.seed)),
-    ):
-        frame.insert(0, "variant", [name for name, _ in frame["candidate"]])
-        frame.insert(1, "batch", [size for _, size in frame["candidate"]])
-        frames.append(frame.drop(columns="candidate"))
-        records.write_table(frames[-1], folder / f"{record}.csv")
-    return frames[0], frames[1]
-
-
-def speed(samples: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
-    """Latency percentiles and median throughput, a row a variant and batch size.
-
-    A percentile stands only where there are samples enough for it (see `stats.percentile`).
-    """
-    latency = samples.groupby(["variant", "batch"])["latency_ms"].agg(
-        latency_mean_ms="mean",
-        latency_p50_ms=lambda values: stats.percentile(values, 50),
-        latency_p95_ms=lambda values: stats.percentile(values, 95),
-        latency_p99_ms=lambda values: stats.percentile(values, 99),
-    )
-    measured = rounds.groupby(["variant", "batch"])["throughput_img_s"].median()
-    return latency.join(measured).reset_index()
-
-
-def memory(bench: Bench, settings: Parameters) -> pd.DataFrame:
-    """Weights in memory and on disk, and the peak of a forward pass, a row a variant and batch size.
-
-    `peak_memory_mb` is weights plus what the pass allocates at its peak, on the device that ran it; `peak_vram_mb`
-    is the same number where that device is a GPU, and missing elsewhere.
-    """
-    rows = []
-    for variant in bench.variants:
-        if variant.name not in bench.engines:
-            continue
-        engine_ = bench.engines[variant.name]
-        weights = engine_.loaded.weights_mb
-        for size in settings.batch_sizes:
-            call = _rotating_calls(engine_, bench.valid.pixels, size)
-            peak = weights + timing.peak_memory_mb(call, bench.device)
-            vram = peak if bench.device.type == "cuda" else np.nan
-            disk = models.disk_mb(engine_.loaded.folder)
-            rows.append((variant.name, size, weights, disk, peak, vram))
-    return pd.DataFrame(rows, columns=["variant", "batch", "model_mb", "disk_mb", "peak_memory_mb", "peak_vram_mb"])
-
-
-def cpu_latency(bench: Bench, settings: Parameters) -> pd.Series:
-    """Median latency in ms of one picture on this machine's CPU, for the eager variants that run there."""
-    cpu, calls = torch.device("cpu"), {}
-    for variant in bench.variants:
-        if variant.name not in bench.engines or variant.execution != "eager" or not settings.cpu_samples:
-            continue
-        try:
-            loaded = models.load(bench.checkpoints, variant, cpu)
-        except models.NotRun:  # FlashAttention-2: the row has no CPU latency
-            continue
-        calls[variant.name] = _rotating_calls(Engine(loaded), bench.valid.pixels, 1)
-    samples = timing.latency(calls, cpu, timing.Budget(2, settings.cpu_samples, 5.0), settings.seed)
-    return samples.groupby("candidate")["latency_ms"].median().rename("cpu_latency_ms")
-
-
-def device_time(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Kernels of one pass by part of the model (written to `records/kernels.csv`), and totals a variant.
-
-    Variants that replay a CUDA graph or compiled code have no module ranges; their passes are profiled eagerly.
-    """
-    size, frames, rows = settings.profile_batch_size, [], []
-    for name, engine_ in bench.engines.items():
-        eager = Engine(engine_.loaded)
-        call = _rotating_calls(eager, bench.valid.pixels, size)
-        frame = profile.profile(lambda call=call: call(0), engine_.loaded.model, bench.device)
-        rows.append(
-            {
-                "variant": name,
-                "profiled_batch": size,
-                "device_time_us": frame.attrs["total_us"],
-                "attention_device_time_us": profile.attention_time_us(frame),
-                "attention_kernel": profile.attention_kernel(frame),
-                "kernels_per_pass": frame["calls"].sum(),
-                "unattributed_share": frame.attrs["unattributed_share"],
-            }
-        )
-        frames.append(frame.assign(variant=name, batch=size))
-    kernels = pd.concat(frames, ignore_index=True)
-    records.write_table(kernels, records.study_folder(settings.study) / "records" / "kernels.csv")
-    return kernels, pd.DataFrame(rows)
 
 
 def variants_table(
@@ -242,6 +163,7 @@ def variants_table(
     memories: pd.DataFrame,
     cpu: pd.Series,
     device_times: pd.DataFrame,
+    clocks: dict[str, object],
 ) -> pd.DataFrame:
     """All measurements joined, a row a variant and batch size, written to `records/variants.csv`.
 
@@ -249,7 +171,7 @@ def variants_table(
     batch size and repeat. A variant that did not run has one row with its reason.
     """
     measured = speeds.merge(memories, on=["variant", "batch"], validate="one_to_one")
-    measured = measured.merge(quality, left_on="variant", right_index=True)
+    measured = measured.merge(quality, on="variant")
     measured = measured.merge(device_times, on="variant").merge(cpu, left_on="variant", right_index=True, how="left")
     facts = pd.DataFrame(
         {
@@ -270,7 +192,7 @@ def variants_table(
         seeds={"study": settings.seed},
         checksums={"weights": records.checksum(bench.checkpoints / "merged"), "data": data_checksum(bench)},
     )
-    records.write_json(environment, folder / "environment.json")
+    records.write_json(environment | {"while_measuring": clocks}, folder / "environment.json")
     return table
 
 
@@ -319,6 +241,29 @@ def readable_device_times(device_times: pd.DataFrame) -> pd.DataFrame:
             "attention kernel": device_times["attention_kernel"].str.removeprefix("void ").str.slice(0, 55),
         }
     )
+
+
+def readable_accuracy(quality: pd.DataFrame) -> "pd.io.formats.style.Styler":
+    """The accuracy table for a report: percentages with intervals, tests and verdict."""
+    bounds = zip(quality["top1_low"], quality["top1_high"], strict=True)
+    shown = pd.DataFrame(
+        {
+            "variant": quality["variant"],
+            "right of n": [f"{right} of {n}" for right, n in zip(quality["right"], quality["n"], strict=True)],
+            "Top-1 (%)": 100 * quality["top1"],
+            "95 % interval": [f"{100 * low:.1f} – {100 * high:.1f}" for low, high in bounds],
+            "Top-5 (%)": 100 * quality["top5"],
+            "F1": quality["f1_weighted"],
+            "flips": quality["flips"],
+            "lost": quality["lost"],
+            "gained": quality["gained"],
+            "Holm p": quality["holm_p"],
+            "KL (nats)": quality["logit_kl"],
+            "verdict": quality["verdict"],
+        }
+    )
+    formats = {"Top-1 (%)": "{:.2f}", "Top-5 (%)": "{:.2f}", "F1": "{:.4f}", "Holm p": "{:.3f}", "KL (nats)": "{:.1e}"}
+    return shown.style.format(formats, na_rep="–").hide(axis="index")
 
 
 def readable(table: pd.DataFrame) -> "pd.io.formats.style.Styler":

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vitlib import variants as variant_table
 from vitlib.variants import nearest
 
-NOTEBOOKS = ("1_finetune", "2_evaluate", "3_ablation", "4_inference")
+NOTEBOOKS = ("1_finetune", "2_evaluate", "3_ablation", "4_inference", "5_claims")
 
 
 class ParameterError(ValueError):
@@ -75,12 +75,14 @@ class Parameters(BaseModel):
         min_length=1,
     )
     batch_sizes: list[int] = _parameter([1, 8, 32], "pictures a call, for latency and throughput", 2, min_length=1)
-    rounds: int = _parameter(6, "times that all variants are measured, in shuffled order", 2, ge=2, le=1000)
+    rounds: int = _parameter(20, "times that all variants are measured, in shuffled order", 2, ge=2, le=1000)
     samples: int = _parameter(24, "calls a round and batch size at most", 2, ge=1, le=10000)
-    round_seconds: float = _parameter(0.3, "seconds a round and batch size at most", 2, gt=0, le=600)
+    round_seconds: float = _parameter(0.1, "seconds a round and batch size at most", 2, gt=0, le=600)
     cpu_samples: int = _parameter(10, "calls of one picture on the CPU, unquantized rows", 2, ge=0, le=1000)
     profile_batch_size: int = _parameter(8, "pictures in the profiled call", 2, ge=1)
-    eval_batch_size: int = _parameter(32, "pictures a call when only outputs matter", 2, 3, 4, ge=1)
+    eval_batch_size: int = _parameter(32, "pictures a call when only outputs matter", 2, 3, 4, 5, ge=1)
+
+    margin: float = _parameter(0.02, "share of pictures that a non-inferior variant may lose", 2, gt=0, lt=1)
 
     ablation_bits: list[int] = _parameter([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _parameter(0, "validation pictures used, evenly over the classes; 0 takes all", 3, ge=0)

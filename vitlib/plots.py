@@ -166,6 +166,56 @@ def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
     return figure
 
 
+def alone_bars(blocks: pd.DataFrame) -> Figure:
+    """By block: the KL from the 16-bit network when only this block is quantized, with its interval."""
+    bits = sorted(blocks["bits"].unique())
+    figure, axes = _axes(len(bits), width=5.5 * len(bits), height=3.8)
+    for axis, number in zip(axes, bits, strict=True):
+        rows = blocks[blocks["bits"] == number]
+        error = [rows["kl_alone"] - rows["kl_alone_low"], rows["kl_alone_high"] - rows["kl_alone"]]
+        axis.bar(rows["block"], rows["kl_alone"], yerr=error, capsize=2, color=sns.color_palette(PALETTE)[2])
+        axis.set(xlabel="block quantized, all others in 16 bit", ylabel="mean KL (nats)", title=f"{number} bits")
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Figure:
+    """Top-1 of each variant minus the baseline's, in points, with its paired interval; the margin is dotted."""
+    figure, (axis,) = _axes(width=8, height=0.45 * len(quality) + 1.4)
+    rows = quality[quality["verdict"] != "baseline"]
+    error = 100 * np.array([rows["difference"] - rows["difference_low"], rows["difference_high"] - rows["difference"]])
+    axis.errorbar(100 * rows["difference"], rows["variant"], xerr=error, fmt="o", capsize=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.axvline(-100 * margin, color="grey", linestyle=":")
+    axis.invert_yaxis()
+    axis.set(xlabel="Top-1 minus the baseline's (points), 95 % interval; dotted: margin")
+    return figure
+
+
+def roofline(table: pd.DataFrame) -> Figure:
+    """Achieved TFLOP/s of each variant's computing parts against operations per byte, under the measured ceilings."""
+    figure, (axis,) = _axes(width=9, height=5)
+    rows = table[table["gflop"] > 0].assign(intensity=lambda t: 1e3 * t["gflop"] / t["mb"])
+    markers = dict(zip(sorted(rows["part"].unique()), "osD^vP", strict=False))
+    colours = _colours(list(dict.fromkeys(rows["variant"])))
+    for row in rows.to_dict("records"):
+        axis.scatter(
+            row["intensity"], row["tflop_s"], s=55, color=colours[row["variant"]], marker=markers[row["part"]], zorder=3
+        )
+    span = np.geomspace(rows["intensity"].min() / 2, rows["intensity"].max() * 2, 100)
+    for ceiling, shown in rows.groupby("ceiling_tflop_s"):
+        bandwidth = shown["ceiling_gb_s"].iloc[0]
+        axis.plot(span, np.minimum(ceiling, span * bandwidth / 1e3), color="black", linewidth=1)
+        axis.annotate(f"{ceiling:,.3g} TFLOP/s", (span[-1], ceiling), ha="right", va="bottom", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="achieved TFLOP/s")
+    axis.set_title("What is reached of what this hardware can do")
+    handles = [plt.Line2D([], [], color=c, marker="s", linestyle="", label=name) for name, c in colours.items()]
+    handles += [plt.Line2D([], [], color="grey", marker=m, linestyle="", label=part) for part, m in markers.items()]
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
 def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Figure:
     """Mean KL from the 16-bit network with its interval, for a few configurations, a panel for each number of bits."""
     bits = sorted(frame["bits"].unique())

@@ -7,6 +7,7 @@ launched it (ranges are opened by hooks while profiling), not because of what it
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -85,11 +86,13 @@ def _annotated_attention(implementation: str) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-def profile(call: Callable[[], object], model: nn.Module, device: torch.device, passes: int = 3) -> pd.DataFrame:
+def profile(
+    call: Callable[[], object], model: nn.Module, device: torch.device, passes: int = 3, trace: Path | None = None
+) -> pd.DataFrame:
     """Kernels of one pass of `call`, summed over equal (part, operation, kernel), largest first.
 
     Columns: part, operation, kernel, calls (a pass), device_time_us (a pass). `frame.attrs` holds `total_us` (all
-    device events, whether attributed or not) and `unattributed_share`.
+    device events, whether attributed or not) and `unattributed_share`. `trace` receives a Chrome trace (.json.gz).
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with annotated(model):
@@ -101,6 +104,9 @@ def profile(call: Callable[[], object], model: nn.Module, device: torch.device, 
                 call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
     events = profiler.events()
     rows, total = (_cuda_rows if device.type == "cuda" else _cpu_rows)(events)
     frame = pd.DataFrame(rows, columns=["part", "operation", "kernel", "device_time_us"])

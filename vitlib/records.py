@@ -41,6 +41,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("peak_vram_mb", "cpu_latency_ms", "top1", "top5", "f1_weighted", "agreement_with_baseline"),
         *("logit_kl", "device_time_us", "attention_device_time_us", "attention_kernel", "kernels_per_pass"),
     ),
+    "accuracy": (
+        *("variant", "n", "right", "top1", "top1_low", "top1_high", "top5", "f1_weighted", "agreement_with_baseline"),
+        *("flips", "lost", "gained", "mcnemar_p", "holm_p", "difference", "difference_low", "difference_high"),
+        *("bootstrap_low", "bootstrap_high", "logit_kl", "logit_kl_low", "logit_kl_high", "verdict"),
+    ),
+    "latency": ("variant", "batch", "round", "sample", "latency_ms", "device_ms"),
+    "throughput": ("variant", "batch", "round", "throughput_img_s"),
+    "roofline": ("variant", "part", "gflop", "mb", "device_time_us", "tflop_s", "gb_s", "floor_us", "share_of_floor"),
+    "validity": ("check", "found", "required", "reached"),
     "kernels": ("variant", "batch", "part", "operation", "kernel", "calls", "device_time_us"),
     "ablation": (
         *("bits", "kept", "top1", "top5", "loss", "logit_kl", "logit_kl_low", "logit_kl_high"),
@@ -50,6 +59,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("file", "status", "reason", "label", "label_name"),
         *(f"{column}_{rank}" for rank in range(1, 6) for column in ("id", "name", "probability")),
     ),
+    "claims": ("id", "subject", "claim", "source", "original", "measured", "verdict", "cause"),
 }
 """Columns that each record has at least, in this order; units are in the names."""
 
@@ -59,7 +69,9 @@ NOTEBOOKS: dict[str, str] = {
     "kernels": "2_evaluate",
     "ablation": "3_ablation",
     "predictions": "4_inference",
-    "environment": "1_finetune",
+    "claims": "5_claims",
+    "environment": "2_evaluate",
+    **dict.fromkeys(("accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
 }
 """The notebook that writes a record, for the message when it is missing."""
 
@@ -84,6 +96,7 @@ _TEXT_COLUMNS = frozenset(
         *("variant", "weights", "attention", "execution", "status", "reason", "attention_kernel"),
         *("part", "operation", "kernel", "kept", "file", "label_name"),
         *(f"name_{rank}" for rank in range(1, 6)),
+        *("id", "subject", "claim", "source", "original", "measured", "verdict", "cause"),
     }
 )
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -32,11 +33,22 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def busy(seconds: float) -> Call:
+    """A call of known duration, to calibrate the clock with; it spins, as sleeping would wake up late."""
+
+    def call(_: int) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return call
+
+
 def warm_up(call: Call, device: torch.device, *, seconds: float, least: int = 3) -> int:
     """Call until two calls in a row differ by under 10 %, or `seconds` are over; returns the number of calls."""
     last, start, count = float("inf"), time.perf_counter(), 0
     while True:
-        took = _timed(call, count, device)
+        took, _ = _timed(call, count, device)
         count += 1
         stable = abs(took - last) < 0.1 * last
         if count >= least and (stable or time.perf_counter() - start > seconds):
@@ -44,15 +56,27 @@ def warm_up(call: Call, device: torch.device, *, seconds: float, least: int = 3)
         last = took
 
 
-def _timed(call: Call, number: int, device: torch.device) -> float:
+def _timed(call: Call, number: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one call by the wall clock, until the device is done, and between two device events (CPU: NaN)."""
+    cuda = device.type == "cuda"
+    before, after = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
     start = time.perf_counter()
+    if cuda:
+        before.record()
     call(number)
+    if cuda:
+        after.record()
     synchronise(device)
-    return time.perf_counter() - start
+    wall = time.perf_counter() - start
+    return wall, before.elapsed_time(after) / 1e3 if cuda else float("nan")
 
 
 def latency(calls: Mapping[Hashable, Call], device: torch.device, budget: Budget, seed: int = 0) -> pd.DataFrame:
-    """Every sample as a row: candidate, round, sample, latency_ms (wall clock to the end of the device's work)."""
+    """Every sample as a row: candidate, round, sample, latency_ms, device_ms.
+
+    `latency_ms` is wall clock to the end of the device's work, `device_ms` the time between two device events around
+    the call (missing on a CPU). They are two instruments for one thing.
+    """
     order, shuffle, rows = list(calls), random.Random(seed), []
     for round_number in range(budget.rounds):
         shuffle.shuffle(order)
@@ -61,11 +85,11 @@ def latency(calls: Mapping[Hashable, Call], device: torch.device, budget: Budget
             warm_up(call, device, seconds=budget.seconds, least=3 if round_number == 0 else 1)
             deadline = time.perf_counter() + budget.seconds
             for sample in range(budget.samples):
-                took = _timed(call, sample, device)
-                rows.append((candidate, round_number, sample, took * 1e3))
+                wall, events = _timed(call, sample, device)
+                rows.append((candidate, round_number, sample, wall * 1e3, events * 1e3))
                 if time.perf_counter() > deadline:
                     break
-    return pd.DataFrame(rows, columns=["candidate", "round", "sample", "latency_ms"])
+    return pd.DataFrame(rows, columns=["candidate", "round", "sample", "latency_ms", "device_ms"])
 
 
 def throughput(
@@ -80,7 +104,7 @@ def throughput(
         shuffle.shuffle(order)
         for candidate in order:
             call = calls[candidate]
-            once = _timed(call, 0, device)
+            once, _ = _timed(call, 0, device)
             repeats = max(2, min(budget.samples, int(budget.seconds / max(once, 1e-6))))
             start = time.perf_counter()
             for number in range(repeats):
@@ -91,19 +115,25 @@ def throughput(
     return pd.DataFrame(rows, columns=["candidate", "round", "throughput_img_s"])
 
 
-def peak_memory_mb(call: Call, device: torch.device) -> float:
-    """Megabytes (2**20) that one call allocates at its peak, above what was allocated before it.
+class Used(NamedTuple):
+    """Megabytes (2**20) that a call needed at its peak above what was there before it."""
 
-    On a CUDA device from the caching allocator; on the CPU from the profiler's allocation events.
-    """
+    allocated: float
+    reserved: float  # by the caching allocator from the driver; NaN on a CPU
+
+
+def peak_memory_mb(call: Call, device: torch.device) -> Used:
+    """What one call allocates at its peak: on CUDA by the caching allocator, on a CPU by the profiler's events."""
     call(0)  # first-call workspaces stay allocated and are not the call's own
     synchronise(device)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         call(1)
         synchronise(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        peak = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return Used((peak[0] - before[0]) / 2**20, (peak[1] - before[1]) / 2**20)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call(1)
     held, peak = 0, 0
@@ -111,4 +141,4 @@ def peak_memory_mb(call: Call, device: torch.device) -> float:
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak / 2**20
+    return Used(peak / 2**20, float("nan"))

@@ -1,0 +1,105 @@
+"""The gate that refuses a variant under a wrong name, and the roofline's arithmetic."""
+
+import pandas as pd
+import pytest
+import torch
+
+from vitlib import benchmark, models, profile, records, roofline
+from vitlib.data import Labels
+from vitlib.monitor import Monitor
+from vitlib.variants import Variant
+
+FLASH_2 = "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::half_t> >"
+TORCH_FLASH = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::half_t> >"
+CUDNN = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop"
+
+
+def profiled(kernel: str = CUDNN, *, attention_us: float = 10.0, missed: float = 0.01, quantized: bool = False):
+    rows = [
+        ("attention", profile.ATTENTION_FUNCTION, kernel, 4.0, attention_us),
+        ("mlp", "bitsandbytes::gemm_4bit" if quantized else "aten::addmm", "gemm", 8.0, 40.0),
+    ]
+    frame = pd.DataFrame(rows, columns=list(profile.COLUMNS))
+    frame.attrs = {"total_us": 50.0, "unattributed_share": missed}
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("variant", "frame"),
+    [
+        (Variant("fp16"), profiled()),
+        (Variant("fp16"), profiled(TORCH_FLASH)),
+        (Variant("fp16", "flash_attention_2"), profiled(FLASH_2)),
+        (Variant("nf4", "flash_attention_2"), profiled(FLASH_2, quantized=True)),
+    ],
+)
+def test_what_ran_under_its_own_name_passes(variant, frame):
+    assert benchmark.identity_fault(variant, frame) == ""
+
+
+@pytest.mark.parametrize(
+    ("variant", "frame", "reason"),
+    [
+        (Variant("fp16", "flash_attention_2"), profiled(CUDNN), "attention ran in cudnn"),
+        (Variant("fp16", "flash_attention_2"), profiled(TORCH_FLASH), "attention ran in void pytorch_flash"),
+        (Variant("fp16"), profiled(FLASH_2), "attention ran in void flash::"),
+        (Variant("fp16"), profiled(attention_us=0.0), "no attention function"),
+        (Variant("fp16"), profiled(missed=0.06), "6.0%"),
+        (Variant("nf4"), profiled(), "not used"),
+        (Variant("fp16"), profiled(quantized=True), "was used"),
+    ],
+)
+def test_what_ran_under_another_name_is_refused(variant, frame, reason):
+    assert reason in benchmark.identity_fault(variant, frame)
+
+
+@pytest.mark.parametrize("wall_ms", [1.0, 1.015])
+def test_clocks_that_agree_need_no_note(wall_ms):
+    assert benchmark.clock_note(pd.DataFrame({"latency_ms": [wall_ms], "device_ms": [1.0]})) == ""
+
+
+def test_clocks_that_differ_are_said():
+    assert "+30 µs" in benchmark.clock_note(pd.DataFrame({"latency_ms": [1.03], "device_ms": [1.0]}))
+
+
+def test_vit_large_does_123_gflop_a_picture():
+    with torch.device("meta"):
+        config = models.new("vit-large", image_size=224, labels=Labels(*[tuple(map(str, range(102)))] * 2)).config
+    counted = roofline.work(config, batch=1, bytes_per_weight=2, bytes_per_value=2)
+    assert counted["gflop"].sum() == pytest.approx(123.1, abs=0.1)
+    weights = counted.loc[["attention", "mlp"], "mb"].sum() * 1e6
+    assert weights > 24 * 12 * 1024**2 * 2  # every weight moves at least once
+
+
+def test_floor_is_the_larger_of_arithmetic_and_bytes():
+    counted = pd.DataFrame({"gflop": [1000.0, 0.0], "mb": [1.0, 1000.0]}, index=["mlp", "norm"])
+    peak = roofline.Ceilings({"float16": 100.0}, gb_s=1000.0)
+    times = pd.Series({"mlp": 20000.0, "norm": 2000.0})
+    found = roofline.achieved(counted, times, peak, "float16")
+    assert found["floor_us"].to_dict() == {"mlp": 10000.0, "norm": 1000.0}
+    assert found["bound"].to_dict() == {"mlp": "arithmetic", "norm": "memory"}
+    assert found["share_of_floor"].to_dict() == {"mlp": 0.5, "norm": 0.5}
+    assert found["tflop_s"]["mlp"] == pytest.approx(50.0)
+
+
+def test_monitor_reports_ranges_and_every_throttle_reason(monkeypatch):
+    states = iter([(1980.0, []), (1200.0, ["SwPowerCap"]), *[(1500.0, [])] * 1000])
+
+    def state():
+        clock, reasons = next(states)
+        return [{"sm_clock_mhz": clock, "throttle_reasons": reasons}], None
+
+    monkeypatch.setattr(records, "gpu_state", state)
+    with Monitor(seconds=0.01) as monitor:
+        while len(monitor.samples) < 3:
+            pass
+    summary = monitor.summary()
+    assert (summary["sm_clock_mhz"]["min"], summary["sm_clock_mhz"]["max"]) == (1200.0, 1980.0)
+    assert summary["throttle_reasons"] == ["SwPowerCap"]
+
+
+def test_monitor_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(records, "gpu_state", lambda: (None, "nvidia-smi was not found"))
+    with Monitor() as monitor:
+        pass
+    assert monitor.summary() == {"samples": 0, "reason": "nvidia-smi was not found"}

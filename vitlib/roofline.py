@@ -1,0 +1,91 @@
+"""What a forward pass must do at least, and what the hardware can do at most. Level 1.
+
+The roofline model (Williams et al. 2009): a part of the network can run no faster than its floating-point operations
+at the measured peak rate, nor than its bytes at the measured memory bandwidth. Counted are the operations of the
+arithmetic itself and the bytes that must move if every tensor is read and written once; caches can beat the second.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from transformers import PretrainedConfig
+
+from vitlib import timing
+from vitlib.timing import Budget
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured peaks of one device: a large matrix product by dtype, and a large copy (bytes read and written)."""
+
+    tflops: dict[str, float]
+    gb_s: float
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure both peaks on `device` with random data (zeros run faster and prove nothing); under two seconds."""
+    cuda = device.type == "cuda"
+    side, numbers = (8192, 2**30) if cuda else (1024, 2**25)
+    tflops = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = _seconds(lambda _, a=a, b=b: a @ b, device)
+        tflops[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds / 1e12
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+    copied = _seconds(lambda _: target.copy_(source), device)
+    return Ceilings(tflops, 2 * source.nbytes / copied / 1e9)
+
+
+def _seconds(call: timing.Call, device: torch.device) -> float:
+    samples = timing.latency({"": call}, device, Budget(rounds=2, samples=8, seconds=0.2))
+    return samples["latency_ms"].median() / 1e3
+
+
+def work(config: PretrainedConfig, *, batch: int, bytes_per_weight: float, bytes_per_value: int) -> pd.DataFrame:
+    """Floating-point operations and least bytes of one pass over `batch` pictures, by part of a ViT.
+
+    Index: the parts of `profile.PARTS` that compute. Columns: gflop, mb (10⁶ bytes). `bytes_per_weight` is that of
+    the encoder's linear layers (0.52 for NF4, 1 for int8), `bytes_per_value` that of the activations.
+    """
+    hidden, blocks, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+    patches = (config.image_size // config.patch_size) ** 2
+    rows, pixels = batch * (patches + 1), 3 * config.patch_size**2
+    state = rows * hidden * bytes_per_value  # the hidden states once
+    scores = 2 * 2 * rows * (patches + 1) * hidden
+    parts = {
+        "patch embedding": (
+            2 * batch * patches * pixels * hidden,
+            batch * patches * pixels * bytes_per_value + 2 * state,
+        ),
+        "attention": (
+            blocks * (4 * 2 * rows * hidden**2 + scores),
+            blocks * (4 * hidden**2 * bytes_per_weight + 12 * state),
+        ),
+        "mlp": (
+            blocks * 4 * rows * hidden * mlp,
+            blocks * (2 * hidden * mlp * bytes_per_weight + 2 * state * (1 + mlp / hidden)),
+        ),
+        "norm": (0, (2 * blocks + 1) * 2 * state),
+        "residual": (0, 2 * blocks * 3 * state),
+        "head": (2 * batch * hidden * config.num_labels, batch * hidden * bytes_per_value),
+    }
+    return pd.DataFrame(parts, index=["gflop", "mb"]).T.mul({"gflop": 1e-9, "mb": 1e-6})
+
+
+def achieved(counted: pd.DataFrame, device_time_us: pd.Series, peak: Ceilings, dtype: str) -> pd.DataFrame:
+    """`counted` with the time each part took, its TFLOP/s and GB/s, the floor that the roofline sets, and their ratio.
+
+    `floor_us` is the larger of operations over peak rate and bytes over bandwidth; `share_of_floor` is floor over time:
+    1 is as fast as this hardware allows.
+    """
+    frame = counted.join(device_time_us.rename("device_time_us"), how="inner")
+    seconds = frame["device_time_us"] * 1e-6
+    frame["tflop_s"] = frame["gflop"] / 1e3 / seconds
+    frame["gb_s"] = frame["mb"] / 1e3 / seconds
+    by_rate, by_bytes = frame["gflop"] / 1e3 / peak.tflops[dtype], frame["mb"] / 1e3 / peak.gb_s
+    frame["floor_us"] = 1e6 * by_rate.where(by_rate > by_bytes, by_bytes)
+    frame["bound"] = ["arithmetic" if a > b else "memory" for a, b in zip(by_rate, by_bytes, strict=True)]
+    frame["share_of_floor"] = frame["floor_us"] / frame["device_time_us"]
+    return frame
