@@ -13,10 +13,10 @@ from vitlib import imports
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
-    0: {"__init__", "params", "records", "stats", "variants", "imports"},
-    1: {"data", "synthetic", "preprocess", "attention", "quantize", "profile", "timing"},
+    0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor"},
+    1: {"data", "synthetic", "preprocess", "attention", "quantize", "profile", "timing", "roofline"},
     2: {"models", "engine", "training"},
-    3: {"finetune", "evaluate", "ablation", "inference", "standin", "claims"},
+    3: {"finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"},
     4: {"plots", "report", "frontpage", "publish"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
@@ -68,12 +68,14 @@ heavy = {"vitlib": HEAVY & set(sys.modules)}
 for module in WITHOUT_TORCH:
     importlib.import_module(f"vitlib.{module}")
     heavy[module] = HEAVY & set(sys.modules)
+import bitsandbytes, torch
+
+theirs = torch.cuda.is_initialized()  # where there is a GPU, bitsandbytes looks at it while it is imported
 for module in MODULES:
     importlib.import_module(f"vitlib.{module}")
-import torch
 
 heavy = {module: sorted(names) for module, names in heavy.items() if names}
-print(json.dumps({"heavy": heavy, "cuda": torch.cuda.is_initialized(), "connections": connections}))
+print(json.dumps({"heavy": heavy, "cuda": torch.cuda.is_initialized() and not theirs, "connections": connections}))
 """
 
 

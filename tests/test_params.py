@@ -27,6 +27,7 @@ def is_parameters(cell: dict) -> bool:
 
 def formatted(code: str) -> str:
     """The code as ruff writes it with this project's settings: long lines are broken in the notebooks."""
+    pytest.importorskip("ruff", reason="the linter is not installed")
     command = [sys.executable, "-m", "ruff", "format", "-", "--config", str(ROOT / "pyproject.toml")]
     return subprocess.run(command, input=code, capture_output=True, text=True, check=True).stdout.strip()
 

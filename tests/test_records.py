@@ -174,7 +174,8 @@ def test_a_missing_schema_column_is_named(tmp_path: Path) -> None:
 
 def test_values_come_back(tmp_path: Path) -> None:
     frame = _frame("predictions", rows=6).drop(columns=["file", "name_1", "reason"])
-    frame["file"] = ["01", "NA", 'a,"b".png', "line\nbreak", "return\rhere", os.fsdecode(b"caf\xe9.jpg")]
+    files = ["01", "NA", 'a,"b".png', "line\nbreak", "return\rhere", os.fsdecode(b"caf\xe9.jpg")]
+    frame["file"] = pd.Series(files, dtype=object)  # pandas' own text type may refuse what is not Unicode
     frame["name_1"] = ["None", "nan", "1e3", "null", "été", " blank "]
     frame["reason"] = [None] * 5 + ["not a picture"]
     frame["probability_1"] = np.array([0.1, 1e-12, np.nan, 1 / 3, 123456789, 0.9], dtype=np.float32)

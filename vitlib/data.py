@@ -198,16 +198,16 @@ def _walk(root: Path, folder: Path, split: str, skipped: list, max_megapixels: f
     for entry in sorted(root.iterdir(), key=lambda path: _natural(path.name)):
         if not entry.is_dir() or entry.name.startswith("."):  # .ipynb_checkpoints is no class
             if reason := not_a_picture(entry):
-                skipped.append((entry.relative_to(folder).as_posix(), split, reason))
+                skipped.append((shown(entry, folder), split, reason))
             elif split == "test":
                 yield picture_of(entry, folder, None, max_megapixels)
             else:
-                skipped.append((entry.relative_to(folder).as_posix(), split, "not in a class folder"))
+                skipped.append((shown(entry, folder), split, "not in a class folder"))
             continue
         usable = 0
         for file in sorted(entry.iterdir(), key=lambda path: _natural(path.name)):
             if reason := not_a_picture(file):
-                skipped.append((file.relative_to(folder).as_posix(), split, reason))
+                skipped.append((shown(file, folder), split, reason))
             else:
                 usable += 1
                 yield picture_of(file, folder, entry.name, max_megapixels)
@@ -218,9 +218,14 @@ def _walk(root: Path, folder: Path, split: str, skipped: list, max_megapixels: f
             )
 
 
+def shown(path: Path, root: Path) -> str:
+    """A path below `root` as records name it; bytes that are no Unicode text are escaped."""
+    return path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def picture_of(file: Path, root: Path, label: str | None, max_megapixels: float) -> Picture:
     """A picture in a file, named by its path below `root`."""
-    return Picture(file.relative_to(root).as_posix(), label, partial(open_picture, file, max_megapixels))
+    return Picture(shown(file, root), label, partial(open_picture, file, max_megapixels))
 
 
 def not_a_picture(path: Path) -> str:

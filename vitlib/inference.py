@@ -71,7 +71,7 @@ def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, 
         if path.is_dir():
             continue
         if reason := data.not_a_picture(path):
-            skipped.append((path.relative_to(folder).as_posix(), reason))
+            skipped.append((data.shown(path, folder), reason))
         else:
             label = None if path.parent == folder else path.parent.name
             pictures.append(data.picture_of(path, folder, label, settings.max_megapixels))

@@ -107,33 +107,39 @@ def profile(
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
-    events = profiler.events()
-    rows, total = (_cuda_rows if device.type == "cuda" else _cpu_rows)(events)
+    rows, total = (_cuda_rows if device.type == "cuda" else _cpu_rows)(profiler)
     frame = pd.DataFrame(rows, columns=["part", "operation", "kernel", "device_time_us"])
     grouped = frame.groupby(["part", "operation", "kernel"], as_index=False, dropna=False)
     summed = grouped.agg(calls=("device_time_us", "size"), device_time_us=("device_time_us", "sum"))
     summed[["calls", "device_time_us"]] /= passes
     summed = summed.sort_values("device_time_us", ascending=False, ignore_index=True)
     other = summed.loc[summed["part"] == "other", "device_time_us"].sum()
-    missed = total / passes - summed["device_time_us"].sum()
-    summed.attrs = {"total_us": total / passes, "unattributed_share": (other + abs(missed)) * passes / total}
+    summed.attrs = {"total_us": total / passes, "unattributed_share": other * passes / total}
     return summed[list(COLUMNS)]
 
 
-def _cuda_rows(events: list) -> tuple[list[tuple], float]:
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    rows = [(*_place(event, kernel.name), kernel.name, kernel.duration) for event in events for kernel in event.kernels]
-    return rows, sum(e.time_range.elapsed_us() for e in on_device)
+def _cuda_rows(profiler: torch.profiler.profile) -> tuple[list[tuple], float]:
+    """Every device event once, placed by the operator that its launch is linked to."""
+    launchers = {e.id: e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU}
+    rows = [
+        (*_place(launchers.get(e.linked_correlation_id()), e.name()), e.name(), e.duration_ns() / 1e3)
+        for e in profiler.profiler.kineto_results.events()
+        if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()
+    ]
+    return rows, sum(row[-1] for row in rows)
 
 
-def _cpu_rows(events: list) -> tuple[list[tuple], float]:
-    operators = [e for e in events if "::" in e.name and not e.name.startswith("part:") and e.self_cpu_time_total > 0]
+def _cpu_rows(profiler: torch.profiler.profile) -> tuple[list[tuple], float]:
+    named = [event for event in profiler.events() if "::" in event.name and not event.name.startswith("part:")]
+    operators = [event for event in named if event.self_cpu_time_total > 0]
     rows = [(*_place(event, event.name), event.name, event.self_cpu_time_total) for event in operators]
     return rows, sum(row[-1] for row in rows)
 
 
-def _place(event: object, kernel: str) -> tuple[str, str]:
+def _place(event: object | None, kernel: str) -> tuple[str, str]:
     """(part, operation) of what `event` launched: from the operators and ranges it ran in, innermost first."""
+    if event is None:
+        return "other", "not linked to an operator"
     chain = []
     while event is not None:
         chain.append(event.name)
