@@ -35,7 +35,7 @@ workers: int = 2  # threads that decode pictures
 base_model: str = "pretrain"  # pretrain (on other synthetic flowers), random, a folder, or a Hub id
 base_revision: str = ""  # commit of a base from the Hub; required there
 architecture: str = "vit-micro"  # of a base that is not loaded
-image_size: int = 48  # side in pixels, of a base that is not loaded
+image_size: int = 48  # side in pixels, of synthetic pictures and of a base that is not loaded
 pretrain_epochs: int = 10  # passes when base_model is pretrain
 method: str = "lora"  # lora, qlora, full, head: what is trained beside the head
 lora_rank: int = 8  # rank r of the adapters
@@ -87,7 +87,7 @@ base.preprocess.describe()
 # Now the pictures are read and resized once. A few of them, as the network sees them:
 
 # %%
-decoded = data.decode_splits(dataset, ["train", "valid"], base.preprocess, settings.workers)
+decoded = data.decode_splits(dataset, list(dataset.splits), base.preprocess, settings.workers)
 
 # %%
 plots.picture_grid(*data.one_of_each(decoded["train"], base.labels, 18))
@@ -100,7 +100,8 @@ plots.table(dataset.problems(), none="every file could be used")
 
 # %% [markdown]
 # A picture that stands in two splits would be tested on what was learnt by heart. Exact copies and near copies (the
-# same photograph, saved again) are listed; both count against the validation accuracy.
+# same photograph, saved again) are listed, for every pair of splits; both make the accuracy of a split look better
+# than it is. The test split is read for this search only: training never sees it.
 
 # %%
 plots.table(data.duplicates(decoded), digits=4, none="no picture stands in two splits")

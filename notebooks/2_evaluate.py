@@ -30,6 +30,7 @@ limit: int = 0  # pictures used of each split, evenly over the classes; 0 takes 
 pictures_per_class: int = 60  # training pictures of a class, synthetic data only
 max_megapixels: float = 50.0  # larger pictures are reported and skipped
 workers: int = 2  # threads that decode pictures
+image_size: int = 48  # side in pixels, of synthetic pictures and of a base that is not loaded
 variants: list[str] = [
     "fp32-sdpa",
     "fp16-sdpa",
@@ -43,7 +44,7 @@ batch_sizes: list[int] = [1, 8, 32]  # pictures a call, for latency and throughp
 rounds: int = 20  # times that all variants are measured, in shuffled order
 samples: int = 24  # calls a round and batch size at most
 round_seconds: float = 0.1  # seconds a round and batch size at most
-cpu_samples: int = 10  # calls of one picture on the CPU, unquantized rows
+cpu_samples: int = 10  # calls of one picture on the CPU, for the rows that run there
 profile_batch_size: int = 8  # pictures in the profiled call
 eval_batch_size: int = 32  # pictures a call when only outputs matter
 margin: float = 0.02  # share of pictures that a non-inferior variant may lose

@@ -28,6 +28,7 @@ limit: int = 0  # pictures used of each split, evenly over the classes; 0 takes 
 pictures_per_class: int = 60  # training pictures of a class, synthetic data only
 max_megapixels: float = 50.0  # larger pictures are reported and skipped
 workers: int = 2  # threads that decode pictures
+image_size: int = 48  # side in pixels, of synthetic pictures and of a base that is not loaded
 eval_batch_size: int = 32  # pictures a call when only outputs matter
 ablation_bits: list[int] = [4, 8]  # 4 is NF4, 8 is int8
 ablation_pictures: int = 0  # validation pictures used, evenly over the classes; 0 takes all

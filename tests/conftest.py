@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test processes share 
 
 import pytest
 import torch
+from transformers import ViTImageProcessorPil
 
 from vitlib import models, preprocess
 from vitlib.data import Labels
@@ -16,8 +17,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def labels() -> Labels:
-    """Class folders whose text order ('1', '10', '2') is not their id order."""
-    return Labels(("1", "2", "10"), ("pink primrose", "hard-leaved pocket orchid", "globe thistle"))
+    """Class folders whose id order is neither their text order ('1', '10', '2') nor the natural one ('1', '2', '10')."""
+    return Labels(("2", "10", "1"), ("hard-leaved pocket orchid", "globe thistle", "pink primrose"))
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,11 @@ def checkpoints(tmp_path_factory, labels):
     network = models.new("vit-micro", image_size=32, labels=labels).eval()
     with torch.no_grad():  # logits of random weights are all alike; a larger head makes classes differ
         network.classifier.weight.mul_(20)
-    pre, cpu = preprocess.new(32), torch.device("cpu")
+    # Like no default of any library: what forgets to ask the checkpoint is seen.
+    processor = ViTImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=[0.31, 0.42, 0.53], image_std=[0.21, 0.24, 0.27]
+    )
+    pre, cpu = preprocess.Preprocess(processor), torch.device("cpu")
     models.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={})
     for weights in ("nf4", "int8"):
         quantized = models.quantize_checkpoint(folder / "merged", weights, cpu)

@@ -43,6 +43,7 @@ def test_what_ran_under_its_own_name_passes(variant, frame):
         (Variant("fp16", "flash_attention_2"), profiled(CUDNN), "attention ran in cudnn"),
         (Variant("fp16", "flash_attention_2"), profiled(TORCH_FLASH), "attention ran in void pytorch_flash"),
         (Variant("fp16"), profiled(FLASH_2), "attention ran in void flash::"),
+        (Variant("fp16", "eager"), profiled(CUDNN), "attention ran fused"),
         (Variant("fp16"), profiled(attention_us=0.0), "no attention function"),
         (Variant("fp16"), profiled(missed=0.06), "6.0%"),
         (Variant("nf4"), profiled(), "not used"),

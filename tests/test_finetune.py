@@ -111,8 +111,8 @@ def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
     paths = finetune.save_checkpoints(merged, base, settings(), history)
     valid = data.Decoded(pixels, [], [])
     table = finetune.check_reload(merged, base, paths, valid)
-    assert table.loc["merged", "relative_difference"] == 0
-    assert 0 < table.loc["int8", "relative_difference"] < table.loc["nf4", "relative_difference"] < 0.5
+    assert table.loc["merged", "reload_difference"] == 0
+    assert 0 < table.loc["int8", "from_merged"] < table.loc["nf4", "from_merged"] < 0.5
     assert models.read_labels(paths["nf4"]) == base.labels
 
 

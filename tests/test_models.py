@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, DeiTConfig
 
 from vitlib import attention, models, preprocess
 from vitlib.data import Labels, Picture
@@ -85,7 +86,7 @@ def test_ids_come_from_the_checkpoint_not_from_sorting(checkpoints, labels):
     found = models.read_labels(checkpoints / "merged")
     assert found == labels
     pictures = [Picture(name, name, lambda: None) for name in sorted(found.folders)]  # '1', '10', '2'
-    assert found.ids(pictures).tolist() == [0, 2, 1]
+    assert found.ids(pictures).tolist() == [2, 1, 0]
 
 
 def test_a_checkpoint_whose_labels_disagree_with_its_config_is_refused(checkpoints, tmp_path):
@@ -112,6 +113,41 @@ def test_a_checkpoint_without_preprocessing_is_refused(checkpoints, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(preprocess.PreprocessError, match="preprocessor_config"):
         models.load(tmp_path, Variant("fp32"), CPU)
+
+
+def _without_block_1(folder):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layer.1." not in name and ".layers.1." not in name}
+    assert len(kept) < len(weights)
+    safetensors.torch.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_that_are_missing_are_not_replaced_by_random_ones(checkpoints, tmp_path, labels):
+    _without_block_1(shutil.copytree(checkpoints / "merged", tmp_path / "merged"))
+    with pytest.raises(CheckpointError, match="lacks weights"):
+        models.load(tmp_path, Variant("fp32"), CPU)
+    with pytest.raises(CheckpointError, match="lacks weights"):
+        models.load_base(
+            str(tmp_path / "merged"), revision="", labels=labels, dtype=torch.float32, quantized=False, device=CPU
+        )
+
+
+def test_the_head_of_a_base_is_new_even_with_as_many_classes(checkpoints, labels):
+    old = models.load(checkpoints, Variant("fp32"), CPU).model.classifier.weight
+    base = models.load_base(
+        str(checkpoints / "merged"), revision="", labels=labels, dtype=torch.float32, quantized=False, device=CPU
+    )
+    assert base.classifier.weight.shape == old.shape
+    assert not torch.equal(base.classifier.weight, old)
+    assert torch.equal(base.classifier.bias, torch.zeros(3))
+
+
+def test_a_base_of_another_kind_is_refused(tmp_path, labels):
+    DeiTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(CheckpointError, match="'deit' network"):
+        models.load_base(str(tmp_path), revision="", labels=labels, dtype=torch.float32, quantized=False, device=CPU)
 
 
 def test_a_missing_checkpoint_says_what_to_run(tmp_path):

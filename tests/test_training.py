@@ -1,5 +1,6 @@
 """Training that is killed goes on where it was, and never from half of a checkpoint."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ def examples():
 
 @pytest.fixture
 def train(examples, labels, tmp_path):
-    def run(folder="run", *, resume=False, recipe=RECIPE, adapters=False):
+    def run(folder="run", *, resume=False, recipe=RECIPE, adapters=False, about=None):
         torch.manual_seed(0)
         network = models.new("vit-micro", image_size=32, labels=labels)
         if adapters:
@@ -44,6 +45,7 @@ def train(examples, labels, tmp_path):
             folder=tmp_path / folder,
             device=CPU,
             resume=resume,
+            about=about,
         )
         return network.state_dict(), history
 
@@ -110,7 +112,7 @@ DAMAGED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.j
 def test_a_damaged_checkpoint_is_named_and_passed_over(killed_after_two_epochs, name, harm, capsys):
     newest = killed_after_two_epochs / "checkpoint-6"
     harm(newest / name)
-    identity = {"recipe": vars(RECIPE), "pictures": {"train": 24, "valid": 6}}
+    identity = json.loads((killed_after_two_epochs / "checkpoint-3" / training.MANIFEST).read_text())["identity"]
     try:
         chosen = training.newest_whole_checkpoint(killed_after_two_epochs, identity)
     except ResumeError:  # one bit of the manifest's settings: refused, not used
@@ -123,6 +125,24 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(killed_after_two_epochs, 
 def test_other_settings_are_refused_by_name(train, killed_after_two_epochs):
     with pytest.raises(ResumeError, match=r"learning_rate 0.001 → 0.002"):
         train(resume=True, recipe=replace(RECIPE, learning_rate=2e-3))
+
+
+def test_another_start_or_other_adapters_are_refused(train, killed_after_two_epochs, examples):
+    with pytest.raises(ResumeError, match="initial weights"):
+        train(resume=True, adapters=True)
+    with pytest.raises(ResumeError, match="method None → lora"):
+        train(resume=True, about={"method": "lora"})
+    examples["train"].labels[0] += 1
+    with pytest.raises(ResumeError, match="pictures"):
+        train(resume=True)
+
+
+def test_resuming_a_finished_run_changes_nothing(train):
+    """The usual reason to resume: training ended and saving a checkpoint afterwards was interrupted."""
+    expected, first = train()
+    found, again = train(resume=True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again["top1"].tolist() == first["top1"].tolist()
 
 
 def test_without_resume_old_checkpoints_are_gone(train, killed_after_two_epochs):

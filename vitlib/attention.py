@@ -1,5 +1,6 @@
 """Which attention can run where, and why not. Level 1."""
 
+import importlib
 import importlib.util
 
 import torch
@@ -20,7 +21,11 @@ def missing_flash_attention(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
         return f"FlashAttention-2 needs compute capability 8.0 (Ampere), {name} has {major}.{minor}"
     if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install '.[gpu]')"
+        return "the package flash-attn is not installed (uv pip install -e '.[gpu]' --no-build-isolation)"
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # built for another torch, the usual state after an upgrade
+        return f"flash-attn is installed but cannot be imported: {str(error).splitlines()[0]}"
     return ""
 
 

@@ -60,6 +60,7 @@ def device_time(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.Da
             {
                 "variant": variant.name,
                 "profiled_batch": size,
+                "profiled_execution": "eager",  # also of graph and compiled rows: only modules have parts
                 "device_time_us": frame.attrs["total_us"],
                 "attention_device_time_us": profile.attention_time_us(frame),
                 "attention_kernel": profile.attention_kernel(frame),
@@ -93,6 +94,8 @@ def identity_fault(variant: Variant, frame: pd.DataFrame) -> str:
     own = "flash::flash_fwd" in kernel and "pytorch_flash" not in kernel
     if own != (variant.attention == "flash_attention_2"):
         return f"attention ran in {kernel}"
+    if variant.attention == "eager" and any(part in kernel for part in ("scaled_dot_product", "fmha", "sdpa", "flash")):
+        return f"attention ran fused, in {kernel}"
     through_bitsandbytes = frame["operation"].str.startswith("bitsandbytes::").any()
     if through_bitsandbytes != variant.quantized:
         return "bitsandbytes was " + ("not used" if variant.quantized else "used")
@@ -203,13 +206,15 @@ def memory(bench: Bench, settings: Parameters) -> pd.DataFrame:
 
     `peak_above_weights_mb` is what a pass allocates at its peak and `peak_memory_mb` the sum with the weights, on the
     device that ran it; `peak_vram_mb` is that sum where the device is a GPU. `reserved_mb` is what the caching
-    allocator holds from the driver for it (weights and the pool that the pass needed), on a GPU only.
+    allocator holds from the driver for it (weights and the pool that the pass needed), on a GPU only. A CUDA graph
+    holds its activations from capture on; they are counted as the pass's.
     """
     rows = []
     for name, engine in bench.engines.items():
         for size in settings.batch_sizes:
             call = rotating_calls(engine, bench.valid.pixels, size)
-            used = timing.peak_memory_mb(call, bench.device)
+            used, pool = timing.peak_memory_mb(call, bench.device), engine.pool_mb.get(size, 0.0)
+            used = used._replace(allocated=used.allocated + pool, reserved=used.reserved + pool)
             weights, cuda = engine.loaded.weights_mb, bench.device.type == "cuda"
             rows.append(
                 {

@@ -12,19 +12,23 @@ class Engine:
     """`engine(pixel_values) -> logits` (n, classes), with the same weights whatever the execution.
 
     `pixel_values` (n, 3, h, w) must lie on the engine's device in its dtype. With `graph` a batch is padded to the
-    next captured size; a batch over the largest is cut. `prepare_s` holds the seconds that capture or compilation took.
+    next captured size; a batch over the largest is cut. `prepare_s` holds the seconds that capturing took; a compiled
+    engine compiles in the first call of each batch size.
     """
 
     def __init__(self, loaded: Loaded, execution: str = "eager", batch_sizes: tuple[int, ...] = (1, 8, 32)) -> None:
         self.loaded, self.execution = loaded, execution
         self.sizes = tuple(sorted(batch_sizes))
         self.prepare_s = 0.0
+        self.pool_mb: dict[int, float] = {}  # what the graph of a batch size keeps allocated
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self._forward = torch.compile(self._eager, dynamic=False) if execution == "compile" else self._eager
         if execution == "graph":
             start = time.perf_counter()
             for size in self.sizes:
+                before = torch.cuda.memory_allocated(loaded.device)
                 self._graphs[size] = self._capture(size)
+                self.pool_mb[size] = (torch.cuda.memory_allocated(loaded.device) - before) / 2**20
             self.prepare_s = time.perf_counter() - start
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:

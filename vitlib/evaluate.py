@@ -11,7 +11,7 @@ import torch
 from vitlib import data, engine, models, preprocess, records, stats
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.engine import Engine
-from vitlib.params import Parameters
+from vitlib.params import Parameters, used_by
 from vitlib.variants import Variant, find
 
 
@@ -56,6 +56,7 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
     first = engines[variants[0].name].loaded
     first.labels.check(dataset, "valid")
     _same_preprocessing(engines)
+    _one_training(engines, checkpoints)
     valid = data.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
     found = {name: models.evidence(engine_.loaded.model) for name, engine_ in engines.items()}
     return Bench(variants, engines, reasons, first.labels, device, valid, checkpoints, found)
@@ -69,6 +70,19 @@ def _same_preprocessing(engines: dict[str, Engine]) -> None:
             raise models.CheckpointError(
                 f"{name} and {first} were saved with different preprocessing ({settings} against {described[first]}): "
                 "run 1_finetune again, so that all checkpoints come from one training"
+            )
+
+
+def _one_training(engines: dict[str, Engine], checkpoints: Path) -> None:
+    """CheckpointError where a quantized checkpoint was made from other weights than the merged one beside it."""
+    merged, labels = checkpoints / "merged", models.read_labels(checkpoints / "merged")
+    checksum = records.checksum(merged / "model.safetensors")
+    for name, engine_ in engines.items():
+        made_from = models.merged_checksum(engine_.loaded.folder)
+        if engine_.loaded.labels != labels or made_from not in ("", checksum):
+            raise models.CheckpointError(
+                f"{name} was quantized from other weights or labels than {merged.name}/ holds: run 1_finetune again, "
+                "so that all checkpoints come from one training"
             )
 
 
@@ -188,7 +202,7 @@ def variants_table(
     folder = records.study_folder(settings.study) / "records"
     records.write_table(table, folder / "variants.csv")
     environment = records.environment(
-        parameters=settings.model_dump(),
+        parameters=used_by(settings, "2_evaluate"),
         seeds={"study": settings.seed},
         checksums={"weights": records.checksum(bench.checkpoints / "merged"), "data": data_checksum(bench)},
     )

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from vitlib import data, engine, models, preprocess, quantize, records, synthetic, training
 from vitlib.data import Dataset, Decoded, Labels
-from vitlib.params import Parameters, is_hub_id
+from vitlib.params import Parameters, is_hub_id, used_by
 from vitlib.preprocess import Preprocess
 from vitlib.training import Examples, Recipe
 from vitlib.variants import Variant
@@ -56,16 +56,13 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
     """The base that `settings.base_model` names, with a new head for the classes of the data."""
     models.quiet_libraries()
     device, labels = models.pick_device(settings.device), data.new_labels(dataset)
+    labels.check(dataset, "valid")  # here, and not only in the evaluation after the training
     if settings.base_model == "random":
         set_seed(settings.seed)
         model = models.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
         pre, origin = preprocess.new(settings.image_size), {"base": "random", "architecture": settings.architecture}
     else:
-        folder = _pretrained(settings, device) if settings.base_model == "pretrain" else settings.base_model
-        if not is_hub_id(str(folder)) and not Path(folder).is_dir():
-            raise FinetuneError(
-                f"base_model {str(folder)!r} is neither pretrain, random, a folder nor a Hub id (owner/name)"
-            )
+        folder = _base_folder(settings, device)
         pre = preprocess.load(folder, settings.base_revision or None)
         set_seed(settings.seed)  # the new head's initialisation
         quantized = settings.method == "qlora"
@@ -77,10 +74,25 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
     return Base(model, pre, labels, device, origin)
 
 
+def _base_folder(settings: Parameters, device: torch.device) -> Path | str:
+    """The folder or Hub id of the base; FinetuneError where there is none."""
+    if settings.base_model == "pretrain":
+        return _pretrained(settings, device)
+    if is_hub_id(settings.base_model):
+        return settings.base_model
+    folder = records.resolve(settings.base_model)
+    if not folder.is_dir():
+        raise FinetuneError(
+            f"base_model {settings.base_model!r} is neither pretrain, random, a folder nor a Hub id (owner/name)"
+        )
+    return folder
+
+
 def _pretrained(settings: Parameters, device: torch.device) -> Path:
     """The demo's base: a small ViT trained on the generator's other classes; kept until a setting changes."""
     keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
-    settled = {key: getattr(settings, key) for key in keys} | {"classes": len(synthetic.PRETRAIN_CLASSES)}
+    settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(PRETRAIN_RECIPE)}
+    settled["generator"] = records.checksum(Path(synthetic.__file__))  # other pictures make another base
     name = hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8]
     folder = records.study_folder(settings.study) / "checkpoints" / f"base-{name}"
     if (folder / "config.json").is_file():
@@ -125,8 +137,9 @@ PRETRAIN_RECIPE = Recipe(
 
 
 def examples_of(decoded: dict[str, Decoded], labels: Labels) -> dict[str, Examples]:
-    """Pixels with the checkpoint's class ids, by split."""
-    return {split: Examples(part.pixels, labels.ids(part.pictures)) for split, part in decoded.items()}
+    """Pixels with the checkpoint's class ids of the two splits that training uses."""
+    used = {split: decoded[split] for split in ("train", "valid")}
+    return {split: Examples(part.pixels, labels.ids(part.pictures)) for split, part in used.items()}
 
 
 def describe(base: Base) -> pd.DataFrame:
@@ -139,7 +152,7 @@ def describe(base: Base) -> pd.DataFrame:
         "heads": config.num_attention_heads,
         "patch": config.patch_size,
         "pixels": " × ".join(map(str, base.preprocess.side)),
-        "parameters (M)": round(sum(p.numel() for p in base.model.parameters()) / 1e6, 2),
+        "parameters (M)": round(sum(quantize.parameter_count(p) for p in base.model.parameters()) / 1e6, 2),
         "new classes": len(base.labels.names),
     }
     return pd.DataFrame([facts])
@@ -190,8 +203,10 @@ def parameter_table(model: nn.Module) -> pd.DataFrame:
     """Trainable and frozen parameters of the head, the adapters and the rest, a row each."""
     rows: dict[str, list[int]] = {"head": [0, 0], "adapters": [0, 0], "encoder": [0, 0]}
     for name, parameter in model.named_parameters():
+        if "original_module" in name:  # peft keeps the untrained head beside the trained one
+            continue
         part = "head" if quantize.CLASSIFIER in name else "adapters" if "lora_" in name else "encoder"
-        rows[part][0 if parameter.requires_grad else 1] += parameter.numel()
+        rows[part][0 if parameter.requires_grad else 1] += quantize.parameter_count(parameter)
     return pd.DataFrame(rows, index=["trainable", "frozen"]).T
 
 
@@ -206,20 +221,45 @@ def train(model: nn.Module, base: Base, decoded: dict[str, Decoded], settings: P
         folder=folder / "training" / "finetune",
         device=base.device,
         resume=settings.resume,
+        about=_about(settings),
     )
     records.write_table(history, folder / "records" / "finetune.csv")
     return history
 
 
+def _about(settings: Parameters) -> dict[str, object]:
+    names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
+    return {name: getattr(settings, name) for name in names}
+
+
 def merge(model: nn.Module, base: Base, settings: Parameters) -> nn.Module:
     """The fine-tuned network as a plain one in 16 bit: adapters added to the weights they were trained on.
 
-    For QLoRA these are the dequantized NF4 weights (bitsandbytes would round the sum to NF4 again).
+    For QLoRA these are the dequantized NF4 weights (bitsandbytes would round the sum to NF4 again). FinetuneError where
+    the merged network gives other logits than the trained one, adapters attached, on random pictures.
     """
+    draw = torch.Generator().manual_seed(settings.seed)
+    height, width = base.preprocess.side
+    pixels = torch.randint(0, 256, (8, 3, height, width), generator=draw).to(base.device)
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=base.preprocess.normalise(pixels)).logits.float()
+        merged = _merged(model, settings)
+        found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.float()
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference < MERGE_TOLERANCE[settings.method]:
+        raise FinetuneError(f"merging changed the logits by {difference:.1%}: the adapters were not merged as trained")
+    return merged
+
+
+# ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
+MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
+
+
+def _merged(model: nn.Module, settings: Parameters) -> nn.Module:
     if settings.method in ("full", "head"):
-        return model.eval().half()
+        return model.half()
     if settings.method == "lora":
-        return model.eval().merge_and_unload().half()
+        return model.merge_and_unload().half()
     deltas = {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").float()
         for name, module in model.named_modules()
@@ -234,17 +274,19 @@ def merge(model: nn.Module, base: Base, settings: Parameters) -> nn.Module:
 def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, history: pd.DataFrame) -> dict[str, Path]:
     """Write `merged`, `nf4` and `int8`; the quantized ones are made by transformers from the merged one."""
     folder = records.study_folder(settings.study) / "checkpoints"
+    merged.config.update(models.label_maps(base.labels))
     provenance = {
         "study": settings.study,
         "origin": base.origin,
         "method": settings.method,
-        "parameters": settings.model_dump(),
+        "parameters": used_by(settings, "1_finetune"),
         "top1": float(history["top1"].iloc[-1]),
         "versions": records.environment(parameters={})["versions"],
     }
     shared = {"pre": base.preprocess, "labels": base.labels}
-    merged.config.update(models.label_maps(base.labels))
     paths = {"merged": models.save(merged, folder / "merged", provenance=provenance | {"weights": "fp16"}, **shared)}
+    # The merged file's checksum ties the three together: evaluation refuses checkpoints of different trainings.
+    provenance["merged_sha256"] = records.checksum(paths["merged"] / "model.safetensors")
     for weights in ("nf4", "int8"):
         quantized = models.quantize_checkpoint(paths["merged"], weights, base.device)
         note = {"weights": weights, "quantized_from": "merged", "kept_in_16_bit": [quantize.CLASSIFIER]}
@@ -255,8 +297,9 @@ def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, histor
 def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: Decoded) -> pd.DataFrame:
     """Each saved checkpoint loaded again and compared with the model in memory, a row each.
 
-    `relative_difference` is ‖reloaded − memory‖ / ‖memory‖ of the logits of up to 64 pictures. A merged checkpoint
-    that differs is an error; the quantized ones differ by what quantization costs.
+    `from_merged` is ‖found − merged‖ / ‖merged‖ of the logits of up to 64 pictures: what quantization costs.
+    `reload_difference` is the same between the file and the network in memory that it was saved from (a quantized one
+    is quantized again): more than rounding is an error.
     """
     pixels, rows = valid.pixels[:64], []
     memory = models.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
@@ -265,18 +308,25 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
         variant = Variant("fp16" if name == "merged" else name)
         loaded = models.load(path.parent, variant, base.device)
         found = engine.logits(engine.Engine(loaded), pixels, 32)
+        again = merged if name == "merged" else models.quantize_checkpoint(paths["merged"], name, base.device)
+        saved_from = engine.logits(engine.Engine(replace(memory, model=again)), pixels, 32)
+        difference = ((found - saved_from).norm() / saved_from.norm()).item()
+        if not difference <= RELOAD_TOLERANCE:
+            raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
         rows.append(
             {
                 "checkpoint": name,
                 "disk_mb": models.disk_mb(path),
                 "model_mb": loaded.weights_mb,
-                "relative_difference": ((found - expected).norm() / expected.norm()).item(),
+                "reload_difference": difference,
+                "from_merged": ((found - expected).norm() / expected.norm()).item(),
                 "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
             }
         )
-    if rows[0]["relative_difference"] > 1e-3:
-        raise FinetuneError(f"the merged checkpoint gives other logits than the model it was saved from: {rows[0]}")
     return pd.DataFrame(rows).set_index("checkpoint")
+
+
+RELOAD_TOLERANCE = 1e-3
 
 
 def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> str:
@@ -292,7 +342,7 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
             f"- {found[0]} exact and {found[1]} near copies stand in both splits.",
             f"- Training passed {history['images_per_s'].median():,.0f} images per second on {base.device.type}.",
             f"- The 16-bit checkpoint is reproduced on loading (relative difference "
-            f"{reloaded.loc['merged', 'relative_difference']:.0e}); NF4 is {nf4:.1f} and int8 {int8:.1f} times smaller "
+            f"{reloaded.loc['merged', 'reload_difference']:.0e}); NF4 is {nf4:.1f} and int8 {int8:.1f} times smaller "
             f"in memory than it, and give {100 * reloaded.loc['nf4', 'same_class']:.1f} % and "
             f"{100 * reloaded.loc['int8', 'same_class']:.1f} % of the same classes.",
         )

@@ -96,9 +96,17 @@ def label_maps(labels: Labels) -> dict[str, object]:
 def load_base(
     base: str, *, revision: str, labels: Labels, dtype: torch.dtype, quantized: bool, device: torch.device
 ) -> nn.Module:
-    """A pretrained ViT from a folder or the Hub with a new random head; safetensors only, no remote code."""
-    return AutoModelForImageClassification.from_pretrained(
+    """A pretrained ViT from a folder or the Hub with a new random head; safetensors only, no remote code.
+
+    The head is new also where the base has as many classes. CheckpointError where the base is no ViT, or where its
+    file lacks a weight of the encoder (transformers would initialise it at random and only warn).
+    """
+    kind = AutoConfig.from_pretrained(base, revision=revision or None, trust_remote_code=False).model_type
+    if kind != "vit":
+        raise CheckpointError(f"the base is a {kind!r} network; this study fine-tunes, profiles and ablates 'vit' ones")
+    model, loading = AutoModelForImageClassification.from_pretrained(
         base,
+        output_loading_info=True,
         revision=revision or None,
         use_safetensors=True,
         trust_remote_code=False,
@@ -108,6 +116,23 @@ def load_base(
         quantization_config=quantize.config("nf4", dtype) if quantized else None,
         **label_maps(labels),
     )
+    _refuse_random_weights(str(base), loading, allowed=quantize.CLASSIFIER)
+    if quantized:
+        quantize.keep_readable(model)
+    nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+    nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+def _refuse_random_weights(source: str, loading: dict[str, object], allowed: str = " ") -> None:
+    """CheckpointError where weights were missing or misshapen, but for those whose name starts with `allowed`."""
+    absent = [str(key) for key in loading["missing_keys"]]
+    absent += [str(key[0] if isinstance(key, tuple) else key) for key in loading["mismatched_keys"]]
+    if wrong := [name for name in absent if not name.startswith(allowed)]:
+        raise CheckpointError(
+            f"{Path(source).name} lacks weights of the network or has them in another shape ({', '.join(wrong[:3])}"
+            f"{' and more' if len(wrong) > 3 else ''}): they would be random. Save the checkpoint again."
+        )
 
 
 def quantize_checkpoint(merged: Path, weights: str, device: torch.device) -> nn.Module:
@@ -171,14 +196,17 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     folder = checkpoint_folder(checkpoints, variant)
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = torch.float16 if variant.quantized else DTYPES[variant.weights]
-    model = AutoModelForImageClassification.from_pretrained(
+    model, loading = AutoModelForImageClassification.from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=variant.attention,
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=False,
-    ).eval()
+        output_loading_info=True,
+    )
+    _refuse_random_weights(str(folder), loading)
+    model.eval()
     verify(model, variant)
     return Loaded(model, pre, labels, device, dtype, folder, quantize.model_mb(model))
 
@@ -217,6 +245,13 @@ def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
     if faults:
         raise EvidenceError(f"{variant.name}: " + "; ".join(faults))
     return found
+
+
+def merged_checksum(folder: Path) -> str:
+    """sha256 of the merged weights that a quantized checkpoint says it was made from; '' where it does not say."""
+    file = folder / "provenance.json"
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return noted.get("merged_sha256") or ""
 
 
 def disk_mb(folder: Path) -> float:

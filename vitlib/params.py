@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vitlib import records
 from vitlib import variants as variant_table
 from vitlib.variants import nearest
 
@@ -50,7 +51,9 @@ class Parameters(BaseModel):
     base_model: str = _parameter("pretrain", "pretrain (on other synthetic flowers), random, a folder, or a Hub id", 1)
     base_revision: str = _parameter("", "commit of a base from the Hub; required there", 1)
     architecture: str = _parameter("vit-micro", "of a base that is not loaded", 1)
-    image_size: int = _parameter(48, "side in pixels, of a base that is not loaded", 1, ge=16, le=1024)
+    image_size: int = _parameter(
+        48, "side in pixels, of synthetic pictures and of a base that is not loaded", ge=16, le=1024
+    )
     pretrain_epochs: int = _parameter(10, "passes when base_model is pretrain", 1, ge=1, le=1000)
     method: Literal["lora", "qlora", "full", "head"] = _parameter("lora", "what is trained beside the head", 1)
     lora_rank: int = _parameter(8, "rank r of the adapters", 1, ge=1, le=1024)
@@ -78,7 +81,7 @@ class Parameters(BaseModel):
     rounds: int = _parameter(20, "times that all variants are measured, in shuffled order", 2, ge=2, le=1000)
     samples: int = _parameter(24, "calls a round and batch size at most", 2, ge=1, le=10000)
     round_seconds: float = _parameter(0.1, "seconds a round and batch size at most", 2, gt=0, le=600)
-    cpu_samples: int = _parameter(10, "calls of one picture on the CPU, unquantized rows", 2, ge=0, le=1000)
+    cpu_samples: int = _parameter(10, "calls of one picture on the CPU, for the rows that run there", 2, ge=0, le=1000)
     profile_batch_size: int = _parameter(8, "pictures in the profiled call", 2, ge=1)
     eval_batch_size: int = _parameter(32, "pictures a call when only outputs matter", 2, 3, 4, 5, ge=1)
 
@@ -124,15 +127,22 @@ class Parameters(BaseModel):
     def _pinned(self) -> "Parameters":
         if is_hub_id(self.base_model) and not self.base_revision:
             raise ValueError(
-                f"base_model {self.base_model!r} comes from the Hub: set base_revision to the commit you mean, "
-                "so that the study means the same weights tomorrow"
+                f"base_model {self.base_model!r} is no folder of the project, so it names a repository of the Hub: "
+                "correct the path, or set base_revision to the commit that you mean"
             )
         return self
 
 
+def used_by(settings: Parameters, notebook: str) -> dict[str, Any]:
+    """The parameters that `notebook` declares, with their values: what a record of its run may call its settings."""
+    fields = Parameters.model_fields.items()
+    names = [name for name, field in fields if notebook in field.json_schema_extra["notebooks"]]
+    return {name: getattr(settings, name) for name in names}
+
+
 def is_hub_id(base: str) -> bool:
     """Whether `base` names a Hub repository (owner/name) rather than a folder or a keyword."""
-    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not records.resolve(base).exists()
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -218,7 +228,8 @@ def collect(namespace: Mapping[str, Any]) -> Parameters:
     """
     known = Parameters.model_fields
     for source in namespace.get("In", ()):
-        if source.startswith("# Parameters\n"):
+        # The cell that papermill writes, and the notebook's own, to which somebody in JupyterLab may have added a line.
+        if source.startswith(("# Parameters\n", "study: str = ")):
             unknown = [name for name in _assigned(source) if name not in known]
             if unknown:
                 check(dict.fromkeys(unknown))
@@ -226,7 +237,9 @@ def collect(namespace: Mapping[str, Any]) -> Parameters:
 
 
 def _assigned(source: str) -> list[str]:
-    targets = [node.targets for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    nodes = ast.parse(source).body
+    targets = [node.targets for node in nodes if isinstance(node, ast.Assign)]
+    targets += [[node.target] for node in nodes if isinstance(node, ast.AnnAssign)]
     return [target.id for group in targets for target in group if isinstance(target, ast.Name)]
 
 

@@ -84,6 +84,23 @@ def quantized_bits(module: nn.Module) -> int | None:
     return 8 if isinstance(module, bnb.nn.Linear8bitLt) else None
 
 
+def keep_readable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking NF4 weights for the CPU in the first evaluation pass.
+
+    Repacked weights cannot be dequantized any more: training on them after a validation, and merging adapters into
+    them, would silently use other weights.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; of NF4, which packs two in a byte, as many as before packing."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 def model_mb(model: nn.Module) -> float:
     """Megabytes of everything the model must keep in memory: parameters, buffers and quantization state."""
     seen: dict[int, int] = {}

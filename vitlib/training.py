@@ -6,6 +6,7 @@ with the checksum of each of its files stands beside them: the Trainer writes se
 would resume from a part of them without a word.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -122,10 +123,12 @@ class _EpochClock(TrainerCallback):
     def __init__(self, pictures: int) -> None:
         self.pictures = pictures
 
+    def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
+        """Show the bar."""
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
     def on_epoch_begin(self, args: object, state: object, control: object, **_: object) -> None:
         """Start the clock."""
-        if not hasattr(self, "bar"):
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.start = time.perf_counter()
@@ -167,14 +170,16 @@ def train(
     folder: Path,
     device: torch.device,
     resume: bool = False,
+    about: Mapping[str, object] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place on `examples['train']`, validate each epoch, and return a row an epoch.
 
     `folder` receives the training checkpoints of the last two epochs. With `resume` it goes on from the newest whole
-    one. Columns: those of `records/finetune.csv`. ResumeError where the folder holds a run of another recipe.
+    one. Columns: those of `records/finetune.csv`. `about` holds further settings that make a run another run.
+    ResumeError where the folder holds a run of another recipe, other settings, other data or other initial weights.
     """
     set_seed(recipe.seed)
-    identity = {"recipe": vars(recipe), "pictures": {split: len(part.labels) for split, part in examples.items()}}
+    identity = identity_of(model, examples, recipe, about or {})
     start_from = newest_whole_checkpoint(folder, identity) if resume else None
     if start_from is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -191,6 +196,21 @@ def train(
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
     trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
     return _history(trainer.state.log_history)
+
+
+def identity_of(
+    model: nn.Module, examples: Mapping[str, Examples], recipe: Recipe, about: Mapping[str, object]
+) -> dict[str, object]:
+    """What makes a training run this one: its settings, and checksums of its pictures and initial weights."""
+    data = hashlib.sha256()
+    for split in sorted(examples):
+        data.update(examples[split].pixels.numpy().tobytes() + examples[split].labels.numpy().tobytes())
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        if isinstance(tensor, torch.Tensor):
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {**vars(recipe), **about, "pictures": data.hexdigest(), "initial weights": weights.hexdigest()}
 
 
 def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
@@ -259,9 +279,8 @@ def damage(checkpoint: Path) -> str:
 
 
 def _difference(left: Mapping[str, object], right: Mapping[str, object]) -> str:
-    flat = [{**side["recipe"], **{f"{k} pictures": v for k, v in side["pictures"].items()}} for side in (left, right)]
-    keys = [key for key in flat[1] if flat[0].get(key) != flat[1][key]]
-    return ", ".join(f"{key} {flat[0].get(key)} → {flat[1][key]}" for key in keys) or "other keys"
+    keys = [key for key in right if left.get(key) != right[key]]
+    return ", ".join(f"{key} {str(left.get(key))[:12]} → {str(right[key])[:12]}" for key in keys) or "other keys"
 
 
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
