@@ -28,9 +28,9 @@ study: setup  ## run the notebooks of STUDY that are out of date, then print the
 	@$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet host progress rules reason --config study=$(STUDY)
 	@$(BIN)/python -m vitlib.report summary --study $(STUDY)
 
-test: setup  ## linter and tests
+test: setup  ## linter and tests; those of one file share a process, as the notebooks' share a folder
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q
 
 lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -38,6 +38,8 @@ lab: setup  ## open the notebooks in JupyterLab
 sync: setup  ## bring each notebook's .py and .ipynb in step (the newer one wins)
 	$(BIN)/jupytext --sync notebooks/*.py
 
-clean:  ## remove the results of STUDY and caches, not .venv
-	rm -rf outputs/$(STUDY) .snakemake .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+# An empty name would remove every study, one with a slash or a dot first anything; the gallery is kept in git.
+clean: export CLEANED := $(STUDY)
+clean:  ## remove the results of STUDY
+	@case "$$CLEANED" in ''|.*|gallery|*[!A-Za-z0-9._-]*) echo "error: STUDY='$$CLEANED' names no study whose results may be removed" >&2; exit 1;; esac
+	rm -rf "outputs/$$CLEANED" ".snakemake/done/$$CLEANED"

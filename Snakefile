@@ -16,11 +16,19 @@ RUN = f"{shlex.quote(sys.executable)} -m vitlib.report"
 # notebook: the records it leaves, and the notebooks whose records it needs. A further notebook is a further row.
 NOTEBOOKS = {
     "1_finetune": (["finetune.csv"], []),
-    "2_evaluate": (["variants.csv", "kernels.csv"], ["1_finetune"]),
-    "3_ablation": (["ablation.csv"], ["2_evaluate"]),
+    "2_evaluate": (
+        [f"{table}.csv" for table in ("variants", "kernels", "accuracy", "latency", "throughput", "roofline", "validity")]
+        + ["environment.json", "logits.npz"],
+        ["1_finetune"],
+    ),
+    "3_ablation": (["ablation.csv", "reliability.csv"], ["2_evaluate"]),
     "4_inference": (["predictions.csv"], ["2_evaluate"]),
-    "5_claims": (["claims.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
+    "5_claims": (["claims.csv", "preprocessing.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
 }
+# One file stands for each checkpoint, whose folder is put in place as a whole.
+CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "int8")]}
+# What a notebook reads beside the code and records.
+FILES = {"5_claims": ["vitlib/claims.yaml", "vitlib/claims_ablation.csv"]}
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
 sys.path.insert(0, str(workflow.basedir))
@@ -31,7 +39,8 @@ if not Path(SET).is_file():
 
 
 def records_of(notebook):
-    return [f"{OUT}/records/{name}" for name in NOTEBOOKS[notebook][0]]
+    """Tables and checkpoints of a notebook, which others read."""
+    return [f"{OUT}/records/{name}" for name in NOTEBOOKS[notebook][0]] + CHECKPOINTS.get(notebook, [])
 
 
 def reports_of(notebook):
@@ -71,6 +80,7 @@ for notebook, (_, needs) in NOTEBOOKS.items():
         input:
             script=f"notebooks/{notebook}.py",
             parameters=SET,
+            files=FILES.get(notebook, []),
             code=[os.path.relpath(file) for file in sources(f"notebooks/{notebook}.py")],
             records=[record for other in needs for record in records_of(other)],
             marks=[mark_of(other) for other in needs],

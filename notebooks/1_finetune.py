@@ -20,8 +20,8 @@
 # Nothing after this notebook types a class name, an image size or a normalisation again: it all travels with the
 # checkpoint.
 #
-# *Installing: `make setup` on your own machine. In Colab, clone the project, then run `%cd` to its folder and `%pip
-# install -q -e .` in a cell above this one. Every setting below can be changed in place.*
+# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
+# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/

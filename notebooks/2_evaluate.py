@@ -18,8 +18,8 @@
 # - size in memory and on disk, and peak memory;
 # - where the device time goes, by part of the model.
 #
-# *Installing: `make setup` on your own machine. In Colab, clone the project, then run `%cd` to its folder and `%pip
-# install -q -e .` in a cell above this one. Every setting below can be changed in place.*
+# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
+# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -43,7 +43,7 @@ variants: list[str] = [
 batch_sizes: list[int] = [1, 8, 32]  # pictures a call, for latency and throughput
 rounds: int = 20  # times that all variants are measured, in shuffled order
 samples: int = 24  # calls a round and batch size at most
-round_seconds: float = 0.1  # seconds a round and batch size at most
+round_seconds: float = 0.05  # seconds a round and batch size at most
 cpu_samples: int = 10  # calls of one picture on the CPU, for the rows that run there
 profile_batch_size: int = 8  # pictures in the profiled call
 eval_batch_size: int = 32  # pictures a call when only outputs matter

@@ -16,8 +16,8 @@
 # - the sensitivity of every single block, for 4 and for 8 bits;
 # - whether accuracy can tell blocks apart at all, and what can.
 #
-# *Installing: `make setup` on your own machine. In Colab, clone the project, then run `%cd` to its folder and `%pip
-# install -q -e .` in a cell above this one. Every setting below can be changed in place.*
+# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
+# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/

@@ -16,8 +16,8 @@
 # - how many images a second pass from file to answer;
 # - the accuracy, where the folders say what is right.
 #
-# *Installing: `make setup` on your own machine. In Colab, clone the project, then run `%cd` to its folder and `%pip
-# install -q -e .` in a cell above this one. Every setting below can be changed in place.*
+# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
+# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/

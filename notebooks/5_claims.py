@@ -22,8 +22,8 @@
 # where the study lacks what the claim is about: the network, a GPU, the same card for milliseconds, the same weights
 # for accuracies. A verdict belongs to the study that this page was made from.
 #
-# *Installing: `make setup` on your own machine. In Colab, clone the project, then run `%cd` to its folder and `%pip
-# install -q -e .` in a cell above this one. Every setting below can be changed in place.*
+# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
+# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/

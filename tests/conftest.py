@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def labels() -> Labels:
-    """Class folders whose id order is neither their text order ('1', '10', '2') nor the natural one ('1', '2', '10')."""
+    """Class folders whose id order is neither their text order (1, 10, 2) nor their natural one (1, 2, 10)."""
     return Labels(("2", "10", "1"), ("hard-leaved pocket orchid", "globe thistle", "pink primrose"))
 
 

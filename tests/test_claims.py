@@ -62,7 +62,7 @@ class Made:
         self.folder = folder
         self.variants, self.ablation = variants_frame(), ablation_frame()
         self.config = SHAPE | {"id2label": {str(k): f"flower {k}" for k in range(102)}}
-        self.environment = {"hardware": {"gpus": [{"name": "NVIDIA H200"}]}, "parameters": {"lora_rank": 8}}
+        self.environment = {"hardware": {"gpus": [{"name": "NVIDIA H200"}]}, "parameters": {"device": "auto"}}
         self.base, self.logits = "stand-in", None
 
     def study(self) -> claims.Study:
@@ -73,7 +73,7 @@ class Made:
         records.write_table(pd.DataFrame([history]), folder / "finetune.csv")
         records.write_json(self.environment, folder / "environment.json")
         records.write_json(self.config, merged / "config.json")
-        records.write_json({"origin": {"base": self.base}}, merged / "provenance.json")
+        records.write_json({"origin": {"base": self.base}, "parameters": {"lora_rank": 8}}, merged / "provenance.json")
         if self.logits is not None:
             np.savez(folder / "logits.npz", **self.logits)
         return claims.Study(self.folder)

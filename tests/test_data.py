@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from vitlib import data, params, preprocess, synthetic
+from vitlib import data, params, preprocess, records, synthetic
 from vitlib.data import BadPicture, DataError, Dataset, Labels, Picture
 
 
@@ -113,6 +113,14 @@ def test_a_test_split_in_class_folders_is_labelled(tree):
     assert [p.label for p in load(tree).splits["test"]] == ["10"]
 
 
+def test_a_relative_folder_is_looked_for_from_the_project_not_from_notebooks(tree, monkeypatch):
+    """JupyterLab starts in notebooks/."""
+    for folder in ("vitlib", "params", "notebooks"):
+        (tree.parent / folder).mkdir()
+    monkeypatch.chdir(tree.parent / "notebooks")
+    assert len(load("flowers").splits["train"]) == 8
+
+
 @pytest.mark.parametrize("spelling", ["validation", "val"])
 def test_other_spellings_of_valid_are_known(tree, spelling):
     (tree / "valid").rename(tree / spelling)
@@ -160,9 +168,13 @@ def hub(monkeypatch):
     Image.new("RGB", (8, 8), "red").save(encoded, "PNG")
     row = {"bytes": encoded.getvalue(), "path": None}
     module.columns = {"image": [row] * 3, "label": [1, 0, 1]}
-    module.load_dataset = lambda name: {
-        split: FakeTable(module.features, module.columns) for split in ("train", "validation")
-    }
+    module.asked = []
+
+    def load_dataset(name: str) -> dict:
+        module.asked.append(name)
+        return {split: FakeTable(module.features, module.columns) for split in ("train", "validation")}
+
+    module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     return module
 
@@ -173,6 +185,15 @@ def test_a_hub_data_set_brings_its_own_splits_and_classes(hub):
     assert [p.label for p in dataset.splits["train"]] == ["anthurium", "globe_thistle", "anthurium"]
     assert dataset.names["globe_thistle"] == "globe thistle"
     assert dataset.splits["valid"][0].open().getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_local_folder_of_a_hub_data_set_is_looked_for_from_the_project(hub, tmp_path, monkeypatch):
+    for folder in ("vitlib", "params", "notebooks", "someone/flowers"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    load("hub:someone/flowers")
+    load("hub:someone/other")
+    assert hub.asked == [str(tmp_path / "someone/flowers"), "someone/other"]
 
 
 @pytest.mark.parametrize("unlabelled", [-1, None])
@@ -239,6 +260,7 @@ def test_torchvision_classes_are_called_as_in_the_class_folders(tmp_path, monkey
         classes = ("pink primrose", "hard-leaved pocket orchid")
 
         def __init__(self, root, *, split, download):
+            assert root == records.project_root() / "x"
             self._image_files, self._labels = [save(tmp_path / split / "image_1.jpg")] * 2, [1, 0]
 
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
@@ -277,6 +299,7 @@ def test_folders_that_are_the_same_number_keep_one_order():
 
 def test_a_class_named_by_an_unusual_digit_is_text(tree):
     save(tree / "train/²/a.png")
+    save(tree / "valid/²/a.png")
     assert data.new_labels(load(tree)).folders[-1] == "²"
 
 
@@ -315,6 +338,13 @@ def test_a_validation_class_that_training_never_saw_is_named(tree):
         load(tree)
 
 
+def test_a_training_class_without_validation_pictures_is_said_before_training(tree):
+    (tree / "valid/10/a.png").unlink()
+    (tree / "valid/10").rmdir()
+    with pytest.raises(DataError, match="'valid' has no picture of 10, which 'train' has: move some pictures"):
+        load(tree)
+
+
 def test_fewer_classes_than_the_checkpoint_knows_is_an_error(tree):
     labels = Labels(("1", "2", "3", "10", "100", "101"), ("",) * 6)
     with pytest.raises(DataError, match=r"of 4 classes, the checkpoint knows 6; missing: 3, 101.*complete the data"):
@@ -334,6 +364,16 @@ def test_a_class_that_loses_every_picture_is_an_error(tree):
     (tree / "valid/10/a.png").write_text("no picture")
     with pytest.raises(DataError, match="no picture of class 10 in split 'valid' can be read"):
         data.decode_splits(load(tree), ["train", "valid"], preprocess.new(16), workers=1)
+
+
+@pytest.mark.parametrize("place", ["test/{}.png", "test/10/{}.png"])
+def test_a_test_split_without_any_readable_picture_does_not_stop_training(tree, place):
+    for name in "ab":
+        save(tree / place.format(name)).write_text("no picture")
+    dataset = load(tree)
+    decoded = data.decode_splits(dataset, list(dataset.splits), preprocess.new(16), workers=1)
+    assert (len(decoded["test"].pictures), len(dataset.skipped)) == (0, 2)
+    assert data.duplicates(decoded).empty  # and the search passes over it
 
 
 # Odd files in the folders
@@ -508,6 +548,47 @@ def test_a_picture_with_exif_rotation_stands_upright(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "error", [struct.error, KeyError, IndexError, zlib.error, AttributeError, NotImplementedError, ZeroDivisionError]
+)
+def test_whatever_a_decoder_raises_for_a_damaged_file_makes_it_a_bad_picture(tmp_path, monkeypatch, error):
+    def load(image):
+        raise error("odd bytes")
+
+    file = save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(BadPicture, match=r"^damaged: .*odd bytes"):
+        read(file)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone_as_pillow_undoes_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        np.testing.assert_array_equal(read(tmp_path / "a.png"), ImageOps.exif_transpose(image))
+
+
+def test_damaged_exif_tags_do_not_cost_the_picture(tmp_path, monkeypatch):
+    file = save(tmp_path / "a.jpg", size=(20, 10))
+
+    def damaged(image):
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr(Image.Image, "getexif", damaged)
+    assert read(file).size == (20, 10)
+
+
+def test_a_tag_that_cannot_be_written_again_keeps_the_rotation(tmp_path):
+    """`ImageOps.exif_transpose` encodes all tags anew; here it fails for a width of 16 bits that is text."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI", 0x0100, 2, 4) + b"abc\0"
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    save(tmp_path / "a.jpg", size=(20, 10), exif=block)
+    assert read(tmp_path / "a.jpg").size == (10, 20)
+
+
 def test_the_two_pictures_in_one_file_of_a_phone_open_as_the_first(tmp_path):
     Image.new("RGB", (16, 8), "red").save(
         tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("L", (4, 4))]
@@ -598,8 +679,9 @@ def test_a_fault_of_the_code_is_not_taken_for_a_bad_picture():
     def broken():
         raise AttributeError("a mistake")
 
-    with pytest.raises(AttributeError, match="a mistake"):
+    with pytest.raises(AttributeError, match="a mistake") as raised:
         data.decode([Picture("a.png", None, broken)], preprocess.new(8))
+    assert raised.value.__notes__ == ["while reading the picture a.png"]
 
 
 def test_what_cannot_be_decoded_joins_the_problems_of_its_split(tree):

@@ -45,7 +45,7 @@ def test_no_version_is_typed_in_environment_yml():
     assert re.findall(r"\d+\.\d+[\d.]*", text) == [PROJECT["requires-python"].removeprefix(">=")]
 
 
-@pytest.mark.parametrize("requirement", [*PINNED, *EXTRAS["gpu"]], ids=name_of)
+@pytest.mark.parametrize("requirement", [*PINNED, *EXTRAS["gpu"], *EXTRAS["hub"]], ids=name_of)
 def test_every_version_is_exact(requirement):
     """An open range of torch would pull gigabytes of CUDA packages, and numbers of two runs would not compare."""
     assert re.fullmatch(r"[A-Za-z0-9._-]+==\d+(\.\d+)+", requirement)

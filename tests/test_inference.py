@@ -1,10 +1,13 @@
 """A row a file, whatever the file; labels that the checkpoint does not know do not count."""
 
+import io
+
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from vitlib import inference, params, records
+from vitlib import engine, inference, params, plots, records
 from vitlib.data import DataError
 
 
@@ -69,3 +72,74 @@ def test_an_empty_folder_is_said(study, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no picture"):
         inference.find_pictures(study.model_copy(update={"pictures": str(tmp_path / "empty")}))
+
+
+def test_a_relative_folder_is_looked_for_from_the_project_not_from_notebooks(study, tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    pictures, _ = inference.find_pictures(study.model_copy(update={"pictures": "pictures"}))
+    assert len(pictures) == 5
+
+
+def test_hidden_folders_are_named_and_linked_ones_followed_without_end(study, tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "2" / "a.png").rename(folder / ".ipynb_checkpoints" / "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "d.png").rename(tmp_path / "elsewhere" / "d.png")
+    (folder / "1").symlink_to(tmp_path / "elsewhere")
+    (folder / "10" / "linked.png").symlink_to(tmp_path / "elsewhere" / "d.png")
+    (folder / "10" / "up").symlink_to(folder)
+    (folder / "0").symlink_to(folder / "10")  # the real folder keeps its own name, though it comes later
+    (folder / "itself").symlink_to(folder / "itself")
+    pictures, skipped = inference.find_pictures(study)
+    assert {(p.file, p.label) for p in pictures} == {
+        ("1/d.png", "1"),
+        ("10/b.png", "10"),
+        ("10/linked.png", "10"),
+        ("2/broken.jpg", "2"),
+        ("weeds/c.png", "weeds"),
+    }
+    reasons = dict(skipped)
+    assert reasons[".ipynb_checkpoints"] == "hidden folder"
+    assert reasons["10/up"] == reasons["0"] == "a link to a folder that is listed already"
+    assert set(reasons) == {".DS_Store", ".ipynb_checkpoints", "10/up", "0", "itself"}
+
+
+@pytest.fixture
+def nothing_readable(study, tmp_path, monkeypatch):
+    """A folder in which no file can be decoded; the network must not be called, NF4 ends the process then."""
+    for file in (tmp_path / "pictures").rglob("*.png"):
+        file.write_text("no picture")
+    monkeypatch.setattr(engine, "logits", lambda *_: pytest.fail("the network was called with no picture"))
+    predictor = inference.load(study)
+    return predictor, *inference.predict(predictor, *inference.find_pictures(study), study)
+
+
+def test_without_a_readable_picture_every_file_still_has_its_row(nothing_readable, tmp_path):
+    written = records.read_table(tmp_path / "outputs" / "unit" / "records" / "predictions.csv")
+    assert tuple(written.columns) == records.COLUMNS["predictions"]
+    assert len(written) == 6 and set(written["status"]) == {"skipped"}
+    assert written["id_1"].isna().all() and written["reason"].notna().all()
+    assert pd.isna(nothing_readable[3])
+
+
+def test_without_a_readable_picture_the_later_cells_work(nothing_readable):
+    predictor, frame, decoded, rate = nothing_readable
+    plots.table(inference.readable(frame)).to_html()
+    images, titles = inference.examples(frame, decoded, 12)
+    assert titles == ["no picture could be read"]
+    plots.picture_grid(images, titles, right=inference.marks(frame, 12)).savefig(io.BytesIO())
+    assert inference.headline(frame, predictor, rate) == (
+        "- No picture could be read; 6 files were skipped, each with its reason."
+    )
+
+
+def test_a_folder_of_nothing_but_empty_files_gets_its_rows(study, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.jpg").touch()
+    chosen = study.model_copy(update={"pictures": str(tmp_path / "empty")})
+    found = inference.find_pictures(chosen)
+    assert found == ([], [("a.jpg", "empty file")])
+    frame, *_ = inference.predict(inference.load(chosen), *found, chosen)
+    assert frame["reason"].tolist() == ["empty file"]

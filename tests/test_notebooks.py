@@ -1,6 +1,8 @@
 """The notebooks: both twins in step, told in small cells, and run from the first cell to the last."""
 
 import ast
+import shutil
+import subprocess
 from pathlib import Path
 
 import jupytext
@@ -49,6 +51,7 @@ def test_prose_holds_no_measured_number(notebook):
 def smoke():
     """Runs the notebooks one after the other with params/smoke.yaml; returns the study's folder."""
     folder = records.study_folder("smoke", root=ROOT)
+    shutil.rmtree(folder, ignore_errors=True)  # what an earlier run left must not pass for what this one wrote
     for notebook in NOTEBOOKS:
         chosen = params.load(ROOT / "params" / "smoke.yaml")
         report.execute(notebook, parameters=chosen, folder=folder, progress=False)
@@ -67,6 +70,41 @@ def test_the_whole_study_runs_and_leaves_its_files(smoke):
     for checkpoint in ("merged", "nf4", "int8"):
         assert (smoke / "checkpoints" / checkpoint / "preprocessor_config.json").is_file()
     assert (smoke / "index.html").is_file()
+
+
+def test_snakemake_knows_every_record(smoke):
+    """A record that is no output of a rule is not made again when it is missing or old."""
+    declared = (ROOT / "Snakefile").read_text()
+    written = [file for file in (smoke / "records").iterdir() if file.is_file()]
+    assert not [file.name for file in written if f'"{file.stem}"' not in declared and f'"{file.name}"' not in declared]
+    for checkpoint in ("merged", "nf4", "int8"):
+        assert (smoke / "checkpoints" / checkpoint / "provenance.json").is_file()
+        assert f'"{checkpoint}"' in declared
+
+
+@pytest.mark.parametrize("study", ["", ".", "..", "a/b", "/", "gallery", "a b", "*", "$(HOME)"])
+def test_clean_refuses_what_names_no_study(study, tmp_path):
+    done = _clean(tmp_path, study)
+    assert done.returncode and "names no study" in done.stderr
+    assert (tmp_path / "outputs" / "gallery" / "index.html").is_file() and (tmp_path / "outputs" / "other").is_dir()
+
+
+def test_clean_removes_one_study_and_nothing_else(tmp_path):
+    assert _clean(tmp_path, "demo").returncode == 0
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {f"{place}/{name}/index.html" for place in PLACES for name in ("other", "gallery")}
+
+
+PLACES = ("outputs", ".snakemake/done")
+
+
+def _clean(folder, study):
+    for place in PLACES:
+        for name in ("demo", "other", "gallery"):
+            (folder / place / name).mkdir(parents=True)
+            (folder / place / name / "index.html").touch()
+    command = ["make", "-f", str(ROOT / "Makefile"), "clean", f"STUDY={study}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def test_reports_show_no_path_and_no_noise_of_this_machine(smoke):

@@ -44,6 +44,16 @@ def test_project_root_without_a_project(tmp_path: Path, monkeypatch: pytest.Monk
     assert records.project_root() == tmp_path / "checkout"
 
 
+def test_paths_of_a_user_are_looked_for_from_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("vitlib", "params", "notebooks"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "notebooks")  # where JupyterLab starts
+    assert records.resolve("data/flowers") == tmp_path / "data" / "flowers"
+    assert records.resolve("~/flowers") == tmp_path / "home" / "flowers"
+    assert records.resolve(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "../up", "a/b", "a\\b", "a b", "é", "a\n", None])
 def test_study_names_that_are_not_plain_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="letters, digits"):
@@ -106,6 +116,20 @@ def test_an_error_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: pyte
 def test_writing_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing was written"), records.atomic_path(tmp_path / "a"):
         pass
+
+
+def test_flushing_on_windows_opens_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There fsync of a file that is open for reading only is an error, and folders cannot be opened at all."""
+    opened, real = [], os.open
+
+    def spy(path: Path, flags: int, *more: int) -> int:
+        opened.append((Path(path).name.rpartition("-")[2], flags & os.O_RDWR))
+        return real(path, flags, *more)
+
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    monkeypatch.setattr(os, "open", spy)
+    records._flush(Path(records.write_json({}, tmp_path / "a.json")))
+    assert ("a.json", os.O_RDWR) in opened and all(flags for _, flags in opened)
 
 
 def _killed_while_writing(folder: Path) -> int:

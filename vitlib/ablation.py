@@ -258,8 +258,13 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
             f"is quantized ({worst['kl_alone']:.1e}); keeping block {best['block']:.0f} removes most of the total "
             f"({100 * best['kl_removed']:.0f} %). Ranked by KL, two halves of the pictures agree with a rank "
             f"correlation of {trust['split_half_kl_only_quantized']:.2f}; ranked by accuracy, "
-            f"{trust['split_half_top1_only_kept']:.2f}. By accuracy {surviving} of {len(rows) - 1} configurations "
-            f"differ from quantizing everything after Holm's adjustment; {trust['pictures']:.0f} pictures can show a "
-            f"difference of {trust['smallest_detectable_points']:.2f} points."
+            f"{_or(trust['split_half_top1_only_kept'], 'they cannot be ranked, as no block changes it')}. By accuracy "
+            f"{surviving} of {len(rows) - 1} configurations differ from quantizing everything after Holm's adjustment. "
+            f"The smallest difference that {trust['pictures']:.0f} pictures can show, in points: "
+            f"{_or(trust['smallest_detectable_points'], 'none, as too few of them change sides')}."
         )
     return "\n".join(lines)
+
+
+def _or(value: float, otherwise: str) -> str:
+    return otherwise if np.isnan(value) else f"{value:.2f}"

@@ -232,10 +232,16 @@ def memory(bench: Bench, settings: Parameters) -> pd.DataFrame:
 
 
 def cpu_latency(bench: Bench, settings: Parameters) -> pd.Series:
-    """Median latency in ms of one picture on this machine's CPU, for the eager variants that run there."""
+    """Median latency in ms of one picture on this machine's CPU, for the eager variants that run there.
+
+    On a machine with a GPU only the unquantized ones: bitsandbytes' CPU path takes seconds a picture for ViT-L/16, and
+    nobody would use it there.
+    """
     cpu, calls = torch.device("cpu"), {}
     for variant in bench.variants:
         if variant.name not in bench.engines or variant.execution != "eager" or not settings.cpu_samples:
+            continue
+        if variant.quantized and bench.device.type == "cuda":
             continue
         try:
             loaded = models.load(bench.checkpoints, variant, cpu)

@@ -284,10 +284,14 @@ class Study:
         return self._json(self.folder / "checkpoints" / "merged" / "config.json")
 
     @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """How the merged checkpoint came about."""
+        return self._json(self.folder / "checkpoints" / "merged" / "provenance.json")
+
+    @cached_property
     def base(self) -> str:
         """What the network was before fine-tuning, without a folder of this machine."""
-        provenance = self._json(self.folder / "checkpoints" / "merged" / "provenance.json")
-        base = str(provenance.get("origin", {}).get("base", "unknown"))
+        base = str(self.provenance.get("origin", {}).get("base", "unknown"))
         return Path(base).name if base.startswith((".", "/", "~")) else base
 
     @cached_property
@@ -410,7 +414,7 @@ def _adapters(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dic
     """Parameters of LoRA with this study's rank on the linear layers of its network."""
     width, mlp = study.config["hidden_size"], study.config["intermediate_size"]
     ends = 4 * (width + width) + (2 * (width + mlp) if quantity.layers == "all" else 0)
-    rank = study.environment["parameters"]["lora_rank"]
+    rank = study.provenance["parameters"]["lora_rank"]
     return {0: float(study.config["num_hidden_layers"] * rank * ends)}
 
 

@@ -10,6 +10,8 @@ import io
 import json
 import re
 import stat
+import struct
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +23,31 @@ from typing import BinaryIO
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from vitlib import synthetic
+from vitlib import records, synthetic
 from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
 
 # Decoders that are opened at all: the formats people photograph in. Others (EPS runs a program, for one) are refused.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG reads MPO too: phones store two JPEGs in one file
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
+# What Pillow raises for damaged files, beside its own UnidentifiedImageError (an OSError).
+DAMAGED = (
+    *(OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError, ArithmeticError, LookupError),
+    *(struct.error, zlib.error, AttributeError, NotImplementedError),
+)
+ORIENTATION = 0x0112  # EXIF tag; UPRIGHT is what undoes each of its values
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 NEAR_DUPLICATE = 0.998  # correlation of 16 × 16 grey thumbnails; below it different pictures of one plant appear
 
 
@@ -127,7 +144,7 @@ def load(settings: Parameters) -> Dataset:
     elif kind == "torchvision":
         dataset = from_torchvision(rest, settings.max_megapixels)
     else:
-        dataset = from_folder(Path(settings.data_source).expanduser(), settings.max_megapixels)
+        dataset = from_folder(records.resolve(settings.data_source), settings.max_megapixels)
     check(dataset)
     for split, pictures in dataset.splits.items():
         dataset.splits[split] = evenly(pictures, settings.limit)
@@ -135,17 +152,24 @@ def load(settings: Parameters) -> Dataset:
 
 
 def check(dataset: Dataset) -> None:
-    """DataError for a missing split, an empty class, or validation classes that training never saw."""
+    """DataError for a missing split, and where training and validation do not have the same classes."""
     for split in ("train", "valid"):
         if not dataset.splits.get(split):
             raise DataError(
                 f"there is no split {split!r} with labelled pictures: make folders train/<class>/ and valid/<class>/"
             )
-    trained = {picture.label for picture in dataset.splits["train"]}
+    found = {
+        split: {picture.label for picture in pictures if picture.label is not None}
+        for split, pictures in dataset.splits.items()
+    }
     for split in ("valid", "test"):
-        found = {picture.label for picture in dataset.splits.get(split, ()) if picture.label is not None}
-        if unknown := sorted(found - trained, key=_natural):
+        if unknown := sorted(found.get(split, set()) - found["train"], key=_natural):
             raise DataError(f"split {split!r} has classes without training pictures: {_some(unknown)}")
+    if missing := sorted(found["train"] - found["valid"], key=_natural):  # said now, not after hours of training
+        raise DataError(
+            f"split 'valid' has no picture of {_some(missing)}, which 'train' has: move some pictures of each class "
+            "there, or remove the class from 'train'"
+        )
 
 
 def evenly(pictures: list[Picture], limit: int) -> list[Picture]:
@@ -258,17 +282,30 @@ def _decode(file: Path | BinaryIO, max_megapixels: float) -> Image.Image:
                 raise BadPicture(f"{image.width} × {image.height} pixels are more than {max_megapixels:g} megapixels")
             if min(image.size) < 2:
                 raise BadPicture(f"{image.width} × {image.height} pixels are too small")
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(_upright(image))
     except BadPicture:
         raise
     except Image.UnidentifiedImageError:
         raise BadPicture("not a picture in a known format") from None
     except PermissionError as error:
         raise BadPicture(f"cannot be read: {error.strerror}") from None
-    except (OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError, OverflowError) as error:
-        raise BadPicture(f"damaged: {_first_line(error)}") from error
     except Image.DecompressionBombError as error:
         raise BadPicture(f"too large: {error}") from None
+    except DAMAGED as error:
+        raise BadPicture(f"damaged: {_first_line(error)}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says, or as it is stored where those tags are damaged.
+
+    `ImageOps.exif_transpose` also writes the tags anew, which fails for pictures that are fine but for some tag.
+    """
+    image.load()  # here, so that damaged pixels are not taken for damaged tags
+    try:
+        step = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except DAMAGED:
+        return image
+    return image if step is None else image.transpose(step)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -291,8 +328,9 @@ def from_hub(name: str, max_megapixels: float) -> Dataset:
     try:
         import datasets
     except ImportError:
-        raise DataError("`data_source: hub:…` needs the package datasets: pip install 'vitlib[hub]'") from None
-    loaded = datasets.load_dataset(name)
+        raise DataError("`data_source: hub:…` needs the package datasets: pip install -e '.[hub]'") from None
+    folder = records.resolve(name)
+    loaded = datasets.load_dataset(str(folder) if name and folder.is_dir() else name)
     features = next(iter(loaded.values())).features
     image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
     label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
@@ -331,7 +369,7 @@ def from_torchvision(folder: str, max_megapixels: float) -> Dataset:
         ) from None
     splits = {}
     for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
-        table = Flowers102(folder or "data", split=theirs, download=True)
+        table = Flowers102(records.resolve(folder or "data"), split=theirs, download=True)
         files = zip(table._image_files, table._labels, strict=True)
         splits[split] = [
             Picture(f"{split}/{Path(file).name}", str(number + 1), partial(open_picture, Path(file), max_megapixels))
@@ -378,6 +416,9 @@ def decode(pictures: list[Picture], preprocess: Preprocess, *, workers: int = 2,
             pixels[position] = preprocess.resize(pictures[position].open())
         except BadPicture as error:
             return str(error)
+        except Exception as error:
+            error.add_note(f"while reading the picture {pictures[position].file}")
+            raise
         return ""
 
     with ThreadPoolExecutor(workers) as pool:
@@ -390,14 +431,17 @@ def decode(pictures: list[Picture], preprocess: Preprocess, *, workers: int = 2,
 
 
 def decode_splits(dataset: Dataset, splits: Iterable[str], preprocess: Preprocess, workers: int) -> dict[str, Decoded]:
-    """`decode` each split; what cannot be read joins `dataset.skipped`. DataError when a class loses every picture."""
+    """`decode` each split; what cannot be read joins `dataset.skipped`.
+
+    DataError when a class loses every picture; not in the test split, from which nothing is learnt or chosen.
+    """
     decoded = {}
     for split in splits:
         decoded[split] = decode(dataset.splits[split], preprocess, workers=workers, what=split)
         dataset.skipped += [(file, split, reason) for file, reason in decoded[split].skipped]
         lost = {p.label for p in dataset.splits[split]} - {p.label for p in decoded[split].pictures}
-        if lost:
-            raise DataError(f"no picture of class {_some(sorted(map(str, lost)))} in split {split!r} can be read")
+        if split != "test" and (lost := sorted(lost - {None}, key=_natural)):
+            raise DataError(f"no picture of class {_some(lost)} in split {split!r} can be read")
         dataset.splits[split] = decoded[split].pictures
     return decoded
 
@@ -432,12 +476,14 @@ def duplicates(decoded: dict[str, Decoded]) -> pd.DataFrame:
 
 
 def _thumbnails(pixels: torch.Tensor) -> torch.Tensor:
+    if not len(pixels):
+        return torch.empty(0, 256)
     rows = []
     for chunk in pixels.split(512):
         grey = chunk.to(torch.float32).mean(dim=1, keepdim=True)
         small = torch.nn.functional.interpolate(grey, size=(16, 16), mode="area").flatten(1)
         rows.append(torch.nn.functional.normalize(small - small.mean(dim=1, keepdim=True), dim=1))
-    return torch.cat(rows) if rows else torch.empty(0, 256)
+    return torch.cat(rows)
 
 
 def _natural(text: str) -> list:

@@ -331,7 +331,8 @@ RELOAD_TOLERANCE = 1e-3
 
 def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> str:
     """What the records say, in a few sentences (Markdown)."""
-    last, copies = history.iloc[-1], data.duplicates(decoded)
+    used = {split: decoded[split] for split in ("train", "valid")}  # only these copies touch the accuracy below
+    last, copies = history.iloc[-1], data.duplicates(used)
     found = (copies["kind"] == "exact").sum(), (copies["kind"] == "near").sum()
     nf4, int8 = (reloaded.loc["merged", "model_mb"] / reloaded.loc[name, "model_mb"] for name in ("nf4", "int8"))
     return "\n".join(
@@ -339,7 +340,7 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
             f"- After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of "
             f"{len(base.labels.names)} classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 "
             f"{100 * last['top5']:.2f} % of {len(decoded['valid'].pictures):,} validation pictures.",
-            f"- {found[0]} exact and {found[1]} near copies stand in both splits.",
+            f"- {found[0]} exact and {found[1]} near copies stand in both of these splits.",
             f"- Training passed {history['images_per_s'].median():,.0f} images per second on {base.device.type}.",
             f"- The 16-bit checkpoint is reproduced on loading (relative difference "
             f"{reloaded.loc['merged', 'reload_difference']:.0e}); NF4 is {nf4:.1f} and int8 {int8:.1f} times smaller "

@@ -1,6 +1,8 @@
 """The sections of notebook 4: a folder of pictures in, names and probabilities out. Level 3."""
 
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,21 +65,44 @@ def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, 
         split = "test" if dataset.splits.get("test") else "valid"
         skipped = [(file, reason) for file, where, reason in dataset.skipped if where == split]
         return dataset.splits[split], skipped
-    folder = Path(settings.pictures).expanduser()
+    folder = records.resolve(settings.pictures)
     if not folder.is_dir():
         raise DataError(f"there is no folder of pictures {settings.pictures!r} (looked from the project's root)")
     pictures, skipped = [], []
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            continue
-        if reason := data.not_a_picture(path):
+    for path, reason in sorted(_walk(folder)):
+        if reason := reason or data.not_a_picture(path):
             skipped.append((data.shown(path, folder), reason))
         else:
             label = None if path.parent == folder else path.parent.name
             pictures.append(data.picture_of(path, folder, label, settings.max_megapixels))
-    if not pictures:
+    if not (pictures or skipped):
         raise DataError(f"the folder {settings.pictures!r} holds no picture")
     return pictures, skipped
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Every file below a folder with '', and every folder that is left out with the reason.
+
+    Linked folders are followed, after all others, so that a folder that is reached twice keeps its own name.
+    """
+    seen, folders, links = set(), [folder], []
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        if here != folder and here.name.startswith("."):
+            yield here, "hidden folder"
+        elif (real := os.path.realpath(here)) in seen:  # a link upwards would never end
+            yield here, "a link to a folder that is listed already"
+        else:
+            seen.add(real)
+            try:
+                entries = sorted(here.iterdir())
+            except OSError as error:
+                yield here, f"cannot be read: {error.strerror}"
+                continue
+            below = [entry for entry in entries if os.path.isdir(entry)]  # False, not an error, where it is forbidden
+            folders += [entry for entry in below if not entry.is_symlink()]
+            links += [entry for entry in below if entry.is_symlink()]
+            yield from ((entry, "") for entry in entries if entry not in below)
 
 
 def predict(
@@ -85,18 +110,23 @@ def predict(
 ) -> tuple[pd.DataFrame, Decoded, float]:
     """Classify every picture: `records/predictions.csv` (a row a file), the decoded pictures, and images per second.
 
-    The rate covers decoding, resizing, the network and its results. A label that the checkpoint does not know stands
-    in the table and does not count for accuracy.
+    The rate covers decoding, resizing, the network and its results; it is NaN where no picture can be read, and the
+    network is not called then. A label that the checkpoint does not know stands in the table and does not count for
+    accuracy.
     """
     start = time.perf_counter()
     loaded = predictor.engine.loaded
     decoded = data.decode(pictures, loaded.preprocess, workers=settings.workers)
-    logits = engine.logits(predictor.engine, decoded.pixels, settings.eval_batch_size)
-    rate = len(decoded.pictures) / (time.perf_counter() - start)
+    if decoded.pictures:
+        logits = engine.logits(predictor.engine, decoded.pixels, settings.eval_batch_size)
+    else:  # a 4-bit product with a batch of nothing ends the process (SIGFPE)
+        logits = torch.empty(0, len(loaded.labels.names))
+    rate = len(decoded.pictures) / (time.perf_counter() - start) or np.nan
     frame = _rows(decoded, logits, loaded.labels)
     lost = [(file, reason) for file, reason in (*skipped, *decoded.skipped)]
     faults = pd.DataFrame(lost, columns=["file", "reason"]).assign(status="skipped", label="", label_name="")
-    frame = pd.concat([frame, faults], ignore_index=True) if lost else frame
+    filled = [part for part in (frame, faults) if len(part)] or [frame]
+    frame = pd.concat(filled, ignore_index=True).reindex(columns=records.COLUMNS["predictions"])
     records.write_table(frame, records.study_folder(settings.study) / "records" / "predictions.csv")
     return frame, decoded, rate
 
@@ -114,7 +144,7 @@ def _rows(decoded: Decoded, logits: torch.Tensor, labels: data.Labels) -> pd.Dat
             row[f"name_{rank + 1}"] = "" if number is None else labels.names[number]
             row[f"probability_{rank + 1}"] = np.nan if number is None else probabilities[rank]
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=records.COLUMNS["predictions"])
 
 
 def accuracy(frame: pd.DataFrame, predictor: Predictor) -> pd.Series:
@@ -148,7 +178,12 @@ def readable(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
 
 
 def examples(frame: pd.DataFrame, decoded: Decoded, count: int) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures (h, w, 3) spread evenly over the files, as the network sees them, and titles with the best name."""
+    """Pictures (h, w, 3) spread evenly over the files, as the network sees them, and titles with the best name.
+
+    One empty picture that says so where none could be read: a figure needs something to show.
+    """
+    if not decoded.pictures:
+        return [np.full((*decoded.pixels.shape[2:], 3), 255, dtype=np.uint8)], ["no picture could be read"]
     chosen = _chosen(len(decoded.pictures), count)
     images = [decoded.pixels[i].permute(1, 2, 0).numpy() for i in chosen]
     return images, [f"{frame['name_1'][i]}\n{100 * frame['probability_1'][i]:.0f} %" for i in chosen]
@@ -169,6 +204,8 @@ def _chosen(total: int, count: int) -> list[int]:
 def headline(frame: pd.DataFrame, predictor: Predictor, rate: float) -> str:
     """What the record says, in a few sentences (Markdown)."""
     found = accuracy(frame, predictor)
+    if not found["pictures"]:
+        return f"- No picture could be read; {found['skipped']:.0f} files were skipped, each with its reason."
     lines = [
         f"- {found['pictures']:.0f} pictures were classified by **{predictor.variant.name}** on "
         f"{predictor.engine.loaded.device.type}, {rate:,.0f} images per second from file to answer."

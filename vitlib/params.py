@@ -80,7 +80,7 @@ class Parameters(BaseModel):
     batch_sizes: list[int] = _parameter([1, 8, 32], "pictures a call, for latency and throughput", 2, min_length=1)
     rounds: int = _parameter(20, "times that all variants are measured, in shuffled order", 2, ge=2, le=1000)
     samples: int = _parameter(24, "calls a round and batch size at most", 2, ge=1, le=10000)
-    round_seconds: float = _parameter(0.1, "seconds a round and batch size at most", 2, gt=0, le=600)
+    round_seconds: float = _parameter(0.05, "seconds a round and batch size at most", 2, gt=0, le=600)
     cpu_samples: int = _parameter(10, "calls of one picture on the CPU, for the rows that run there", 2, ge=0, le=1000)
     profile_batch_size: int = _parameter(8, "pictures in the profiled call", 2, ge=1)
     eval_batch_size: int = _parameter(32, "pictures a call when only outputs matter", 2, 3, 4, 5, ge=1)

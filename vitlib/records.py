@@ -164,6 +164,14 @@ def study_folder(study: str, *, root: Path | str | None = None) -> Path:
     return Path(root if root is not None else project_root()) / "outputs" / study
 
 
+def resolve(path: Path | str) -> Path:
+    """The path that a user means: `~` is their home, and a relative path is looked for from the project's root.
+
+    Not from the working directory: a parameter file must mean the same to JupyterLab, which starts in notebooks/.
+    """
+    return project_root() / Path(path).expanduser()  # joined to an absolute path, the root falls away
+
+
 # ---------------------------------------------------------------------------------------- atomic writes
 
 
@@ -235,9 +243,11 @@ def _clean_leftovers(target: Path) -> None:
 
 def _flush(path: Path) -> None:
     """fsync of a file or folder; a file system that cannot do that for folders is left alone."""
-    if path.is_symlink() or not (path.is_file() or hasattr(os, "O_DIRECTORY")):
+    posix = hasattr(os, "O_DIRECTORY")
+    if path.is_symlink() or not (path.is_file() or posix):
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what is open for writing; elsewhere a copied file may be read-only and still be flushed.
+    descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
     try:
         with suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(descriptor)
