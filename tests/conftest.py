@@ -22,18 +22,21 @@ def labels() -> Labels:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory, labels):
+def pre() -> preprocess.Preprocess:
+    """What the checkpoints were trained with: like no default of any library, so that what forgets to ask is seen."""
+    size, mean, std = {"height": 32, "width": 32}, [0.31, 0.42, 0.53], [0.21, 0.24, 0.27]
+    return preprocess.Preprocess(ViTImageProcessorPil(size=size, image_mean=mean, image_std=std))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, labels, pre):
     """A folder with merged, nf4 and int8 checkpoints of a small random ViT."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("study") / "checkpoints"
     network = models.new("vit-micro", image_size=32, labels=labels).eval()
     with torch.no_grad():  # logits of random weights are all alike; a larger head makes classes differ
         network.classifier.weight.mul_(20)
-    # Like no default of any library: what forgets to ask the checkpoint is seen.
-    processor = ViTImageProcessorPil(
-        size={"height": 32, "width": 32}, image_mean=[0.31, 0.42, 0.53], image_std=[0.21, 0.24, 0.27]
-    )
-    pre, cpu = preprocess.Preprocess(processor), torch.device("cpu")
+    cpu = torch.device("cpu")
     models.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={})
     for weights in ("nf4", "int8"):
         quantized = models.quantize_checkpoint(folder / "merged", weights, cpu)

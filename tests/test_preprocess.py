@@ -103,10 +103,10 @@ def test_describe_tells_two_preprocessings_apart():
     assert other.describe() != preprocess.new(32).describe()
 
 
-def test_what_trained_a_network_evaluates_it(checkpoints):
+def test_what_trained_a_network_evaluates_it(checkpoints, pre):
     """The fault of the original study: 0.5 in training, the ImageNet mean and another crop in evaluation."""
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator())
-    trained = preprocess.new(32)
+    trained = pre
     for name in ("fp32", "nf4", "int8"):
         evaluated = models.load(checkpoints, models.Variant(name), torch.device("cpu")).preprocess
         assert evaluated.describe() == trained.describe()
