@@ -131,7 +131,7 @@ plots.accuracy_intervals(quality, settings.margin)
 # %%
 latencies, throughputs, clocks = benchmark.measure(bench, settings)
 speeds = benchmark.speed(latencies, throughputs, bench.baseline)
-plots.table(speeds)
+plots.table(benchmark.readable_speed(speeds))
 
 # %% [markdown]
 # The same for one picture on this machine's CPU, for the variants that run there.

@@ -51,7 +51,7 @@ settings = params.collect(globals())
 from vitlib import claims
 
 frame = claims.table(settings.study)
-f"{len(frame)} claims"
+print(f"{len(frame)} claims")
 
 # %% [markdown]
 # ## The original against itself

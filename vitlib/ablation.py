@@ -240,7 +240,8 @@ def readable(frame: pd.DataFrame) -> "pd.io.formats.style.Styler":
         "McNemar p": "{:.3f}",
         "Holm p": "{:.3f}",
     }
-    return shown.style.format(formats, na_rep="–").hide(axis="index")
+    styled = shown.style.format(formats, na_rep="–").hide(axis="index")
+    return styled.set_properties(subset=["KL, 95 % interval", "kept in 16 bit"], **{"white-space": "nowrap"})
 
 
 def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> str:

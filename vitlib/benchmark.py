@@ -190,6 +190,30 @@ def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> 
     return pd.DataFrame(rows)
 
 
+def readable_speed(speeds: pd.DataFrame) -> pd.DataFrame:
+    """The table of `speed` for a report: medians with their bounds in one column."""
+
+    def bounds(low: str, high: str, digits: int) -> list[str]:
+        pairs = zip(speeds[low], speeds[high], strict=True)
+        return ["–" if np.isnan(a) else f"{a:,.{digits}f} … {b:,.{digits}f}" for a, b in pairs]
+
+    return pd.DataFrame(
+        {
+            "variant": speeds["variant"],
+            "batch": speeds["batch"],
+            "calls": speeds["samples"],
+            "P50 (ms)": speeds["latency_p50_ms"],
+            "its bounds": bounds("latency_low_ms", "latency_high_ms", 2),
+            "P95 (ms)": speeds["latency_p95_ms"],
+            "P99 (ms)": speeds["latency_p99_ms"],
+            "images/s": speeds["throughput_img_s"].round(),
+            "their bounds": bounds("throughput_low_img_s", "throughput_high_img_s", 0),
+            "latency against the baseline": speeds["against_baseline"],
+            "clocks": speeds["latency_note"],
+        }
+    )
+
+
 def clock_note(samples: pd.DataFrame) -> str:
     """'' where wall clock and device events agree within 2 %, otherwise by how much they differ and why."""
     wall, device = samples["latency_ms"].median(), samples["device_ms"].median()

@@ -24,7 +24,9 @@ def table(frame: pd.DataFrame, *, digits: int = 2, index: bool = False, none: st
     whole = [name for name in numbers if (numbers[name].dropna() % 1 == 0).all()]
     formats = {name: "{:,.0f}" if name in whole else f"{{:,.{digits}f}}" for name in numbers}
     text = [name for name in frame if name not in numbers]
+    left = [{"selector": f"th.col{list(frame).index(name)}", "props": "text-align: left"} for name in text]
     styled = frame.style.format(formats, na_rep="–").set_properties(subset=text, **{"text-align": "left"})
+    styled = styled.set_table_styles(left)
     return styled if index else styled.hide(axis="index")
 
 
@@ -226,5 +228,6 @@ def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Figure:
         axis.barh(rows.index, rows["logit_kl"], xerr=error, capsize=4, color=sns.color_palette(PALETTE)[1])
         axis.invert_yaxis()
         axis.set(xlabel="mean KL from the 16-bit network (nats)", title=f"{number} bits")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
     return figure
