@@ -15,14 +15,15 @@ def test_latency_of_a_known_duration_is_within_two_and_a_half_percent():
 
 
 def test_throughput_of_a_known_duration_is_within_two_and_a_half_percent():
-    frame = timing.throughput({"a": timing.busy(0.004)}, {"a": 8}, CPU, Budget(rounds=5, samples=20, seconds=1.0))
+    # Short rounds and the best of many: other processes only make one longer.
+    frame = timing.throughput({"a": timing.busy(0.004)}, {"a": 8}, CPU, Budget(rounds=40, samples=3, seconds=1.0))
     assert frame["throughput_img_s"].max() == pytest.approx(2000, rel=0.025)
 
 
 def test_throughput_is_measured_at_its_batch_not_inverted_from_batch_one():
     """A call that costs the same for 1 and 8 pictures has eight times the throughput at 8, whatever batch 1 took."""
     calls = {1: timing.busy(0.002), 8: timing.busy(0.002)}
-    rates = timing.throughput(calls, {1: 1, 8: 8}, CPU, Budget(3, 10, 0.5)).groupby("candidate")["throughput_img_s"]
+    rates = timing.throughput(calls, {1: 1, 8: 8}, CPU, Budget(30, 3, 0.5)).groupby("candidate")["throughput_img_s"]
     assert rates.max()[8] == pytest.approx(8 * rates.max()[1], rel=0.1)
 
 
