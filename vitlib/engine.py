@@ -3,7 +3,6 @@
 import time
 
 import torch
-from torch import nn
 
 from vitlib.models import Loaded
 
@@ -73,8 +72,3 @@ def logits(engine: Engine, pixels: torch.Tensor, batch_size: int) -> torch.Tenso
         batch = engine.loaded.preprocess.normalise(chunk.to(engine.loaded.device), engine.loaded.dtype)
         parts.append(engine(batch).float().cpu())
     return torch.cat(parts)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters of a network that is not quantized."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import data, engine, models, preprocess, records, stats
+from vitlib import data, engine, models, records, stats
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.engine import Engine
 from vitlib.params import Parameters, used_by
@@ -235,11 +235,6 @@ def compare(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index(["variant", "batch"])
-
-
-def pixels_seen(picture: data.Picture, pre: preprocess.Preprocess) -> torch.Tensor:
-    """The normalised tensor (3, h, w) the network gets for one picture, for looking at."""
-    return pre.normalise(pre.resize(picture.open())[None])[0]
 
 
 def readable_device_times(device_times: pd.DataFrame) -> pd.DataFrame:

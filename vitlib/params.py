@@ -149,6 +149,7 @@ class _PlainLoader(yaml.SafeLoader):
     """YAML of plain values (mappings, sequences, text, numbers, booleans, null): nothing constructs or repeats."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node, refused where it is an alias or carries a tag."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise ParameterError(f"line {event.start_mark.line + 1}: an alias (*) is not allowed, write the value out")
@@ -160,6 +161,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        """A mapping whose keys are plain names, each once."""
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or not key_node.value.isidentifier():
