@@ -6,9 +6,11 @@ All candidates are measured in rounds, in an order that is shuffled anew each ro
 (clocks, neighbours) falls on all of them alike.
 """
 
+import contextlib
+import gc
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +33,19 @@ def synchronise(device: torch.device) -> None:
     """Wait until `device` has finished everything that was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector stops a call of 9 ms for several of them, at moments that have nothing to do with the call."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def busy(seconds: float) -> Call:
@@ -71,6 +86,7 @@ def _timed(call: Call, number: int, device: torch.device) -> tuple[float, float]
     return wall, before.elapsed_time(after) / 1e3 if cuda else float("nan")
 
 
+@_no_garbage_collection()
 def latency(calls: Mapping[Hashable, Call], device: torch.device, budget: Budget, seed: int = 0) -> pd.DataFrame:
     """Every sample as a row: candidate, round, sample, latency_ms, device_ms.
 
@@ -92,6 +108,7 @@ def latency(calls: Mapping[Hashable, Call], device: torch.device, budget: Budget
     return pd.DataFrame(rows, columns=["candidate", "round", "sample", "latency_ms", "device_ms"])
 
 
+@_no_garbage_collection()
 def throughput(
     calls: Mapping[Hashable, Call], sizes: Mapping[Hashable, int], device: torch.device, budget: Budget, seed: int = 0
 ) -> pd.DataFrame:
