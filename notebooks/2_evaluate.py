@@ -151,11 +151,12 @@ plots.table(benchmark.validity(bench, settings, latencies, device_times, clocks)
 # ## Memory
 #
 # Weights as they lie in memory (with the scales that quantization adds), the weight files on disk, and the peak of
-# a forward pass: weights plus everything that the pass allocates. A megabyte is 2²⁰ bytes.
+# a forward pass: weights plus everything that the pass allocates. *Reserved* is what the allocator holds from a GPU's
+# driver for both. A CUDA graph keeps its activations from capture on. A megabyte is 2²⁰ bytes.
 
 # %%
 memories = benchmark.memory(bench, settings)
-plots.table(memories)
+plots.table(benchmark.readable_memory(memories))
 
 # %% [markdown]
 # ## The table of variants

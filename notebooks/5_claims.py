@@ -91,7 +91,7 @@ from vitlib import data, mismatch
 
 dataset = data.load(settings)
 costs = mismatch.mismatched(settings, dataset)
-plots.table(costs, digits=4)
+plots.table(mismatch.readable(costs))
 
 # %%
 Markdown(mismatch.headline(costs))

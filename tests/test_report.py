@@ -331,6 +331,12 @@ warnings.warn("careful")
     assert injected.source == '# Parameters\ndata = "./pictures"\n'
 
 
+def test_a_warning_names_the_library_and_not_where_it_is_installed():
+    text = "/opt/x/.venv/lib/python3.12/site-packages/torch/profiler.py:224: UserWarning: cleared"
+    assert publish.scrubbed(text) == "torch/profiler.py:224: UserWarning: cleared"
+    assert publish.scrubbed("in /usr/lib/python3/dist-packages/x.py") == "in x.py"
+
+
 def test_a_path_that_only_begins_alike_stays(project):
     text = f"{project}s {project}-old {project}.bak x{project} file://{project}/a {project}."
     assert publish.scrubbed(text) == f"{project}s {project}-old {project}.bak x{project} file://./a .."

@@ -247,9 +247,13 @@ def readable_device_times(device_times: pd.DataFrame) -> pd.DataFrame:
             "device time (ms)": device_times["device_time_us"] / 1000,
             "attention (ms)": device_times["attention_device_time_us"] / 1000,
             "not attributed (%)": 100 * device_times["unattributed_share"],
-            "attention kernel": device_times["attention_kernel"].str.removeprefix("void ").str.slice(0, 55),
+            "attention kernel": device_times["attention_kernel"].str.removeprefix("void ").map(_short),
         }
     )
+
+
+def _short(kernel: str) -> str:
+    return kernel if len(kernel) <= 40 else kernel[:39] + "…"
 
 
 def readable_accuracy(quality: pd.DataFrame) -> "pd.io.formats.style.Styler":

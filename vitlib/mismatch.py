@@ -73,6 +73,23 @@ def mismatched(settings: Parameters, dataset: Dataset) -> pd.DataFrame:
     return frame
 
 
+def readable(costs: pd.DataFrame) -> pd.DataFrame:
+    """The table of `mismatched` for a report: percentages, and the difference in points with its bounds."""
+    bounds = zip(costs["difference_low"], costs["difference_high"], strict=True)
+    return pd.DataFrame(
+        {
+            "preprocessing": costs["preprocessing"],
+            "right": costs["right"],
+            "of": costs["n"],
+            "Top-1 (%)": 100 * costs["top1"],
+            "Top-5 (%)": 100 * costs["top5"],
+            "same answer (%)": 100 * costs["agreement"],
+            "difference (points)": 100 * costs["difference"],
+            "its bounds": [f"{100 * low:+.1f} … {100 * high:+.1f}" for low, high in bounds],
+        }
+    )
+
+
 def _preprocessing_row(name: str, logits: np.ndarray, labels: np.ndarray, own: np.ndarray) -> dict[str, Any]:
     right = stats.topk_right(logits, labels)
     difference = stats.paired_difference(stats.topk_right(own, labels), right)

@@ -99,7 +99,7 @@ def profile(
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # or the last kernels of this call fall into the profile
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             for _ in range(passes):
                 call()
             if device.type == "cuda":

@@ -204,7 +204,10 @@ def last_state(text: str) -> str:
 
 
 def scrubbed(value: Any) -> Any:
-    """`value` (text, or lists and mappings of it) with the project's root as `.`, the home folder as `~`."""
+    """`value` (text, or lists and mappings of it) with the project's root as `.`, the home folder as `~`.
+
+    Files of installed libraries start at the library's name.
+    """
     if isinstance(value, str):
         for pattern, short in _machine_paths(str(records.project_root()), str(Path.home())):
             value = pattern.sub(short, value)
@@ -220,13 +223,14 @@ def _machine_paths(root: str, home: str) -> list[tuple[re.Pattern[str], str]]:
     # Before a path may stand the end of a colour code, whose last letter must not count as part of a name.
     before, after = r"(^|[^\w.~-]|\x1b\[[\d;]*m)", r"(?![\w-]|\.\w)"
     kernel = rf"{re.escape(tempfile.gettempdir())}/ipykernel_\d+/\d+\.py"
+    library = r"/[\w./+-]*/(?:site|dist)-packages/"  # a warning names the file that it comes from
     pairs = [(folder, short) for folder, short in ((root, "."), (os.path.realpath(root), "."), (home, "~"))]
     patterns = [
         (re.compile(before + re.escape(folder) + after), rf"\g<1>{short}")
         for folder, short in pairs
         if len(Path(folder).parts) > 1  # a home of `/` would match every path
     ]
-    return [(re.compile(kernel), "<cell>"), *patterns]
+    return [(re.compile(kernel), "<cell>"), (re.compile(library), ""), *patterns]
 
 
 def display(path: Path) -> str:

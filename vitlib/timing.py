@@ -151,7 +151,8 @@ def peak_memory_mb(call: Call, device: torch.device) -> Used:
         synchronise(device)
         peak = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return Used((peak[0] - before[0]) / 2**20, (peak[1] - before[1]) / 2**20)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         call(1)
     held, peak = 0, 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
