@@ -177,6 +177,20 @@ def missing_triton(device: torch.device) -> str:
     return "" if device.type == "cuda" else "Triton kernels need a CUDA device"
 
 
+@functools.cache
+def missing_products(device: torch.device) -> str:
+    """Why the products cannot run as kernels on `device` ('' if they can); norms and unpacking may all the same.
+
+    Triton reaches tensor cores from Ampere on: on a T4 its products would be slower than unpacking and cuBLAS.
+    """
+    if reason := missing_triton(device):
+        return reason
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"Triton's products need compute capability 8.0 (Ampere), {name} has less"
+    return ""
+
+
 def missing_fp8(device: torch.device) -> str:
     """Why 8-bit floating point products cannot run as kernels on `device` ('' if they can)."""
     if reason := missing_triton(device):
@@ -579,7 +593,7 @@ def _check_gelu(gelu: str | bool) -> str:
 
 
 def _uses_kernels(x: torch.Tensor) -> bool:
-    return x.dtype != torch.float32 and not missing_triton(x.device)
+    return x.dtype != torch.float32 and not missing_products(x.device)
 
 
 def _interpreted() -> bool:
@@ -852,7 +866,7 @@ def linear_w8a8(
     _check_scale("q_scale", q_scale, q.shape[0])
     _check_scale("scale", scale, rows.shape[0])
     gelu, integer = _check_gelu(gelu), q.dtype == torch.int8
-    if (missing_triton if integer else missing_fp8)(q.device):
+    if (missing_products if integer else missing_fp8)(q.device):
         weight = rows.float() * scale[:, None]
         y = _plain_linear(q.float() * q_scale[:, None], weight, bias, gelu, partials)
         return y if partials else y.to(out_dtype)
