@@ -127,7 +127,8 @@ def _missing_backend(variant: Variant, device: torch.device) -> str:
             return f"{name} takes fp16 and bf16 only"
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
-            return f"{name} needs compute capability 8.0 (Ampere), {torch.cuda.get_device_name(device)} has {major}.{minor}"
+            here = f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+            return f"{name} needs compute capability 8.0 (Ampere), {here}"
     return ""
 
 

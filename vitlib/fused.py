@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from vitlib import attention, linears, quantize
+from vitlib import attention, kernels, linears, quantize
 from vitlib.linears import Linear, Step, tune, tuning_table
 from vitlib.models import Loaded
 
@@ -23,7 +23,7 @@ __all__ = ["FusedViT", "add_layer_norm", "fuse", "fused_loaded", "gelu_differenc
 
 # The names of transformers whose function is the exact GELU or its tanh form; anything else runs by itself.
 _GELU = {
-    **dict.fromkeys(("gelu", "gelu_python"), "exact"),
+    **dict.fromkeys(("gelu", "gelu_python"), "erf"),
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "tanh"),
 }
 
@@ -32,8 +32,8 @@ def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of `x` and `residual` (M, H), and its layer norm; one kernel where there is one."""
-    if linears.use_kernels(x.device):
-        return linears.kernels.add_layer_norm(x, residual, weight, bias, eps)
+    if linears.use_kernels(x.device) and x.shape[1] <= kernels.ROW_LIMIT:
+        return linears.add_layer_norm_kernel(x, residual, weight, bias, eps)
     total = x + residual
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
@@ -215,7 +215,7 @@ class FusedViT(nn.Module):
     @property
     def scales_extra_mb(self) -> float:
         """Megabytes that NF4 scales weigh more than in the checkpoint because they were expanded to fp32."""
-        return sum(getattr(module, "scales_extra_mb", 0.0) for module in self.modules())
+        return sum(module.scales_extra_mb for module in self.modules() if isinstance(module, linears.NF4))
 
     def evidence(self) -> dict[str, object]:
         """What the network really is, in the words of `models.evidence`."""

@@ -1,7 +1,7 @@
 """Linear layers by weight format behind one interface, and the choice of how each is computed. Level 1.
 
-`layer(x, gelu=None)` takes rows x (M, K) and gives (M, N), after the GELU of the name given ("exact" or "tanh"). A
-layer has several *paths* to the same numbers; which is fastest depends on M, so `tune` measures. Formats:
+`layer(x, gelu=None)` takes rows x (M, K) and gives (M, N), after the GELU of the name given ("erf", the exact one, or
+"tanh"). A layer has several *paths* to the same numbers; which is fastest depends on M, so `tune` measures. Formats:
 
 - `Dense`: fp32, fp16 or bf16;
 - `NF4`: blocks of 64 with a scale each (Dettmers et al. 2023, section 3);
@@ -11,6 +11,7 @@ layer has several *paths* to the same numbers; which is fastest depends on M, so
 """
 
 import functools
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
@@ -20,29 +21,99 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-try:
-    from vitlib import kernels
-except ImportError:  # Triton is missing, or no kernels were written: the paths of PyTorch and bitsandbytes remain
-    kernels = None
+from vitlib import kernels
 
 BLOCK = 64  # weights that share a scale in NF4
 NESTED_BLOCK = 256  # scales that share a scale of their own
-INT8_MAX, FP8_MAX = 127.0, 448.0
-TINY = 1e-12  # a row of zeros has scale 0; nothing may be divided by it
+INT8_MAX = 127.0
 AGREES = 0.02  # relative difference at most between two paths of a layer
-TUNING_COLUMNS = ("layer", "shape", "rows", "path", "us", "difference", "chosen", "note")
+TUNING_COLUMNS = ("layer", "shape", "rows", "path", "config", "us", "difference", "chosen", "note")
 
 
-def use_kernels(device: torch.device) -> bool:
-    """Whether this project's Triton kernels can run on `device`."""
-    return kernels is not None and device.type == "cuda" and bool(kernels.available())
+def use_kernels(device: torch.device, *, fp8: bool = False) -> bool:
+    """Whether this project's Triton kernels, or those of 8-bit floating point, can run on `device`."""
+    return device.type == "cuda" and not (kernels.missing_fp8 if fp8 else kernels.missing_triton)(device)
+
+
+# The kernels as operators: torch.compile takes them whole, and the profiler sees who launched what.
+
+_CONFIGURED = "Tensor? bias, str gelu, str config"
+
+
+@functools.cache
+def _config(text: str) -> "kernels.Config | None":
+    """The configuration written as JSON by `_config_text`, None for ''."""
+    return kernels.Config(*json.loads(text)) if text else None
+
+
+def _config_text(config: "kernels.Config | None") -> str:
+    return "" if config is None else json.dumps(config)
+
+
+def _operator(name: str, schema: str, function: Callable, fake: Callable) -> Callable:
+    operator = torch.library.custom_op(f"vitlib::{name}", function, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
+_linear_nf4 = _operator(
+    "linear_nf4",
+    f"(Tensor x, Tensor packed, Tensor absmax, {_CONFIGURED}) -> Tensor",
+    lambda x, packed, absmax, bias, gelu, config: kernels.linear_nf4(
+        x, packed, absmax, bias, gelu or False, _config(config)
+    ),
+    lambda x, packed, absmax, bias, gelu, config: x.new_empty(x.shape[0], packed.shape[0]),
+)
+_dequantize_nf4 = _operator(
+    "dequantize_nf4",
+    "(Tensor packed, Tensor absmax, ScalarType dtype) -> Tensor",
+    lambda packed, absmax, dtype: kernels.dequantize_nf4(packed, absmax, dtype),
+    lambda packed, absmax, dtype: packed.new_empty(packed.shape[0], 2 * packed.shape[1], dtype=dtype),
+)
+_linear_int8 = _operator(
+    "linear_int8",
+    f"(Tensor x, Tensor rows, Tensor scales, {_CONFIGURED}) -> Tensor",
+    lambda x, rows, scales, bias, gelu, config: kernels.linear_int8(
+        x, rows, scales, bias, gelu or False, _config(config)
+    ),
+    lambda x, rows, scales, bias, gelu, config: x.new_empty(x.shape[0], rows.shape[0]),
+)
+_dequantize_int8 = _operator(
+    "dequantize_int8",
+    "(Tensor rows, Tensor scales, ScalarType dtype) -> Tensor",
+    lambda rows, scales, dtype: kernels.dequantize_int8(rows, scales, dtype),
+    lambda rows, scales, dtype: torch.empty_like(rows, dtype=dtype),
+)
+# Also the form without Triton of this step: `kernels` computes it in PyTorch there.
+quantized_rows = _operator(
+    "quantize_rows",
+    "(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    lambda x, dtype: kernels.quantize_rows(x, dtype),
+    lambda x, dtype: (torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)),
+)
+_linear_w8a8 = _operator(
+    "linear_w8a8",
+    f"(Tensor codes, Tensor code_scales, Tensor rows, Tensor scales, {_CONFIGURED}, ScalarType dtype) -> Tensor",
+    lambda codes, code_scales, rows, scales, bias, gelu, config, dtype: kernels.linear_w8a8(
+        codes, code_scales, rows, scales, bias, gelu or False, dtype, _config(config)
+    ),
+    lambda codes, code_scales, rows, scales, bias, gelu, config, dtype: torch.empty(
+        codes.shape[0], rows.shape[0], dtype=dtype, device=codes.device
+    ),
+)
+add_layer_norm_kernel = _operator(
+    "add_layer_norm",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    lambda x, residual, weight, bias, eps: kernels.add_layer_norm(x, residual, weight, bias, eps),
+    lambda x, residual, weight, bias, eps: (torch.empty_like(residual), torch.empty_like(residual)),
+)
 
 
 def gelu_of(values: torch.Tensor, gelu: str | None) -> torch.Tensor:
-    """GELU by name: "exact" (with erf), "tanh" (its approximation), None leaves `values` alone."""
+    """GELU by name: "erf" (with erf), "tanh" (its approximation), None leaves `values` alone."""
     if gelu is None:
         return values
-    return F.gelu(values, approximate="none" if gelu == "exact" else "tanh")
+    return F.gelu(values, approximate="none" if gelu == "erf" else "tanh")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> torch.Tensor:
@@ -51,7 +122,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ge
     The epilogue of cuBLASLt computes the tanh form; the CPU's version of the same function computes the exact one, so
     it is used for that form only.
     """
-    if bias is not None and gelu == ("tanh" if x.is_cuda else "exact"):
+    if bias is not None and gelu == ("tanh" if x.is_cuda else "erf"):
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
     return gelu_of(F.linear(x, weight, bias), gelu)
 
@@ -78,20 +149,33 @@ class Linear(nn.Module):
         self.out_features, self.in_features, self.rows_per_picture = out_features, in_features, 1
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.choices: dict[int, str] = {}
+        self.configs: dict[int, str] = {}
 
     def paths(self, rows: int) -> tuple[str, ...]:
         """The implementations that could run for `rows` rows on this device; the first is the reference."""
         raise NotImplementedError
 
-    def choose(self, rows: int, path: str) -> None:
-        """Take `path` for inputs of `rows` rows from now on."""
+    def configurations(self, rows: int, path: str) -> tuple[str, ...]:
+        """The configurations of `path` worth timing for `rows` rows; '' is the only one of a library's product."""
+        if path != "fused":
+            return ("",)
+        found = kernels.configs(self.kernel, rows, self.out_features, self.in_features)
+        return tuple(_config_text(config) for config in found)
+
+    def choose(self, rows: int, path: str, config: str = "") -> None:
+        """Take `path` (and the kernel's `config`) for inputs of `rows` rows from now on."""
         if path not in self.paths(rows):
             raise ValueError(f"{type(self).__name__} has no path {path!r} here: one of {', '.join(self.paths(rows))}")
-        self.choices[rows] = path
+        self.choices[rows], self.configs[rows] = path, config
 
     def forward(self, x: torch.Tensor, gelu: str | None = None) -> torch.Tensor:
-        path = self.choices.get(x.shape[0]) or self.paths(x.shape[0])[0]
-        return getattr(self, "_" + path)(x, gelu)
+        rows = x.shape[0]
+        path = self.choices.get(rows) or self.paths(rows)[0]
+        return self.run(path, self.configs.get(rows, ""), x, gelu)
+
+    def run(self, path: str, config: str, x: torch.Tensor, gelu: str | None = None) -> torch.Tensor:
+        """(M, N) of x (M, K) through one path, whatever was chosen."""
+        return self._fused(x, gelu, config) if path == "fused" else getattr(self, "_" + path)(x, gelu)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -121,8 +205,11 @@ class NF4(Linear):
     """Packed 4-bit codes (N·K/2 bytes, bitsandbytes' order) with a fp32 scale for each 64 of them.
 
     With nested scales these are themselves uint8 codes with a scale and an offset for each 256: less memory, and a
-    pass more over the scales in every call. `scales_extra_mb` is what the expanded ones weigh more.
+    pass more over the scales in every call. `scales_extra_mb` is what the expanded ones weigh more. Where this
+    project's kernels run, the codes are kept in their order instead of bitsandbytes', which rules out its product.
     """
+
+    kernel = "nf4"
 
     def __init__(self, parts: list[bnb.nn.Params4bit], bias: torch.Tensor | None, *, scales: str = "expanded") -> None:
         states = [part.quant_state for part in parts]
@@ -136,10 +223,10 @@ class NF4(Linear):
             self._keep_nested(states)
         else:
             self.register_buffer("absmax", _joined([_expanded(state) for state in states]))
-            kept = sum(
-                s.absmax.nbytes + (s.state2.absmax.nbytes + s.state2.code.nbytes if s.nested else 0) for s in states
-            )
-            self.scales_extra_mb = (self.absmax.nbytes - kept) / 2**20
+            self.scales_extra_mb = (self.absmax.nbytes - sum(_scale_bytes(state) for state in states)) / 2**20
+        self.repacked = not self.nested and columns % kernels.GROUP == 0 and use_kernels(self.packed.device)
+        if self.repacked:
+            self.packed, self.absmax = kernels.repack_nf4(self.packed, self.absmax, (rows, columns))
         self.dequantized = Step("quantization", self._dequantized)
 
     def _keep_nested(self, states: list["bnb.functional.QuantState"]) -> None:
@@ -161,12 +248,16 @@ class NF4(Linear):
         return values + self.absmax_offsets[block]
 
     def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.repacked:
+            return _dequantize_nf4(self.packed, self.absmax, dtype)
         shape = [self.out_features, self.in_features]
         return torch.ops.bitsandbytes.dequantize_4bit.default(self.packed, self.scales(), BLOCK, "nf4", shape, dtype)
 
     def paths(self, rows: int) -> tuple[str, ...]:
+        if self.repacked:
+            return ("dequantize", "fused")
         # On a CPU bitsandbytes multiplies by dequantizing too.
-        return self._with_fused("dequantize", "bitsandbytes") if self.packed.is_cuda else ("dequantize",)
+        return ("dequantize", "bitsandbytes") if self.packed.is_cuda else ("dequantize",)
 
     def _dequantize(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
         return product(x, self.dequantized(x.dtype), self.bias, gelu)
@@ -178,12 +269,14 @@ class NF4(Linear):
         )
         return gelu_of(out, gelu)
 
-    def _fused(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        return kernels.linear_nf4(x, self.packed, self.scales(), self.bias, gelu)
+    def _fused(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
+        return _linear_nf4(x.contiguous(), self.packed, self.absmax, self.bias, gelu or "", config)
 
 
 class Int8WeightOnly(Linear):
     """int8 rows (N, K) with a fp32 scale a row: weight = rows · scales / 127, multiplied in the input's dtype."""
+
+    kernel = "int8"
 
     def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*rows.shape, bias)
@@ -192,6 +285,8 @@ class Int8WeightOnly(Linear):
         self.dequantized = Step("quantization", self._dequantized)
 
     def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        if use_kernels(self.rows.device):
+            return _dequantize_int8(self.rows, self.scales, dtype)
         # One pass: int8 times fp32 is computed in fp32 and rounded once, into the output.
         out = torch.empty_like(self.rows, dtype=dtype)
         return torch.mul(self.rows, self.scales[:, None], out=out)
@@ -202,19 +297,14 @@ class Int8WeightOnly(Linear):
     def _dequantize(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
         return product(x, self.dequantized(x.dtype), self.bias, gelu)
 
-    def _fused(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        return kernels.linear_int8(x, self.rows, self.scales, self.bias, gelu)
-
-
-def quantized_rows(x: torch.Tensor, largest: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (M, K) as int8 or float8 rows of at most `largest`, and fp32 scales (M, 1) with x ≈ rows · scales."""
-    scales = x.abs().amax(dim=1, keepdim=True).float().clamp_(min=TINY) / largest
-    values = x.float() / scales
-    return (values.round_() if dtype == torch.int8 else values.clamp_(-largest, largest)).to(dtype), scales
+    def _fused(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
+        return _linear_int8(x.contiguous(), self.rows, self.scales, self.bias, gelu or "", config)
 
 
 class W8A8(Linear):
     """The rows and scales of `Int8WeightOnly`, and the input quantized row by row: an 8-bit product."""
+
+    kernel = "w8a8"
 
     def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*rows.shape, bias)
@@ -224,13 +314,13 @@ class W8A8(Linear):
 
     def paths(self, rows: int) -> tuple[str, ...]:
         if not self.rows.is_cuda:
-            return ("library",)
+            return self._with_fused("library")
         sizes_fit = self.out_features % 8 == 0 and self.in_features % 8 == 0
         return self._with_fused(*(("library",) if rows > 16 and sizes_fit else ()), "bitsandbytes")
 
     def _library(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        codes, x_scales = self.quantized(x, INT8_MAX, torch.int8)
-        out = torch._int_mm(codes, self.rows.t()).float() * (x_scales * self.scales)
+        codes, x_scales = self.quantized(x.contiguous(), torch.int8)
+        out = torch._int_mm(codes, self.rows.t()).float() * (x_scales[:, None] * self.scales)
         return gelu_of((out if self.bias is None else out + self.bias).to(x.dtype), gelu)
 
     def _bitsandbytes(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
@@ -240,8 +330,9 @@ class W8A8(Linear):
         )
         return gelu_of(out, gelu)
 
-    def _fused(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        return kernels.linear_w8a8(x, self.rows, self.scales, self.bias, gelu)
+    def _fused(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
+        codes, x_scales = self.quantized(x.contiguous(), torch.int8)
+        return _linear_w8a8(codes, x_scales, self.rows, self.scales, self.bias, gelu or "", config, x.dtype)
 
 
 @functools.cache
@@ -261,29 +352,36 @@ def _scaled_product(device: torch.device, dtype: torch.dtype) -> torch.dtype | N
 class FP8(Linear):
     """float8_e4m3fn rows (N, K) with a fp32 scale a row, made from `weight`; the input is quantized row by row."""
 
+    kernel = "w8a8"
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*weight.shape, bias)
-        rows, scales = quantized_rows(weight.detach(), FP8_MAX, torch.float8_e4m3fn)
+        rows, scales = quantized_rows(weight.detach().contiguous(), torch.float8_e4m3fn)
         self.register_buffer("rows", rows)
-        self.register_buffer("scales", scales.t().contiguous())  # (1, N)
+        self.register_buffer("scales", scales)
         self.quantized = Step("quantization", quantized_rows)
         sizes_fit = self.out_features % 16 == 0 and self.in_features % 16 == 0
         self.answer = _scaled_product(weight.device, weight.dtype) if sizes_fit else None
 
     def paths(self, rows: int) -> tuple[str, ...]:
-        return ("dequantize",) if self.answer is None else ("library", "dequantize")
+        paths = ("dequantize",) if self.answer is None else ("library", "dequantize")
+        return (*paths, "fused") if use_kernels(self.rows.device, fp8=True) else paths
 
     def _library(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        codes, x_scales = self.quantized(x, FP8_MAX, torch.float8_e4m3fn)
-        out = torch._scaled_mm(codes, self.rows.t(), scale_a=x_scales, scale_b=self.scales, out_dtype=self.answer).to(
-            x.dtype
-        )
+        codes, x_scales = self.quantized(x.contiguous(), torch.float8_e4m3fn)
+        out = torch._scaled_mm(
+            codes, self.rows.t(), scale_a=x_scales[:, None], scale_b=self.scales[None], out_dtype=self.answer
+        ).to(x.dtype)
         return gelu_of(out if self.bias is None else out + self.bias, gelu)
 
     def _dequantize(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        codes, x_scales = self.quantized(x, FP8_MAX, torch.float8_e4m3fn)
-        out = F.linear(codes.float() * x_scales, self.rows.float() * self.scales.t()).to(x.dtype)
+        codes, x_scales = self.quantized(x.contiguous(), torch.float8_e4m3fn)
+        out = F.linear(codes.float() * x_scales[:, None], self.rows.float() * self.scales[:, None]).to(x.dtype)
         return gelu_of(out if self.bias is None else out + self.bias, gelu)
+
+    def _fused(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
+        codes, x_scales = self.quantized(x.contiguous(), torch.float8_e4m3fn)
+        return _linear_w8a8(codes, x_scales, self.rows, self.scales, self.bias, gelu or "", config, x.dtype)
 
 
 # ------------------------------------------------------------------------------------- from bitsandbytes' layers
@@ -303,6 +401,11 @@ def _expanded(state: "bnb.functional.QuantState") -> torch.Tensor:
     if not state.nested:
         return state.absmax.float()
     return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
+def _scale_bytes(state: "bnb.functional.QuantState") -> int:
+    nested = state.state2.absmax.nbytes + state.state2.code.nbytes if state.nested else 0
+    return state.absmax.nbytes + nested
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -361,31 +464,32 @@ def tune(module: nn.Module, batch_sizes: Iterable[int]) -> pd.DataFrame:
 
 def _tune_group(layers: list[Linear], rows: int) -> list[dict[str, object]]:
     first = layers[0]
-    found = [_measured(layers, rows, path) for path in first.paths(rows)]
+    candidates = [(path, config) for path in first.paths(rows) for config in first.configurations(rows, path)]
+    found = [_measured(layers, rows, path, config) for path, config in candidates]
     usable = [row for row in found if not row["note"]]
     if not usable:
         raise RuntimeError(f"no path of {type(first).__name__} runs for {rows} rows: {found[0]['note']}")
     best = min(usable, key=lambda row: row["us"]) if usable[0]["us"] == usable[0]["us"] else usable[0]
     for layer in layers:
-        layer.choose(rows, best["path"])
+        layer.choose(rows, best["path"], best["config"])
     shape = f"{first.in_features} → {first.out_features}"
     return [{"layer": type(first).__name__, "shape": shape, "rows": rows, **r, "chosen": r is best} for r in found]
 
 
-def _measured(layers: list[Linear], rows: int, path: str) -> dict[str, object]:
+def _measured(layers: list[Linear], rows: int, path: str, config: str) -> dict[str, object]:
     """Microseconds of one call and the relative difference to the first path; `note` says why it is not usable."""
     device, first = layers[0]._device(), layers[0]
-    row = {"path": path, "us": float("nan"), "difference": 0.0, "note": ""}
+    row = {"path": path, "config": config, "us": float("nan"), "difference": 0.0, "note": ""}
     if device.type != "cuda":
         return row
     dtype = first.bias.dtype if first.bias is not None else torch.float16
     x = torch.randn(rows, first.in_features, device=device).to(dtype)
     try:
-        found, expected = (getattr(first, "_" + name)(x, None).double() for name in (path, first.paths(rows)[0]))
+        found, expected = (first.run(*way, x).double() for way in ((path, config), (first.paths(rows)[0], "")))
         row["difference"] = ((found - expected).norm() / expected.norm()).item()
         if not row["difference"] <= AGREES:
             return row | {"note": "differs from the reference"}
-        row["us"] = _graph_us(lambda: [getattr(layer, "_" + path)(x, None) for layer in layers]) / len(layers)
+        row["us"] = _graph_us(lambda: [layer.run(path, config, x) for layer in layers]) / len(layers)
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         row["note"] = (str(error).splitlines() or [type(error).__name__])[0]
     return row
