@@ -261,6 +261,20 @@ def test_a_batch_size_is_compiled_once(checkpoints, five, expected, execution):
     assert list(fast.compile_s) == [3]
 
 
+@pytest.mark.parametrize("weights", ["nf4", "w8a8"])
+def test_the_kernels_are_whole_operators_for_the_compiler(checkpoints, five, expected, weights, kernel_paths):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fast = Engine(loaded_as(checkpoints, weights), "fused-compile", (3,), backend="aot_eager")
+    for layer in fast.network.blocks.modules():
+        if isinstance(layer, linears.Linear):
+            for rows in (3, 51):
+                layer.choose(rows, "fused", layer.configurations(rows, "fused")[0])
+    found = engine.logits(fast, five[:3], 3)
+    assert relative(found, expected[FORMATS[weights]][:3]) < TOLERANCES[weights]
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

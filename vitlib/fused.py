@@ -140,6 +140,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gelu, self.activation = gelu, nn.Identity() if gelu else source.activation_fn
         self.first, self.second = (make(layer, only_class=only_class) for layer in (source.fc1, source.fc2))
+        self.first.usual_gelu = gelu
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         return self.second(self.activation(self.first(normed, self.gelu)))

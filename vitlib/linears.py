@@ -23,6 +23,12 @@ from torch.nn import functional as F
 
 from vitlib import kernels
 
+try:
+    from triton.errors import TritonError  # does not compile, or needs more shared memory than there is
+except ImportError:
+    TritonError = RuntimeError
+
+_FAILURES = (RuntimeError, ValueError, NotImplementedError, AssertionError, TritonError)  # of a path that is tried
 BLOCK = 64  # weights that share a scale in NF4
 NESTED_BLOCK = 256  # scales that share a scale of their own
 INT8_MAX = 127.0
@@ -148,6 +154,7 @@ class Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features, self.rows_per_picture = out_features, in_features, 1
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.usual_gelu: str | None = None  # the one that it is called with, so that tuning times the same work
         self.choices: dict[int, str] = {}
         self.configs: dict[int, str] = {}
 
@@ -443,28 +450,32 @@ def of(layers: list[nn.Linear], weights: str | None = None, *, scales: str = "ex
 
 
 @torch.inference_mode()
-def tune(module: nn.Module, batch_sizes: Iterable[int]) -> pd.DataFrame:
+def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int = 4) -> pd.DataFrame:
     """Time the paths of every linear of `module` for the rows of each batch size, and choose the fastest.
 
     On CUDA the layers of one shape run one after another inside a captured graph, each with its own weights, as they
     do in a pass, so that weights come from memory and not from a warm cache. On a CPU the first path is taken. A path
-    that fails here or differs from the first by more than 2 % is not chosen. Returns `tuning_table(module)`.
+    that fails here or differs from the first by more than 2 % is not chosen. Of a kernel the first `configurations` are
+    tried; each is compiled once a shape, which takes seconds. Returns `tuning_table(module)`.
     """
     groups: dict[tuple, list[Linear]] = defaultdict(list)
     for layer in module.modules():
         if isinstance(layer, Linear):
-            groups[type(layer), layer.out_features, layer.in_features, layer.rows_per_picture].append(layer)
+            sizes = layer.out_features, layer.in_features, layer.rows_per_picture
+            groups[type(layer), *sizes, layer.usual_gelu].append(layer)
     rows = []
     for layers in groups.values():
         for size in sorted(set(batch_sizes)):
-            rows += _tune_group(layers, size * layers[0].rows_per_picture)
+            rows += _tune_group(layers, size * layers[0].rows_per_picture, configurations)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the timed graphs had allocated
     module.tuning = [*getattr(module, "tuning", []), *rows]
     return tuning_table(module)
 
 
-def _tune_group(layers: list[Linear], rows: int) -> list[dict[str, object]]:
+def _tune_group(layers: list[Linear], rows: int, limit: int) -> list[dict[str, object]]:
     first = layers[0]
-    candidates = [(path, config) for path in first.paths(rows) for config in first.configurations(rows, path)]
+    candidates = [(path, config) for path in first.paths(rows) for config in first.configurations(rows, path)[:limit]]
     found = [_measured(layers, rows, path, config) for path, config in candidates]
     usable = [row for row in found if not row["note"]]
     if not usable:
@@ -485,14 +496,21 @@ def _measured(layers: list[Linear], rows: int, path: str, config: str) -> dict[s
     dtype = first.bias.dtype if first.bias is not None else torch.float16
     x = torch.randn(rows, first.in_features, device=device).to(dtype)
     try:
-        found, expected = (first.run(*way, x).double() for way in ((path, config), (first.paths(rows)[0], "")))
+        found, expected = (
+            first.run(*way, x, first.usual_gelu).double() for way in ((path, config), (first.paths(rows)[0], ""))
+        )
         row["difference"] = ((found - expected).norm() / expected.norm()).item()
         if not row["difference"] <= AGREES:
             return row | {"note": "differs from the reference"}
-        row["us"] = _graph_us(lambda: [layer.run(path, config, x) for layer in layers]) / len(layers)
-    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+        row["us"] = _graph_us(lambda: _each(layers, path, config, x)) / len(layers)
+    except _FAILURES as error:
         row["note"] = (str(error).splitlines() or [type(error).__name__])[0]
     return row
+
+
+def _each(layers: list[Linear], path: str, config: str, x: torch.Tensor) -> None:
+    for layer in layers:  # results are dropped at once: their memory is used again, as in a pass
+        layer.run(path, config, x, layer.usual_gelu)
 
 
 def _graph_us(call: Callable[[], object], repeats: int = 10) -> float:
