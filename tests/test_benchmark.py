@@ -11,6 +11,7 @@ from vitlib.variants import Variant
 
 FLASH_2 = "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::half_t> >"
 TORCH_FLASH = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::half_t> >"
+EFFICIENT = "fmha_cutlassF_f16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::half_t>::Params)"
 CUDNN = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop"
 
 
@@ -31,6 +32,13 @@ def profiled(kernel: str = CUDNN, *, attention_us: float = 10.0, missed: float =
         (Variant("fp16"), profiled(TORCH_FLASH)),
         (Variant("fp16", "flash_attention_2"), profiled(FLASH_2)),
         (Variant("nf4", "flash_attention_2"), profiled(FLASH_2, quantized=True)),
+        (Variant("fp16", "direct_cudnn"), profiled(CUDNN)),
+        (Variant("fp16", "direct_efficient"), profiled(EFFICIENT)),
+        (Variant("fp16", "direct_fa"), profiled(TORCH_FLASH)),
+        (Variant("fp16", "direct_fa2", "fused"), profiled(FLASH_2)),
+        (Variant("fp16", "direct_math"), profiled("sm90_xmma_gemm_f16f16")),
+        (Variant("nf4", "direct", "fused-graph"), profiled(CUDNN)),
+        (Variant("nf4", "direct", "fused-graph"), profiled(CUDNN, quantized=True)),
     ],
 )
 def test_what_ran_under_its_own_name_passes(variant, frame):
@@ -43,6 +51,12 @@ def test_what_ran_under_its_own_name_passes(variant, frame):
         (Variant("fp16", "flash_attention_2"), profiled(CUDNN), "attention ran in cudnn"),
         (Variant("fp16", "flash_attention_2"), profiled(TORCH_FLASH), "attention ran in void pytorch_flash"),
         (Variant("fp16"), profiled(FLASH_2), "attention ran in void flash::"),
+        (Variant("fp16", "direct_fa2"), profiled(TORCH_FLASH), "attention ran in void pytorch_flash"),
+        (Variant("fp16", "direct_fa"), profiled(CUDNN), "attention ran in cudnn"),
+        (Variant("fp16", "direct_cudnn"), profiled(EFFICIENT), "attention ran in fmha_cutlass"),
+        (Variant("fp16", "direct_efficient"), profiled(CUDNN), "attention ran in cudnn"),
+        (Variant("fp16", "direct_math"), profiled(CUDNN), "attention ran fused"),
+        (Variant("fp16", "direct", "fused"), profiled(quantized=True), "was used"),
         (Variant("fp16", "eager"), profiled(CUDNN), "attention ran fused"),
         (Variant("fp16"), profiled(attention_us=0.0), "no attention function"),
         (Variant("fp16"), profiled(missed=0.06), "6.0%"),
@@ -70,6 +84,17 @@ def test_vit_large_does_123_gflop_a_picture():
     assert counted["gflop"].sum() == pytest.approx(123.1, abs=0.1)
     weights = counted.loc[["attention", "mlp"], "mb"].sum() * 1e6
     assert weights > 24 * 12 * 1024**2 * 2  # every weight moves at least once
+
+
+def test_a_fused_network_does_less_in_its_last_block():
+    """Keys and values of all patches, everything else for the class token."""
+    with torch.device("meta"):
+        config = models.new("vit-large", image_size=224, labels=Labels(("a", "b"), ("a", "b"))).config
+    sizes = {"batch": 1, "bytes_per_weight": 2, "bytes_per_value": 2}
+    full, less = roofline.work(config, **sizes), roofline.work(config, **sizes, class_token_only=True)
+    query_and_output, scores, mlp = 2 * 2 * 1024**2, 2 * 2 * 197 * 1024, 2 * 2 * 1024 * 4096
+    assert (full - less)["gflop"].sum() == pytest.approx(196 * (query_and_output + scores + mlp) / 1e9)
+    assert (full - less).loc["patch embedding"].abs().sum() == 0
 
 
 def test_floor_is_the_larger_of_arithmetic_and_bytes():

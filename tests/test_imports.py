@@ -14,8 +14,11 @@ from vitlib import imports
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor"},
-    1: {"data", "synthetic", "preprocess", "attention", "kernels", "quantize", "profile", "timing", "roofline"},
-    2: {"models", "engine", "training"},
+    1: {
+        *("data", "synthetic", "preprocess", "attention", "quantize", "kernels", "linears"),
+        *("profile", "timing", "roofline"),
+    },
+    2: {"models", "fused", "engine", "training"},
     3: {"finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"},
     4: {"plots", "report", "frontpage", "publish"},
 }

@@ -42,7 +42,7 @@ def test_every_variant_is_loaded_as_itself_or_says_why_not(checkpoints, name):
     try:
         loaded = models.load(checkpoints, variant, CPU)
     except NotRun as reason:
-        assert variant.attention == "flash_attention_2" or variant.execution == "graph"
+        assert variant.own_flash or variant.graphed
         assert "CUDA" in str(reason)
     else:
         assert models.evidence(loaded.model)["attention"] == variant.attention
@@ -80,6 +80,32 @@ def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch, capability,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     assert reason in attention.not_runnable(Variant("nf4", "flash_attention_2"), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "capability", "reason"),
+    [
+        (Variant("fp16", "direct_cudnn"), None, "needs a CUDA device"),
+        (Variant("fp16", "direct_fa2", "fused"), None, "needs a CUDA device"),
+        (Variant("fp32", "direct_cudnn"), (9, 0), "fp16 and bf16 only"),
+        (Variant("fp32", "direct_fa"), (9, 0), "fp16 and bf16 only"),
+        (Variant("fp16", "direct_fa"), (7, 5), "Tesla T4 has 7.5"),
+        (Variant("fp32", "direct_efficient"), (7, 5), ""),
+        (Variant("fp32", "direct_math"), None, ""),
+        (Variant("fp8", "direct", "fused"), (8, 0), "8.9"),
+        (Variant("fp8", "direct", "fused"), None, ""),
+    ],
+)
+def test_each_attention_says_where_it_cannot_run(monkeypatch, variant, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    found = attention.not_runnable(variant, torch.device("cuda" if capability else "cpu"))
+    assert reason in found and bool(reason) == bool(found)
+
+
+def test_plain_transformers_takes_the_registered_attention(checkpoints):
+    network = AutoModelForImageClassification.from_pretrained(checkpoints / "merged", attn_implementation="direct")
+    assert network.config._attn_implementation == "direct"
 
 
 def test_ids_come_from_the_checkpoint_not_from_sorting(checkpoints, labels):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import models, profile, quantize, records, roofline, stats, timing
+from vitlib import models, profile, records, roofline, stats, timing
 from vitlib.engine import Engine
 from vitlib.evaluate import Bench
 from vitlib.monitor import Monitor
@@ -18,6 +18,12 @@ ROTATING = 4  # different batches that a timed call cycles through, so that its 
 ATTRIBUTION_LIMIT = 0.05  # of the device time
 CLOCKS_AGREE = 0.02  # wall clock against device events
 KNOWN_MS, KNOWN_MB = 5.0, 64.0
+# What the kernel of an attention that names its backend is called.
+_KERNELS_OF = {
+    "direct_cudnn": ("cudnn",),
+    "direct_efficient": ("fmha_cutlass", "efficient"),
+    "direct_fa": ("pytorch_flash",),
+}
 SIMULATED = 100
 
 
@@ -61,7 +67,8 @@ def device_time(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.Da
             {
                 "variant": variant.name,
                 "profiled_batch": size,
-                "profiled_execution": "eager",  # also of graph and compiled rows: only modules have parts
+                # graph and compiled rows too: only modules have parts
+                "profiled_execution": "fused" if variant.fused else "eager",
                 "device_time_us": frame.attrs["total_us"],
                 "attention_device_time_us": profile.attention_time_us(frame),
                 "attention_kernel": profile.attention_kernel(frame),
@@ -93,11 +100,16 @@ def identity_fault(variant: Variant, frame: pd.DataFrame) -> str:
     if frame.attrs["unattributed_share"] > ATTRIBUTION_LIMIT:
         return f"{frame.attrs['unattributed_share']:.1%} of the device time belongs to no part of the model"
     own = "flash::flash_fwd" in kernel and "pytorch_flash" not in kernel
-    if own != (variant.attention == "flash_attention_2"):
+    if own != variant.own_flash:
         return f"attention ran in {kernel}"
-    if variant.attention == "eager" and any(part in kernel for part in ("scaled_dot_product", "fmha", "sdpa", "flash")):
+    if not any(part in kernel for part in _KERNELS_OF.get(variant.attention, ("",))):
+        return f"attention ran in {kernel}"
+    unfused = variant.attention in ("eager", "direct_math")
+    if unfused and any(part in kernel for part in ("scaled_dot_product", "fmha", "sdpa", "flash")):
         return f"attention ran fused, in {kernel}"
     through_bitsandbytes = frame["operation"].str.startswith("bitsandbytes::").any()
+    if variant.fused and variant.quantized:  # several libraries can compute these; `models.verify` saw the layers
+        return ""
     if through_bitsandbytes != variant.quantized:
         return "bitsandbytes was " + ("not used" if variant.quantized else "used")
     return ""
@@ -110,14 +122,12 @@ def against_the_roofline(
     frames = []
     for name, engine in bench.engines.items():
         loaded = engine.loaded
-        encoder = [m for m in loaded.model.vit.layers.modules() if isinstance(m, torch.nn.Linear)]
-        weights = sum(m.in_features * m.out_features for m in encoder)
-        per_weight = sum(quantize.model_mb(block) for block in loaded.model.vit.layers) * quantize.MB / weights
         counted = roofline.work(
             loaded.model.config,
             batch=settings.profile_batch_size,
-            bytes_per_weight=per_weight,
+            bytes_per_weight=models.encoder_bytes_per_weight(loaded.model),
             bytes_per_value=loaded.dtype.itemsize,
+            class_token_only=hasattr(loaded.model, "evidence"),
         )
         times = profile.by_part(kernels[kernels["variant"] == name])
         dtype = str(loaded.dtype).removeprefix("torch.")
@@ -283,7 +293,8 @@ def cpu_latency(bench: Bench, settings: Parameters) -> pd.Series:
     """
     cpu, calls = torch.device("cpu"), {}
     for variant in bench.variants:
-        if variant.name not in bench.engines or variant.execution != "eager" or not settings.cpu_samples:
+        eager = variant.execution in ("eager", "fused")
+        if variant.name not in bench.engines or not eager or not settings.cpu_samples:
             continue
         if variant.quantized and bench.device.type == "cuda":
             continue
@@ -291,7 +302,7 @@ def cpu_latency(bench: Bench, settings: Parameters) -> pd.Series:
             loaded = models.load(bench.checkpoints, variant, cpu)
         except models.NotRun:  # FlashAttention-2: the row has no CPU latency
             continue
-        calls[variant.name] = rotating_calls(Engine(loaded), bench.valid.pixels, 1)
+        calls[variant.name] = rotating_calls(Engine(loaded, variant.execution, (1,)), bench.valid.pixels, 1)
     samples = timing.latency(calls, cpu, timing.Budget(2, settings.cpu_samples, 5.0), settings.seed)
     return samples.groupby("candidate")["latency_ms"].median().rename("cpu_latency_ms")
 

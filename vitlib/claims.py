@@ -195,7 +195,9 @@ def _relative(table: Mapping[str, Any], common: dict, quantity: dict, value: flo
 def spoken(variant: str) -> str:
     """A variant in words."""
     row = find(variant)
-    weights = {"nf4": "4-bit weights", "int8": "8-bit weights"}.get(row.weights, f"{row.weights} baseline")
+    weights = {"nf4": "4-bit weights", "int8": "8-bit weights"}.get(
+        row.weights, f"{row.weights} weights" if row.quantized else f"{row.weights} baseline"
+    )
     kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(row.attention, row.attention)
     return f"{weights} with {kernel}" if row.quantized else weights
 

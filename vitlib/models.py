@@ -52,6 +52,7 @@ class Loaded:
     dtype: torch.dtype  # of pixel_values and of the unquantized weights
     folder: Path
     weights_mb: float  # as loaded; on a CPU bitsandbytes repacks NF4 in the first pass
+    variant: Variant | None = None  # None where the network was not loaded as one
 
 
 def pick_device(name: str) -> torch.device:
@@ -179,7 +180,7 @@ def read_labels(folder: Path) -> Labels:
 
 def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
     """Which of a study's checkpoints holds the weights of `variant`. CheckpointError where it is missing."""
-    folder = checkpoints / (variant.weights if variant.quantized else "merged")
+    folder = checkpoints / variant.checkpoint
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"there is no checkpoint {folder.name!r} in {checkpoints.name}/: run 1_finetune first")
     return folder
@@ -188,6 +189,7 @@ def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
 def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     """The network of `variant` on `device`, in evaluation mode, verified to be what was asked.
 
+    For a fused execution this is the plain network that `Engine` transforms; it must not have run before that.
     Raises NotRun where it cannot run here, CheckpointError where the checkpoint is unfit, EvidenceError where
     the libraries gave something else than was asked.
     """
@@ -208,7 +210,7 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     _refuse_random_weights(str(folder), loading)
     model.eval()
     verify(model, variant)
-    return Loaded(model, pre, labels, device, dtype, folder, quantize.model_mb(model))
+    return Loaded(model, pre, labels, device, dtype, folder, quantize.model_mb(model), variant)
 
 
 class EvidenceError(RuntimeError):
@@ -217,6 +219,8 @@ class EvidenceError(RuntimeError):
 
 def evidence(model: nn.Module) -> dict[str, object]:
     """What the module really is: encoder linear classes, dtypes of the other weights, attention, classifier."""
+    if hasattr(model, "evidence"):  # a fused network has other modules and knows them
+        return model.evidence()
     encoder = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and quantize.CLASSIFIER not in name]
     other = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return {
@@ -234,10 +238,14 @@ def evidence(model: nn.Module) -> dict[str, object]:
 def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
     """The evidence for `model`; EvidenceError where it contradicts `variant`."""
     found = evidence(model)
-    kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}.get(variant.weights, "Linear")
+    is_fused = hasattr(model, "evidence")
+    if is_fused:
+        kind = {"nf4": "NF4", "w8a16": "Int8WeightOnly", "w8a8": "W8A8", "fp8": "FP8"}.get(variant.weights, "Dense")
+    else:
+        kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}.get(variant.checkpoint, "Linear")
     dtype = str(torch.float16 if variant.quantized else DTYPES[variant.weights]).removeprefix("torch.")
     expected = {"attention": variant.attention, "classifier": "Linear", "training": False, "dtypes": [dtype]}
-    if variant.weights == "nf4":
+    if variant.weights == "nf4" and not is_fused:
         expected["compute_dtypes"] = [dtype]
     faults = [f"{key} is {found[key]}, asked was {value}" for key, value in expected.items() if found[key] != value]
     if set(found["encoder_linears"]) != {kind}:
@@ -245,6 +253,14 @@ def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
     if faults:
         raise EvidenceError(f"{variant.name}: " + "; ".join(faults))
     return found
+
+
+def encoder_bytes_per_weight(model: nn.Module) -> float:
+    """Bytes that the encoder's blocks keep in memory for each weight of their linears (fp16 2, NF4 about 0.52)."""
+    blocks = model.blocks if hasattr(model, "blocks") else model.vit.layers
+    linears = [module for module in blocks.modules() if hasattr(module, "in_features")]
+    weights = sum(module.in_features * module.out_features for module in linears)
+    return sum(quantize.model_mb(block) for block in blocks) * quantize.MB / weights
 
 
 def merged_checksum(folder: Path) -> str:

@@ -20,7 +20,8 @@ PARTS = ("patch embedding", "attention", "mlp", "norm", "residual", "head", "qua
 ATTENTION_FUNCTION = "scaled dot product"
 COLUMNS = ("part", "operation", "kernel", "calls", "device_time_us")
 
-# Which module class opens which range. The innermost open range owns a kernel.
+# Which module class opens which range; a module of this project says its `part` itself. The innermost open range owns
+# a kernel.
 _RANGES = {
     modeling_vit.ViTEmbeddings: "patch embedding",
     modeling_vit.ViTAttention: "attention",
@@ -42,6 +43,7 @@ _QUANTIZATION = tuple(
         "int8_mm_dequant",
     )
 )
+_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")  # calls of the driver, not operators
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone", "Memcpy")
 
 
@@ -50,7 +52,7 @@ def annotated(model: nn.Module) -> Iterator[None]:
     """While open, every module of `model` and its attention function run inside a named profiler range."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            part = "head" if name == "classifier" else _RANGES.get(type(module))
+            part = "head" if name == "classifier" else getattr(module, "part", _RANGES.get(type(module)))
             if part is not None:
                 _open_range(stack, module, part)
         stack.enter_context(_annotated_attention(model.config._attn_implementation))
@@ -120,9 +122,15 @@ def profile(
 
 def _cuda_rows(profiler: torch.profiler.profile) -> tuple[list[tuple], float]:
     """Every device event once, placed by the operator that its launch is linked to."""
-    launchers = {e.id: e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU}
+    on_host = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU]
+    launches = {e.id: e for e in on_host if e.name.startswith(_LAUNCHES)}
+    operators = {e.id: e for e in on_host if not e.name.startswith(_LAUNCHES)}
+
+    def launcher(event: object) -> object | None:  # a kernel launched outside operators is linked to its launch only
+        return operators.get(event.linked_correlation_id()) or launches.get(event.correlation_id())
+
     rows = [
-        (*_place(launchers.get(e.linked_correlation_id()), e.name()), e.name(), e.duration_ns() / 1e3)
+        (*_place(launcher(e), e.name()), e.name(), e.duration_ns() / 1e3)
         for e in profiler.profiler.kineto_results.events()
         if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()
     ]

@@ -43,29 +43,39 @@ def _seconds(call: timing.Call, device: torch.device) -> float:
     return samples["latency_ms"].median() / 1e3
 
 
-def work(config: PretrainedConfig, *, batch: int, bytes_per_weight: float, bytes_per_value: int) -> pd.DataFrame:
+def work(
+    config: PretrainedConfig,
+    *,
+    batch: int,
+    bytes_per_weight: float,
+    bytes_per_value: int,
+    class_token_only: bool = False,
+) -> pd.DataFrame:
     """Floating-point operations and least bytes of one pass over `batch` pictures, by part of a ViT.
 
     Index: the parts of `profile.PARTS` that compute. Columns: gflop, mb (10⁶ bytes). `bytes_per_weight` is that of
     the encoder's linear layers (0.52 for NF4, 1 for int8), `bytes_per_value` that of the activations.
+    `class_token_only`: of the last block only keys and values are counted for every patch, as a fused network does it.
     """
     hidden, blocks, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     patches = (config.image_size // config.patch_size) ** 2
     rows, pixels = batch * (patches + 1), 3 * config.patch_size**2
     state = rows * hidden * bytes_per_value  # the hidden states once
     scores = 2 * 2 * rows * (patches + 1) * hidden
+    # Blocks counted by their rows: with the class token only, the last one's share is that of one row of each picture.
+    wide = blocks - (1 - 1 / (patches + 1)) if class_token_only else blocks
     parts = {
         "patch embedding": (
             2 * batch * patches * pixels * hidden,
             batch * patches * pixels * bytes_per_value + 2 * state,
         ),
         "attention": (
-            blocks * (4 * 2 * rows * hidden**2 + scores),
-            blocks * (4 * hidden**2 * bytes_per_weight + 12 * state),
+            (wide + blocks) * 2 * 2 * rows * hidden**2 + wide * scores,  # query and output; keys and values
+            blocks * 4 * hidden**2 * bytes_per_weight + (wide + blocks) * 6 * state,
         ),
         "mlp": (
-            blocks * 4 * rows * hidden * mlp,
-            blocks * (2 * hidden * mlp * bytes_per_weight + 2 * state * (1 + mlp / hidden)),
+            wide * 4 * rows * hidden * mlp,
+            blocks * 2 * hidden * mlp * bytes_per_weight + wide * 2 * state * (1 + mlp / hidden),
         ),
         "norm": (0, (2 * blocks + 1) * 2 * state),
         "residual": (0, 2 * blocks * 3 * state),

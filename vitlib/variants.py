@@ -3,9 +3,17 @@
 import difflib
 from dataclasses import dataclass
 
-WEIGHTS = ("fp32", "fp16", "bf16", "nf4", "int8")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
-EXECUTIONS = ("eager", "graph", "compile")
+# int8 is LLM.int8 with its outliers; w8a16 and w8a8 multiply the same stored rows without them, with activations in 16
+# bit or quantized row by row. fp8 is made from the merged weights while they load.
+WEIGHTS = ("fp32", "fp16", "bf16", "nf4", "int8", "w8a16", "w8a8", "fp8")
+FUSED_ONLY = ("w8a16", "w8a8", "fp8")
+# The first three are transformers' own; the others are this project's, which never build a mask (see `attention`).
+ATTENTIONS = (
+    *("eager", "sdpa", "flash_attention_2"),
+    *("direct", "direct_cudnn", "direct_efficient", "direct_math", "direct_fa", "direct_fa2"),
+)
+EXECUTIONS = ("eager", "graph", "compile", "fused", "fused-graph", "fused-compile", "fused-compile-graph")
+_CHECKPOINTS = {"nf4": "nf4", "int8": "int8", "w8a16": "int8", "w8a8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,13 @@ class Variant:
         ):
             if value not in allowed:
                 raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
+        if self.weights in FUSED_ONLY and not self.fused:
+            raise ValueError(f"{self.weights} weights need a fused execution (fused, fused-graph or fused-compile)")
+        if self.weights == "int8" and self.fused:
+            raise ValueError("a fused network has no outliers in 16 bit: ask for w8a16 or w8a8 instead of int8")
+        if self.fused and not self.attention.startswith("direct"):
+            direct = ", ".join(name for name in ATTENTIONS if name.startswith("direct"))
+            raise ValueError(f"a fused network takes the attentions {direct}; {self.attention!r} is transformers' own")
 
     @property
     def name(self) -> str:
@@ -31,7 +46,27 @@ class Variant:
 
     @property
     def quantized(self) -> bool:
-        return self.weights in ("nf4", "int8")
+        return self.weights in (*_CHECKPOINTS, "fp8")
+
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint of a study that holds these weights."""
+        return _CHECKPOINTS.get(self.weights, "merged")
+
+    @property
+    def fused(self) -> bool:
+        """Whether the network is transformed into a `fused.FusedViT`."""
+        return self.execution.startswith("fused")
+
+    @property
+    def graphed(self) -> bool:
+        """Whether it is replayed from CUDA graphs."""
+        return self.execution.endswith("graph")
+
+    @property
+    def own_flash(self) -> bool:
+        """Whether attention runs in the package flash-attn."""
+        return self.attention in ("flash_attention_2", "direct_fa2")
 
 
 # The first row is the baseline that every other is compared with. Rows 1, 4, 5, 6 and 7 are the five of the
@@ -59,6 +94,16 @@ EXTRA = (
     Variant("int8", "sdpa", "graph"),
     Variant("fp32", "sdpa", "compile"),
     Variant("fp16", "sdpa", "compile"),
+    Variant("fp16", "direct", "compile"),
+    *(
+        Variant(weights, "direct", execution)
+        for weights in ("fp32", "fp16", "bf16", "nf4", "w8a16", "w8a8", "fp8")
+        for execution in ("fused", "fused-graph")
+    ),
+    Variant("fp16", "direct", "fused-compile"),
+    Variant("fp16", "direct", "fused-compile-graph"),
+    Variant("fp16", "direct_fa2", "fused-graph"),
+    Variant("nf4", "direct_fa2", "fused-graph"),
 )
 VARIANTS = {variant.name: variant for variant in (*STUDY, *EXTRA)}
 
