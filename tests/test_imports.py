@@ -14,7 +14,7 @@ from vitlib import imports
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor"},
-    1: {"data", "synthetic", "preprocess", "attention", "quantize", "profile", "timing", "roofline"},
+    1: {"data", "synthetic", "preprocess", "attention", "adapters", "quantize", "profile", "timing", "roofline"},
     2: {"models", "engine", "training"},
     3: {"finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"},
     4: {"plots", "report", "frontpage", "publish"},

@@ -4,8 +4,36 @@ import importlib
 import importlib.util
 
 import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from vitlib.variants import Variant
+
+DIRECT = "direct"  # PyTorch's SDPA without a mask; the name must not contain "flash", or transformers wants a package
+
+
+def direct(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of every token to every token: (n, heads, tokens, width) each, out (n, tokens, heads, width).
+
+    Under `torch.compile` transformers materialises a mask for its own "sdpa", and with a mask SDPA cannot take its
+    fused kernels. A ViT has nothing to mask.
+    """
+    out = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(DIRECT, direct)
+AttentionMaskInterface.register(DIRECT, lambda *_, **__: None)
 
 
 def missing_flash_attention(device: torch.device) -> str:
