@@ -155,3 +155,24 @@ def test_adapters_saved_by_the_trainer_are_plain_pefts(train, tmp_path):
     train(dropout=0.0)
     names = (tmp_path / "run" / "checkpoint-6" / "adapter_config.json").read_text()
     assert adapters.SummedLinear.__name__ not in names
+
+
+def _broken(*_):
+    raise RuntimeError("no C compiler")
+
+
+def test_where_the_compiler_fails_auto_says_so_and_trains(examples, labels, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "compiles", lambda *_: True)
+    torch._dynamo.reset()
+
+    def run(compile_):
+        network = models.new("vit-micro", image_size=32, labels=labels)
+        return training.train(
+            network, examples, pre=preprocess.new(32), recipe=replace(RECIPE, compile=compile_), folder=tmp_path,
+            device=CPU, backend=_broken,
+        )  # fmt: skip
+
+    assert len(run("auto")) == 2
+    assert "not compiled, backend" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        run("always")

@@ -16,7 +16,7 @@ LEVELS = {
     0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor"},
     1: {"data", "synthetic", "preprocess", "attention", "adapters", "quantize", "profile", "timing", "roofline"},
     2: {"models", "engine", "training"},
-    3: {"finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"},
+    3: {"finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch", "trainspeed"},
     4: {"plots", "report", "frontpage", "publish"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}

@@ -126,18 +126,30 @@ class ImageTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def warm_up(self) -> float:
-        """Seconds in which the blocks were compiled, on the first batch; weights and random streams are as before."""
+        """Seconds in which the blocks were compiled, on the first batch; weights and random streams are as before.
+
+        Where the compiler fails (Triton wants a C compiler, for one), 'auto' says so in a line and goes on without it.
+        """
         if not self.compiled:
             return 0.0
         start, cuda = time.perf_counter(), self.args.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.args.device] if cuda else []):
-            rows = range(min(self.recipe.batch_size, len(self.train_dataset)))
-            inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
-            self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
+            try:
+                self._one_batch()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if self.recipe.compile != "auto":
+                    raise
+                print(f"not compiled, {(str(error) or type(error).__name__).splitlines()[0]}")
+                uncompile(self.model)
             self.model_wrapped.zero_grad()
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    def _one_batch(self) -> None:
+        rows = range(min(self.recipe.batch_size, len(self.train_dataset)))
+        inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
+        self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
 
     def evaluation_loop(self, *args: object, **kwargs: object) -> object:
         """The Trainer's, without compilation: a second one for a few batches would take longer than it saves."""
@@ -314,8 +326,13 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
         _attention(model, before)
         for hook in hooks:
             hook.remove()
-        for block in blocks:
-            block._compiled_call_impl = None
+        uncompile(model)
+
+
+def uncompile(model: nn.Module) -> None:
+    """Let modules that were compiled in place run as they are written again."""
+    for module in model.modules():
+        module._compiled_call_impl = None
 
 
 def _attention(model: nn.Module, name: str) -> None:
@@ -370,6 +387,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bo
         save_total_limit=2,  # the one before stays until the next is whole
         label_names=["labels"],
         remove_unused_columns=False,
+        accelerator_config={"non_blocking": pinned and device.type == "cuda"},
         dataloader_pin_memory=pinned and device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
