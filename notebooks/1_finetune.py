@@ -49,6 +49,7 @@ warmup: float = 0.1  # share of the steps with a rising learning rate
 label_smoothing: float = 0.0  # share of the target spread over all classes
 crop_area: float = 0.6  # smallest share of a picture that a training crop keeps
 precision: str = "auto"  # auto, fp32, fp16, bf16: training arithmetic; auto: 16 bit on a GPU
+compile_training: str = "auto"  # auto, always, never: compile the blocks; auto: in long runs on a GPU
 resume: bool = False  # go on from the last complete training checkpoint
 
 # %%

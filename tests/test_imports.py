@@ -15,11 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor"},
     1: {
-        *("data", "synthetic", "preprocess", "attention", "quantize", "kernels", "linears"),
+        *("data", "synthetic", "preprocess", "attention", "quantize", "adapters", "kernels", "linears"),
         *("profile", "timing", "roofline"),
     },
-    2: {"models", "fused", "engine", "training"},
-    3: {"finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"},
+    2: {"models", "fused", "engine", "pipeline", "training"},
+    3: {
+        *("finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"),
+        *("trainspeed", "bench"),
+    },
     4: {"plots", "report", "frontpage", "publish"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}

@@ -12,14 +12,12 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from vitlib import data, engine, models, preprocess, quantize, records, synthetic, training
+from vitlib import adapters, data, engine, models, preprocess, quantize, records, synthetic, training
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.params import Parameters, is_hub_id, used_by
 from vitlib.preprocess import Preprocess
 from vitlib.training import Examples, Recipe
 from vitlib.variants import Variant
-
-ENCODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 
 class FinetuneError(RuntimeError):
@@ -49,6 +47,7 @@ def recipe(settings: Parameters) -> Recipe:
         crop_area=settings.crop_area,
         precision=settings.precision,
         seed=settings.seed,
+        compile=settings.compile_training,
     )
 
 
@@ -163,16 +162,20 @@ def make_trainable(base: Base, settings: Parameters) -> nn.Module:
 
     FinetuneError where an adapter would be missing from a linear of the encoder or the head would stay frozen:
     a list of target names that matches nothing, or a head left at random, trains without complaint.
+
+    Training in bf16 rounds the frozen weights to it once, here: what is trained, validated and merged later are these
+    rounded weights. Without dropout the adapters are added into the weights, which then keep their fp32
+    (`adapters.SummedLinear`). Adapters, the head, and everything of the method "full" stay in fp32.
     """
     model = base.model
     if settings.method in ("lora", "qlora"):
         # Of an NF4 base only norms and biases are floating point; they stay frozen, in 16 bit.
-        config = peft.LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=list(ENCODER_LINEARS),
-            modules_to_save=[quantize.CLASSIFIER],
+        config = adapters.config(
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            head=quantize.CLASSIFIER,
+            summed=settings.method == "lora" and not settings.lora_dropout,
         )
         with warnings.catch_warnings():  # of a name that peft still uses and transformers will drop
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
@@ -181,6 +184,8 @@ def make_trainable(base: Base, settings: Parameters) -> nn.Module:
         model.requires_grad_(settings.method == "full")
         model.classifier.requires_grad_(True)
     check_trainable(model, settings.method)
+    if settings.method in ("lora", "head") and training.precision_of(settings.precision, base.device) == "bf16":
+        adapters.round_frozen(model, torch.bfloat16)
     return model
 
 
@@ -192,10 +197,10 @@ def check_trainable(model: nn.Module, method: str) -> None:
     if method in ("lora", "qlora"):
         blocks = model.config.num_hidden_layers
         adapted = {name.split(".lora_A")[0] for name in trained if ".lora_A" in name}
-        if len(adapted) != blocks * len(ENCODER_LINEARS):
+        if len(adapted) != blocks * len(adapters.ENCODER_LINEARS):
             raise FinetuneError(
-                f"{len(adapted)} linears have an adapter, the encoder has {blocks * len(ENCODER_LINEARS)}: "
-                f"the base names its modules differently from {', '.join(ENCODER_LINEARS)}"
+                f"{len(adapted)} linears have an adapter, the encoder has {blocks * len(adapters.ENCODER_LINEARS)}: "
+                f"the base names its modules differently from {', '.join(adapters.ENCODER_LINEARS)}"
             )
 
 
@@ -235,9 +240,12 @@ def _about(settings: Parameters) -> dict[str, object]:
 def merge(model: nn.Module, base: Base, settings: Parameters) -> nn.Module:
     """The fine-tuned network as a plain one in 16 bit: adapters added to the weights they were trained on.
 
-    For QLoRA these are the dequantized NF4 weights (bitsandbytes would round the sum to NF4 again). FinetuneError where
-    the merged network gives other logits than the trained one, adapters attached, on random pictures.
+    For QLoRA these are the dequantized NF4 weights (bitsandbytes would round the sum to NF4 again). Frozen weights in
+    bf16 become fp32 first, which changes no value, so the sum is rounded once. FinetuneError where the merged network
+    gives other logits than the trained one, adapters attached, on random pictures.
     """
+    if settings.method != "qlora":
+        model = model.float()
     draw = torch.Generator().manual_seed(settings.seed)
     height, width = base.preprocess.side
     pixels = torch.randint(0, 256, (8, 3, height, width), generator=draw).to(base.device)

@@ -69,6 +69,9 @@ class Parameters(BaseModel):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = _parameter(
         "auto", "training arithmetic; auto: 16 bit on a GPU", 1
     )
+    compile_training: Literal["auto", "always", "never"] = _parameter(
+        "auto", "compile the blocks; auto: in long runs on a GPU", 1
+    )
     resume: bool = _parameter(False, "go on from the last complete training checkpoint", 1)
 
     variants: list[str] = _parameter(

@@ -65,10 +65,21 @@ class Preprocess:
         if self.processor.do_rescale:
             values = values * self.processor.rescale_factor
         if self.processor.do_normalize:
-            mean = torch.tensor(self.processor.image_mean, device=batch.device).view(3, 1, 1)
-            std = torch.tensor(self.processor.image_std, device=batch.device).view(3, 1, 1)
+            mean, std = self._statistics(batch.device)
             values = (values - mean) / std
         return values.to(dtype)
+
+    @cached_property
+    def _on_device(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation (3, 1, 1), copied to `device` once: at each copy the host would wait for the device."""
+        if device not in self._on_device:
+            both = (self.processor.image_mean, self.processor.image_std)
+            with torch.inference_mode(False):  # they outlive the call, and training may use them next
+                self._on_device[device] = tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in both)
+        return self._on_device[device]
 
 
 def load(folder: str | Path, revision: str | None = None) -> Preprocess:
@@ -106,7 +117,9 @@ def augment(batch: torch.Tensor, *, crop_area: float, generator: torch.Generator
     flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = scale_x * flip, shift_x, scale_y, shift_y
-    grid = torch.nn.functional.affine_grid(theta.to(batch.device), list(batch.shape), align_corners=False)
+    if batch.is_cuda:  # from pinned memory the copy is queued; else the host would wait for the device at each step
+        theta = theta.pin_memory().to(batch.device, non_blocking=True)
+    grid = torch.nn.functional.affine_grid(theta, list(batch.shape), align_corners=False)
     sampled = torch.nn.functional.grid_sample(
         batch.to(torch.float32), grid, padding_mode="reflection", align_corners=False
     )

@@ -4,13 +4,18 @@ Two things are added to the Trainer. Pictures stay uint8 until they are on the d
 flipped and normalised by the checkpoint's own preprocessing. And a training checkpoint counts only once a manifest
 with the checksum of each of its files stands beside them: the Trainer writes several files one after the other and
 would resume from a part of them without a word.
+
+On a GPU a step must not wait for the host nor the host for a step: the pictures lie on the device, what is drawn on the
+host is copied without a wait, and where it pays the blocks are compiled, before the clock of the first epoch starts.
 """
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +25,15 @@ from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
 from transformers.trainer_utils import sort_checkpoints
 
-from vitlib import preprocess, records
+from vitlib import adapters, attention, preprocess, records
 from vitlib.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
+PADDING = -100  # the label that cross entropy leaves out
+COMPILING_PAYS = 5e15  # floating-point operations of a run; below it compiling takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Recipe:
     crop_area: float
     precision: str
     seed: int
+    compile: str = "never"
 
 
 @dataclass(frozen=True)
@@ -50,16 +59,33 @@ class Examples:
     pixels: torch.Tensor
     labels: torch.Tensor
 
+    def to(self, device: torch.device) -> "Examples":
+        """Both on `device`, if the pixels take at most a quarter of the memory that is free there; else as they are."""
+        if device.type != "cuda" or self.pixels.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+            return self
+        return Examples(self.pixels.to(device), self.labels.to(device))
+
+    def take(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and labels of `rows`, where they lie; nothing waits for the device."""
+        index = torch.tensor(rows)
+        if self.pixels.is_cuda:
+            index = index.pin_memory().to(self.pixels.device, non_blocking=True)
+        return self.pixels[index], self.labels[index]
+
 
 class ResumeError(ValueError):
     """Training cannot go on from what is there; the message says why and what to do."""
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Row numbers only: a batch is gathered in one indexing operation instead of picture by picture."""
+    """Row numbers only: a batch is gathered in one indexing operation instead of picture by picture.
 
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
+    With `full` every batch has that many pictures: the last is filled up with copies whose label is PADDING. Each
+    picture counts once an epoch, in the same mean as in a shorter batch, and no other shape needs compiling.
+    """
+
+    def __init__(self, examples: Examples, full: int = 0) -> None:
+        self.examples, self.full = examples, full
 
     def __len__(self) -> int:
         return len(self.examples.labels)
@@ -69,16 +95,23 @@ class _Rows(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items: list[tuple["_Rows", int]]) -> dict[str, torch.Tensor]:
-        examples, rows = items[0][0].examples, torch.tensor([row for _, row in items])
-        return {"pixels": examples.pixels[rows], "labels": examples.labels[rows]}
+        dataset, rows = items[0][0], [row for _, row in items]
+        missing = max(dataset.full - len(rows), 0)
+        pixels, labels = dataset.examples.take(rows + rows[:1] * missing)
+        if missing:
+            labels[-missing:] = PADDING
+        return {"pixels": pixels, "labels": labels}
 
 
 class ImageTrainer(Trainer):
     """The Trainer over uint8 pictures, with augmentation on the device and training checkpoints that are whole."""
 
-    def __init__(self, *args: object, pre: Preprocess, recipe: Recipe, identity: dict, **kwargs: object) -> None:
+    def __init__(
+        self, *args: object, pre: Preprocess, recipe: Recipe, identity: dict, compiled: bool, **kwargs: object
+    ) -> None:
         super().__init__(*args, data_collator=_Rows.collate, compute_metrics=_metrics, **kwargs)
-        self.pre, self.recipe, self.identity = pre, recipe, identity
+        self.pre, self.recipe, self.identity, self.compiled = pre, recipe, identity, compiled
+        self.add_callback(_EpochClock(self))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: object
@@ -86,13 +119,46 @@ class ImageTrainer(Trainer):
         """Cross entropy of a batch; augmented while training, smoothed only then."""
         pixels, labels = inputs["pixels"], inputs["labels"]
         if model.training:
-            # Seeded by the step: a resumed run cuts the same crops as one that was never stopped.
-            generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.state.global_step)
-            pixels = preprocess.augment(pixels, crop_area=self.recipe.crop_area, generator=generator)
-        logits = model(pixel_values=self.pre.normalise(pixels)).logits
+            pixels = augmented(pixels, self.recipe, self.state.global_step)
+        logits = model(pixel_values=self.pre.normalise(pixels)).logits.float()
         smoothing = self.recipe.label_smoothing if model.training else 0.0
-        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        return (loss, {"logits": logits.float()}) if return_outputs else loss
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=PADDING)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def warm_up(self) -> float:
+        """Seconds in which the blocks were compiled, on the first batch; weights and random streams are as before.
+
+        Where the compiler fails (Triton wants a C compiler, for one), 'auto' says so in a line and goes on without it.
+        """
+        if not self.compiled:
+            return 0.0
+        start, cuda = time.perf_counter(), self.args.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.args.device] if cuda else []):
+            try:
+                self._one_batch()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if self.recipe.compile != "auto":
+                    raise
+                print(f"not compiled, {(str(error) or type(error).__name__).splitlines()[0]}")
+                uncompile(self.model)
+            self.model_wrapped.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _one_batch(self) -> None:
+        rows = range(min(self.recipe.batch_size, len(self.train_dataset)))
+        inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
+        self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
+
+    def evaluation_loop(self, *args: object, **kwargs: object) -> object:
+        """The Trainer's, without compilation: a second one for a few batches would take longer than it saves."""
+        with torch.compiler.set_stance("force_eager"):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """0: nobody reads the count, and the Trainer's walks over every parameter at each step."""
+        return 0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = model or self.model
@@ -118,13 +184,17 @@ def _metrics(prediction: object) -> dict[str, float]:
 
 
 class _EpochClock(TrainerCallback):
-    """Puts seconds, images per second and peak memory of each epoch into the log history, and shows a progress bar."""
+    """Puts seconds, images per second and peak memory of each epoch into the log history, and shows a progress bar.
 
-    def __init__(self, pictures: int) -> None:
-        self.pictures = pictures
+    The seconds are those of the steps: compiling comes before the first, saving and validating after the last.
+    """
+
+    def __init__(self, trainer: ImageTrainer) -> None:
+        self.trainer, self.pictures = trainer, len(trainer.train_dataset)
 
     def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
-        """Show the bar."""
+        """Compile, and show the bar."""
+        self.compile_s = self.trainer.warm_up() if state.global_step < state.max_steps else 0.0
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_epoch_begin(self, args: object, state: object, control: object, **_: object) -> None:
@@ -157,8 +227,10 @@ class _EpochClock(TrainerCallback):
                 "epoch_s": seconds,
                 "images_per_s": self.pictures / seconds,
                 "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+                "compile_s": self.compile_s,
             }
         )
+        self.compile_s = 0.0
 
 
 def train(
@@ -171,31 +243,104 @@ def train(
     device: torch.device,
     resume: bool = False,
     about: Mapping[str, object] | None = None,
+    backend: str = "inductor",
 ) -> pd.DataFrame:
     """Train `model` in place on `examples['train']`, validate each epoch, and return a row an epoch.
 
     `folder` receives the training checkpoints of the last two epochs. With `resume` it goes on from the newest whole
-    one. Columns: those of `records/finetune.csv`. `about` holds further settings that make a run another run.
-    ResumeError where the folder holds a run of another recipe, other settings, other data or other initial weights.
+    one. Columns: those of `records/finetune.csv`, and the seconds of compilation before an epoch, by `backend`.
+    `about` holds further settings that make a run another run. Afterwards the model is in fp32 arithmetic again, on
+    `device`. ResumeError where the folder holds a run of another recipe, other settings, other data or other initial
+    weights.
     """
     set_seed(recipe.seed)
+    compiled = compiles(recipe, model, len(examples["train"].labels), device)
     identity = identity_of(model, examples, recipe, about or {})
     start_from = newest_whole_checkpoint(folder, identity) if resume else None
     if start_from is None:
         shutil.rmtree(folder, ignore_errors=True)
+    placed = _placed(examples, device)
     trainer = ImageTrainer(
         model,
-        _arguments(recipe, folder, device),
-        train_dataset=_Rows(examples["train"]),
-        eval_dataset=_Rows(examples["valid"]),
-        callbacks=[_EpochClock(len(examples["train"].labels))],
+        _arguments(recipe, folder, device, pinned=not placed["train"].pixels.is_cuda),
+        train_dataset=_Rows(placed["train"], full=recipe.batch_size if compiled else 0),
+        eval_dataset=_Rows(placed["valid"]),
         pre=pre,
         recipe=recipe,
         identity=identity,
+        compiled=compiled,
     )
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
-    trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+    autocast = precision_of(recipe.precision, device) != "fp32"
+    with adapters.without_casts(model, autocast), compiled_blocks(model, backend if compiled else None):
+        trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off the model's forward
     return _history(trainer.state.log_history)
+
+
+def _placed(examples: Mapping[str, Examples], device: torch.device) -> dict[str, Examples]:
+    """Training and validation pictures, both on the device or neither: one setting pins the batches of both."""
+    placed = {split: examples[split].to(device) for split in ("train", "valid")}
+    return placed if len({part.pixels.device for part in placed.values()}) == 1 else dict(examples)
+
+
+def augmented(pixels: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
+    """The crops of step `step`: a resumed run cuts the same ones as a run that was never stopped."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    return preprocess.augment(pixels, crop_area=recipe.crop_area, generator=generator)
+
+
+def compiles(recipe: Recipe, model: nn.Module, pictures: int, device: torch.device) -> bool:
+    """Whether the blocks are compiled: 'auto' does on a GPU with Triton where the run is long enough to pay."""
+    if recipe.compile != "auto":
+        return recipe.compile == "always"
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    config = model.config
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    return 4 * weights * tokens * pictures * recipe.epochs > COMPILING_PAYS  # forward, and backward to the inputs
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
+    """Within, the transformer blocks run compiled by `backend`, for one shape; None leaves all as it is.
+
+    One compilation serves all blocks. For that they must be alike: where blocks are trained, the first one's input
+    gets a gradient that nobody needs, as all others do. And attention takes no mask, see `attention.attend`.
+    """
+    if backend is None:
+        yield
+        return
+    blocks = [module for module in model.modules() if isinstance(module, ViTLayer)]
+    trained = any(parameter.requires_grad for block in blocks for parameter in block.parameters())
+    entries = [module for module in model.modules() if isinstance(module, ViTEmbeddings) and trained]
+    before = model.config._attn_implementation
+    _attention(model, "direct")
+    hooks = [entry.register_forward_hook(_want_gradient) for entry in entries]
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False, fullgraph=True)
+    try:
+        yield
+    finally:
+        _attention(model, before)
+        for hook in hooks:
+            hook.remove()
+        uncompile(model)
+
+
+def uncompile(model: nn.Module) -> None:
+    """Let modules that were compiled in place run as they are written again."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
+def _attention(model: nn.Module, name: str) -> None:
+    (model.get_base_model() if isinstance(model, PeftModel) else model).set_attn_implementation(name)
+
+
+def _want_gradient(_module: nn.Module, _inputs: tuple, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.requires_grad_(True) if torch.is_grad_enabled() else tokens
 
 
 def identity_of(
@@ -213,10 +358,15 @@ def identity_of(
     return {**vars(recipe), **about, "pictures": data.hexdigest(), "initial weights": weights.hexdigest()}
 
 
-def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+def precision_of(asked: str, device: torch.device) -> str:
+    """fp32, fp16 or bf16: the arithmetic that the parameter `precision` means on `device`."""
+    if asked != "auto":
+        return asked
+    return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+
+
+def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bool) -> TrainingArguments:
+    precision = precision_of(recipe.precision, device)
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs,
@@ -226,16 +376,19 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
         weight_decay=recipe.weight_decay,
         warmup_steps=recipe.warmup,  # below 1 it is a share of all steps
         lr_scheduler_type="cosine",
+        optim="adamw_torch_fused",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=device.type == "cpu",
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # it looks at the loss of each step, and the host would wait for it
         save_total_limit=2,  # the one before stays until the next is whole
         label_names=["labels"],
         remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": pinned and device.type == "cuda"},
+        dataloader_pin_memory=pinned and device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
         seed=recipe.seed,
@@ -286,7 +439,7 @@ def _difference(left: Mapping[str, object], right: Mapping[str, object]) -> str:
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
     rows: dict[int, dict[str, float]] = {}
     names = {"loss": "train_loss", "eval_loss": "valid_loss", "eval_top1": "top1", "eval_top5": "top5"}
-    names |= {key: key for key in ("epoch_s", "images_per_s", "peak_vram_mb")}
+    names |= {key: key for key in ("epoch_s", "images_per_s", "peak_vram_mb", "compile_s")}
     for entry in log:
         row = rows.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
         row |= {names[key]: value for key, value in entry.items() if key in names}

@@ -1,0 +1,146 @@
+"""Adapters train in fp32 beside rounded weights, without casts, and give what PEFT gives."""
+
+import copy
+
+import peft
+import pytest
+import torch
+
+from vitlib import adapters, finetune, models, params, preprocess, training
+from vitlib.finetune import Base
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes):
+    return params.check({"study": "unit", "precision": "bf16", **changes})
+
+
+@pytest.fixture
+def base(labels):
+    torch.manual_seed(0)
+    return Base(models.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
+
+
+def stir(model):
+    """Values that training could have given to what is trained."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def pair(base):
+    """The same stirred network with PEFT's linears and with summed ones."""
+    made = []
+    for summed in (False, True):
+        config = adapters.config(rank=4, alpha=8, dropout=0.0, head="classifier", summed=summed)
+        made.append(peft.get_peft_model(copy.deepcopy(base.model), config))
+    stir(made[0])
+    made[1].load_state_dict(made[0].state_dict())
+    return made
+
+
+def test_summed_adapters_give_pefts_logits_and_gradients(base):
+    gradients, logits = [], []
+    for model in pair(base):
+        out = model(pixel_values=torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))).logits
+        out.square().sum().backward()
+        logits.append(out)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert sum("lora_" in name for name in gradients[1]) == 48
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rounded_first", [False, True])
+def test_an_adapter_below_the_rounding_of_bf16_still_changes_the_output(rounded_first):
+    """If the weight were rounded first, W + s B A would round back to W, and early training would see no change."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=4)
+    layer = adapters.SummedLinear(torch.nn.Linear(512, 512), "default", config=config, r=4, lora_alpha=4)
+    if rounded_first:
+        layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()
+    x = torch.randn(256, 512).bfloat16()
+    with torch.no_grad():
+        before = layer(x).double()
+        layer.lora_B["default"].weight.normal_(std=1e-4)
+        wanted, found = x.double() @ layer.get_delta_weight("default").double().T, layer(x).double() - before
+    arrived = ((wanted * found).sum() / wanted.square().sum()).item()  # share of the adapter's own output
+    assert (arrived < 0.7) if rounded_first else (arrived == pytest.approx(1, abs=0.15))
+
+
+def test_dropout_and_summed_adapters_are_refused_together():
+    with pytest.raises(ValueError, match="set it to 0"):
+        adapters.config(rank=4, alpha=8, dropout=0.1, head="classifier", summed=True)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_frozen_weights_are_rounded_and_trained_ones_are_not(base, dropout):
+    model = finetune.make_trainable(base, settings(lora_dropout=dropout))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    frozen = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
+    exact = {name for name, dtype in frozen.items() if dtype != torch.bfloat16}
+    assert len(exact) == (0 if dropout else 24)  # the summed weights of 4 blocks
+    assert all(name.endswith("base_layer.weight") for name in exact)
+
+
+def test_the_method_full_and_fp32_round_nothing(base):
+    for changes in ({"method": "full"}, {"precision": "fp32"}):
+        model = finetune.make_trainable(copy.deepcopy(base), settings(**changes))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_no_adapter_input_becomes_fp32_under_autocast(base, quiet):
+    """PEFT's own way is the first case: without it this test could not fail."""
+    model, seen = finetune.make_trainable(base, settings()), []
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.lora_A["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    normed = torch.float32  # layer norms give fp32 under autocast; the products behind them bf16
+    with adapters.without_casts(model, quiet), torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values=torch.randn(2, 3, 32, 32))
+    upcast = [
+        dtype for name, dtype in zip(adapters.ENCODER_LINEARS * 4, seen, strict=True) if name in ("o_proj", "fc2")
+    ]
+    assert set(upcast) == ({torch.bfloat16} if quiet else {normed})
+    assert all(m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.0}, {"method": "head"}])
+def test_what_is_merged_is_what_was_trained_on_rounded_weights(base, changes):
+    chosen = settings(**changes)
+    unrounded = copy.deepcopy(base.model)
+    model = stir(finetune.make_trainable(base, chosen)).eval()
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).float()(pixel_values=x).logits
+        merged = finetune.merge(model, base, chosen)
+        found = merged(pixel_values=x.half()).logits.float()
+    assert {p.dtype for p in merged.parameters()} == {torch.float16}
+    assert (found - expected).norm() / expected.norm() < 2e-3
+    position = merged.vit.embeddings.position_embeddings
+    assert torch.equal(position, unrounded.vit.embeddings.position_embeddings.bfloat16().half())
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.0}, {"method": "head"}])
+def test_after_training_in_bf16_the_network_merges_and_its_frozen_weights_are_untouched(base, tmp_path, changes):
+    chosen = settings(epochs=2, train_batch_size=8, **changes)
+    model = finetune.make_trainable(base, chosen)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    draw = torch.Generator().manual_seed(0)
+    examples = training.Examples(
+        torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=draw),
+        torch.randint(0, 3, (24,), generator=draw),
+    )
+    history = training.train(
+        model, {"train": examples, "valid": examples}, pre=base.preprocess, recipe=finetune.recipe(chosen),
+        folder=tmp_path, device=CPU,
+    )  # fmt: skip
+    assert history["train_loss"].notna().all()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    finetune.merge(model, base, chosen)

@@ -1,0 +1,178 @@
+"""The compiled step: compiled once, for one shape, and with the numbers of the uncompiled one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from vitlib import adapters, finetune, models, params, preprocess, training
+from vitlib.finetune import Base
+from vitlib.training import Examples, Recipe
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(
+    epochs=2, batch_size=8, learning_rate=1e-3, weight_decay=0.01, warmup=0.1, label_smoothing=0.1, crop_area=0.5,
+    precision="fp32", seed=3, compile="always",
+)  # fmt: skip
+
+
+@pytest.fixture
+def examples():
+    """20 pictures: two full batches of 8 and one of 4."""
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    labels = torch.randint(0, 3, (20,), generator=draw)
+    return {"train": Examples(pixels, labels), "valid": Examples(pixels[:6], labels[:6])}
+
+
+@pytest.fixture
+def train(examples, labels, tmp_path):
+    """Trains a tiny ViT of `method`; returns its weights and the history."""
+
+    def run(folder="run", *, recipe=RECIPE, method="lora", dropout=0.0, resume=False):
+        torch.manual_seed(0)
+        base = Base(models.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
+        chosen = params.check({"precision": recipe.precision, "method": method, "lora_dropout": dropout})
+        network = finetune.make_trainable(base, chosen)
+        history = training.train(
+            network, examples, pre=base.preprocess, recipe=recipe, folder=tmp_path / folder, device=CPU,
+            resume=resume, backend="aot_eager",
+        )  # fmt: skip
+        return network, history
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield run
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("method", "dropout", "precision"),
+    [("lora", 0.1, "bf16"), ("lora", 0.0, "bf16"), ("full", 0.0, "fp32"), ("head", 0.0, "bf16")],
+)
+def test_one_compilation_serves_all_blocks_all_epochs_and_validation(train, method, dropout, precision):
+    network, history = train(recipe=replace(RECIPE, precision=precision), method=method, dropout=dropout)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert history["compile_s"].iloc[0] > 0
+    assert history["compile_s"].iloc[1:].tolist() == [0.0]
+    assert all(m._compiled_call_impl is None for m in network.modules())
+    assert (network.get_base_model() if method == "lora" else network).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("method", "dropout"), [("lora", 0.0), ("lora", 0.1), ("full", 0.0)])
+def test_the_compiled_run_ends_where_the_uncompiled_one_does(train, method, dropout, monkeypatch):
+    """Also the last batch: its padding must count for nothing. Crops and dropout draw for it too: not compared."""
+    if not dropout:
+        monkeypatch.setattr(training.preprocess, "augment", lambda batch, **_: batch)
+    recipe = RECIPE if not dropout else replace(RECIPE, batch_size=10)
+    compiled, history = train("compiled", recipe=recipe, method=method, dropout=dropout)
+    plain, expected = train("plain", recipe=replace(recipe, compile="never"), method=method, dropout=dropout)
+    assert expected["compile_s"].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(history["train_loss"].tolist(), expected["train_loss"].tolist(), rtol=2e-2, atol=0)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-2, atol=2e-3)
+
+
+def test_a_compiled_run_that_is_resumed_ends_with_the_weights_of_one_never_stopped(train, monkeypatch):
+    """Dropout draws random numbers while compiling: they must not be missing afterwards."""
+    expected, _ = train("whole", dropout=0.1)
+
+    def stop(self, args, state, control, **_):
+        if state.epoch > 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._EpochClock, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(dropout=0.1)
+    found, history = train(dropout=0.1, resume=True)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
+    assert len(history) == 2
+
+
+def test_compiling_leaves_the_random_stream_as_it_was(train, examples, monkeypatch):
+    """Else a run that compiles first would drop other inputs than the same run going on from a checkpoint."""
+    states = []
+    original = training.ImageTrainer.warm_up
+
+    def spy(self):
+        states.append(torch.get_rng_state())
+        seconds = original(self)
+        states.append(torch.get_rng_state())
+        return seconds
+
+    monkeypatch.setattr(training.ImageTrainer, "warm_up", spy)
+    train(dropout=0.1)
+    assert torch.equal(*states)
+
+
+def test_every_picture_counts_once_an_epoch_and_every_batch_is_full(train, examples, monkeypatch):
+    batches = []
+    original = training.ImageTrainer.compute_loss
+
+    def spy(self, model, inputs, *args, **kwargs):
+        if model.training:
+            batches.append({key: value.clone() for key, value in inputs.items()})
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(training.ImageTrainer, "compute_loss", spy)
+    train()
+    batches = batches[1:]  # the first compiles
+    assert [len(batch["labels"]) for batch in batches] == [8] * 6
+    for epoch in (batches[:3], batches[3:]):
+        counted = torch.cat([batch["pixels"][batch["labels"] != training.PADDING] for batch in epoch]).flatten(1)
+        assert counted.sum(1).sort().values.equal(examples["train"].pixels.flatten(1).sum(1).sort().values)
+    assert not batches[0]["pixels"].equal(batches[3]["pixels"])
+
+
+def test_auto_compiles_only_where_it_pays(labels):
+    network, auto = models.new("vit-micro", image_size=32, labels=labels), replace(RECIPE, compile="auto")
+    assert not training.compiles(auto, network, 10**9, CPU)
+    assert training.compiles(replace(auto, compile="always"), network, 1, CPU)
+    assert not training.compiles(auto, network, 1000, torch.device("cuda"))
+
+
+def test_a_block_without_mask_gives_what_transformers_gives(labels):
+    network = models.new("vit-micro", image_size=32, labels=labels).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(pixel_values=x).logits
+        network.set_attn_implementation("direct")
+        torch.testing.assert_close(network(pixel_values=x).logits, expected)
+
+
+def test_the_configuration_saved_while_compiled_names_no_attention_of_ours(labels, tmp_path):
+    network = models.new("vit-micro", image_size=32, labels=labels)
+    with training.compiled_blocks(network, "eager"):
+        network.save_pretrained(tmp_path)
+    assert "direct" not in (tmp_path / "config.json").read_text()
+
+
+def test_adapters_saved_by_the_trainer_are_plain_pefts(train, tmp_path):
+    """The class that adds adapters into the weights must not be needed to read them."""
+    train(dropout=0.0)
+    names = (tmp_path / "run" / "checkpoint-6" / "adapter_config.json").read_text()
+    assert adapters.SummedLinear.__name__ not in names
+
+
+def _broken(*_):
+    raise RuntimeError("no C compiler")
+
+
+def test_where_the_compiler_fails_auto_says_so_and_trains(examples, labels, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "compiles", lambda *_: True)
+    torch._dynamo.reset()
+
+    def run(compile_):
+        network = models.new("vit-micro", image_size=32, labels=labels)
+        return training.train(
+            network, examples, pre=preprocess.new(32), recipe=replace(RECIPE, compile=compile_), folder=tmp_path,
+            device=CPU, backend=_broken,
+        )  # fmt: skip
+
+    assert len(run("auto")) == 2
+    assert "not compiled, backend" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        run("always")

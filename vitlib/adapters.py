@@ -1,0 +1,104 @@
+"""LoRA adapters that train fast: no needless casts, and on request added into the weights. Level 1.
+
+PEFT computes W x + s B A dropout(x). The second product is small, but its dropout, its cast to the adapters' fp32 and
+its sum with the first pass over every activation several times, and that traffic takes longer than the products.
+Two remedies: under autocast the input is not cast (autocast casts the small matrices instead), and without dropout
+(W + s B A) x is the same function, for which nothing but the product itself passes over the activations.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+ENCODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+
+
+class _Summed(torch.autograd.Function):
+    """x (W + s B A)ᵀ + bias with gradients of x, A and B only; that of the frozen W is never formed."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        # Summed in fp32 and rounded once. Rounding W first would swallow a small s B A: the sum would round back to W.
+        summed = torch.addmm(weight.to(b.dtype), b, a, alpha=scaling).to(x.dtype)
+        ctx.save_for_backward(x, summed, a, b)
+        ctx.scaling = scaling
+        return nn.functional.linear(x, summed, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+        x, summed, a, b = ctx.saved_tensors
+        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        inner = rows @ a.to(x.dtype).T  # (rows, rank): through it no product is larger than the adapters'
+        grad_b = (grads.T @ inner).to(b.dtype) * ctx.scaling
+        grad_a = ((grads @ b.to(x.dtype)).T @ rows).to(a.dtype) * ctx.scaling
+        grad_x = grad @ summed if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class SummedLinear(LoraLinear):
+    """PEFT's adapted linear whose adapter is added to the weight before the product. One adapter, no dropout.
+
+    Parameters, files and merging are PEFT's own. The weight should stay in fp32, see `_Summed`.
+    """
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """(…, in) to (…, out) in the arithmetic of autocast, else in that of x."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        a, b, layer = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer
+        with torch.autocast(kind, enabled=False):
+            return _Summed.apply(x.to(dtype), layer.weight, layer.bias, a, b, self.scaling[name])
+
+
+def config(*, rank: int, alpha: int, dropout: float, head: str, summed: bool) -> LoraConfig:
+    """Adapters on every linear of the encoder, and `head` trained as a whole; `summed` takes `SummedLinear`.
+
+    ValueError for `summed` with dropout: W sees the whole input and B A a part of it, so there is no sum of them.
+    """
+    if summed and dropout:
+        raise ValueError(f"adapters cannot be added into the weights while lora_dropout is {dropout}: set it to 0")
+    made = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(ENCODER_LINEARS),
+        modules_to_save=[head],
+    )
+    if summed:
+        made._register_custom_module({nn.Linear: SummedLinear})
+    return made
+
+
+def round_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Store what is not trained in `dtype`; adapters and head keep fp32, in which small steps are not lost.
+
+    In place. The weights below a `SummedLinear` stay as they are; their biases do not.
+    """
+    kept = {id(m.get_base_layer().weight) for m in model.modules() if isinstance(m, SummedLinear)}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@contextmanager
+def without_casts(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within, PEFT leaves the inputs of its adapters as they are: for use under autocast, which casts the adapters."""
+    with disable_input_dtype_casting(model, active and isinstance(model, PeftModel)):
+        yield
