@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor"},
     1: {"data", "synthetic", "preprocess", "attention", "quantize", "profile", "timing", "roofline"},
-    2: {"models", "engine", "training"},
+    2: {"models", "engine", "training", "pipeline"},
     3: {"finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"},
     4: {"plots", "report", "frontpage", "publish"},
 }
