@@ -326,7 +326,7 @@ def _new_run(settings: StandIn, train: Examples, pre: Preprocess, device: torch.
     return _Run(
         settings,
         Examples(train.pixels.to(device), train.labels.to(device)),
-        # Tensors made once: preprocess.normalise copies them from the host anew, and the host would wait each step.
+        # Tensors made once: copied from the host anew, they would make it wait each step.
         torch.tensor(pre.processor.image_mean, device=device).view(3, 1, 1),
         torch.tensor(pre.processor.image_std, device=device).view(3, 1, 1),
         generator,
