@@ -259,6 +259,7 @@ def speed(
     A row a stage (decoder, model, overlapped): decoder's name, batch, workers, pictures, images_per_s (median over
     rounds, stages in turn, after a pass that is not counted), and for `overlapped` the ratio to the slower of the other
     two. `decoder` reads, decodes, resizes and copies to the device; `model` runs on pixel values that lie there.
+    Where the network runs on the CPU both want the same cores, and the ratio says how many are idle.
     """
     found = pictures if isinstance(pictures, list) else pictures_in(pictures)
     options = {"batch_size": batch_size, "workers": workers, "decoder": decoder}
