@@ -52,7 +52,8 @@ subject = ablation.prepare(settings, data.load(settings))
 print(f"{len(subject.blocks)} blocks, {len(subject.labels)} pictures, on {subject.loaded.device.type}")
 
 # %% [markdown]
-# Configurations that agree up to some block share the work up to there.
+# Configurations that agree up to some block share the work up to there. Later, in the blocks that they have in common
+# again, those that have parted go through a block in one call.
 
 # %%
 logits, share = ablation.measure(subject, settings)

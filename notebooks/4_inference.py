@@ -32,6 +32,7 @@ image_size: int = 48  # side in pixels, of synthetic pictures and of a base that
 eval_batch_size: int = 32  # pictures a call when only outputs matter
 pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
 variant: str = "auto"  # a row of the table; auto: NF4 with the best attention that runs here
+decoder: str = "pil"  # pil, nvjpeg, auto: auto takes the GPU's (nvjpeg) where it works; its pixels differ a little
 grid: int = 12  # pictures shown
 
 # %%
@@ -63,10 +64,11 @@ print(f"{len(pictures_found)} pictures, {len(skipped)} other files")
 # %% [markdown]
 # ## Predictions
 #
-# One row for each file, also for what could not be read; the five best names with their probabilities.
+# One row for each file, also for what could not be read; the five best names with their probabilities. Pictures are
+# decoded while the network works on those before them.
 
 # %%
-frame, decoded, rate = inference.predict(predictor, pictures_found, skipped, settings)
+frame, passed, rate = inference.predict(predictor, pictures_found, skipped, settings)
 plots.table(inference.readable(frame))
 
 # %% [markdown]
@@ -74,7 +76,7 @@ plots.table(inference.readable(frame))
 # prediction.
 
 # %%
-plots.picture_grid(*inference.examples(frame, decoded, settings.grid), right=inference.marks(frame, settings.grid))
+plots.picture_grid(*inference.examples(frame, passed, settings.grid), right=inference.marks(frame, settings.grid))
 
 # %% [markdown]
 # ## What we saw
@@ -82,4 +84,4 @@ plots.picture_grid(*inference.examples(frame, decoded, settings.grid), right=inf
 # %%
 from IPython.display import Markdown
 
-Markdown(inference.headline(frame, predictor, rate))
+Markdown(inference.headline(frame, predictor, rate, passed.note))

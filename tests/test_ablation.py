@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 
-from vitlib import ablation, models, params, quantize, records
+from vitlib import ablation, data, models, params, quantize, records
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
@@ -54,11 +55,88 @@ def test_configurations_of_24_blocks_need_at_most_55_percent_of_the_block_evalua
     assert count(0, wanted) / (24 * len(wanted)) <= 0.55
 
 
+def needed_runs(blocks: int) -> int:
+    """Distinct beginnings of all configurations: what `configurations` must cost at least, counted by hand.
+
+    Nothing kept: every block. Block k kept: those from k on. First and last: the last. Everything kept: all after the
+    first, as "first and last" has that. All but block k: those from k on, for k = 0 and 1 without those that "block 1
+    kept" and "block 0 kept" have.
+    """
+    rest = (blocks - 1) * (blocks - 2) // 2
+    return blocks + blocks * (blocks + 1) // 2 + 1 + (blocks - 1) + 2 * (blocks - 2) + rest
+
+
+@pytest.fixture
+def deep(tmp_path, labels, pre, pixels, monkeypatch):
+    """A network of 24 blocks, as ViT-L has: 52 configurations."""
+    monkeypatch.setitem(models.ARCHITECTURES, "unit", (64, 24, 1, 64, 16))
+    torch.manual_seed(0)
+    network = models.new("unit", image_size=32, labels=labels).eval()
+    with torch.no_grad():
+        network.classifier.weight.mul_(20)
+    models.save(network.half(), tmp_path / "checkpoints" / "merged", pre=pre, labels=labels, provenance={})
+    loaded = models.load(tmp_path / "checkpoints", Variant("fp16"), CPU)
+    return ablation.Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_52_configurations_share_blocks_and_calls(deep, bits):
+    wanted = ablation.configurations(24)
+    assert len(wanted) == 52
+    alone, one_by_one = ablation.evaluate(deep.loaded, deep.pixels, wanted, bits, batch_size=4, together=0)
+    found, exchange = ablation.evaluate(deep.loaded, deep.pixels, wanted, bits, batch_size=4)
+    assert exchange.block_runs == one_by_one.block_runs == 2 * needed_runs(24) <= 0.55 * 2 * 52 * 24
+    assert one_by_one.block_calls == one_by_one.block_runs
+    # Both ways through a block in a call each; an int8 one keeps its calls, of which there are less than half.
+    assert exchange.block_calls == 2 * (24 + 24) if bits == 4 else exchange.block_calls < 0.6 * one_by_one.block_calls
+    for kept, logits in found.items():
+        torch.testing.assert_close(logits, alone[kept], rtol=0, atol=1e-6)
+
+
+def test_together_bounds_the_pictures_of_a_call(subject):
+    sizes, wanted = [], ablation.configurations(4)
+    for block in subject.blocks:
+        block.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    ablation.evaluate(subject.loaded, subject.pixels, wanted, 4, batch_size=4, together=11)
+    assert set(sizes) == {4, 8}
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """How often a checkpoint was loaded."""
+    calls, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda *args: calls.append(args) or load(*args))
+    return calls
+
+
+def test_speed_is_one_load_against_one_for_every_configuration(deep, loads):
+    settings = params.check({"eval_batch_size": 4, "ablation_bits": [4]})
+    frame = ablation.speed(deep, settings, sample=3).set_index("way")
+    assert len(loads) == 1 + 3  # the three that were timed; the table counts all 52
+    assert frame["loads"].to_dict() == {"shared": 1, "reload": 52}
+    assert frame["timed"].to_dict() == {"shared": 52, "reload": 3}
+    assert frame["block_evaluations"].to_dict() == {"shared": 2 * needed_runs(24), "reload": 2 * 52 * 24}
+    assert frame["share"]["shared"] == needed_runs(24) / (52 * 24) <= 0.55
+    assert frame["largest_difference"]["shared"] <= 1e-6  # the same numbers as the plain way
+    assert frame["times_faster"]["shared"] > 2 and frame["times_faster"]["reload"] == 1
+
+
+def test_measuring_loads_nothing(subject, loads):
+    ablation.measure(subject, params.check({"eval_batch_size": 8}))
+    assert loads == []
+
+
+def test_preparing_loads_once(checkpoints, labels, loads, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "study_folder", lambda study: checkpoints.parent)
+    image = Image.new("RGB", (32, 32))
+    pictures = [data.Picture(folder, folder, image.copy) for folder in labels.folders]
+    ablation.prepare(params.check({"device": "cpu"}), data.Dataset({"valid": pictures}, {}))
+    assert len(loads) == 1
+
+
 def test_measured_share_counts_what_was_run(subject):
     _, share = ablation.measure(subject, params.check({"eval_batch_size": 8, "ablation_bits": [4]}))
-    # 4 blocks, 12 configurations. Nothing kept: 4 runs. Block k kept: 4, 3, 2, 1 that nothing kept has not. First and
-    # last: 1 more than block 0 kept. Everything kept: 3 more than that. All but block k: 2, 2, 2, 1 more than others.
-    assert share == (4 + (4 + 3 + 2 + 1) + 1 + 3 + (2 + 2 + 2 + 1)) / (12 * 4)
+    assert share == needed_runs(4) / (12 * 4) == 25 / 48
 
 
 def test_table_has_every_configuration_and_everything_kept_has_no_divergence(subject, tmp_path, monkeypatch):

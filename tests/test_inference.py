@@ -111,7 +111,7 @@ def nothing_readable(study, tmp_path, monkeypatch):
     """A folder in which no file can be decoded; the network must not be called, NF4 ends the process then."""
     for file in (tmp_path / "pictures").rglob("*.png"):
         file.write_text("no picture")
-    monkeypatch.setattr(engine, "logits", lambda *_: pytest.fail("the network was called with no picture"))
+    monkeypatch.setattr(engine.Engine, "__call__", lambda *_: pytest.fail("the network was called with no picture"))
     predictor = inference.load(study)
     return predictor, *inference.predict(predictor, *inference.find_pictures(study), study)
 
@@ -125,9 +125,9 @@ def test_without_a_readable_picture_every_file_still_has_its_row(nothing_readabl
 
 
 def test_without_a_readable_picture_the_later_cells_work(nothing_readable):
-    predictor, frame, decoded, rate = nothing_readable
+    predictor, frame, passed, rate = nothing_readable
     plots.table(inference.readable(frame)).to_html()
-    images, titles = inference.examples(frame, decoded, 12)
+    images, titles = inference.examples(frame, passed, 12)
     assert titles == ["no picture could be read"]
     plots.picture_grid(images, titles, right=inference.marks(frame, 12)).savefig(io.BytesIO())
     assert inference.headline(frame, predictor, rate) == (

@@ -3,10 +3,12 @@
 The network is loaded once. Each block has a quantized twin beside it, and a configuration is a choice between the
 two. What runs before the first block in which two configurations differ is the same for both and is computed once:
 "only block k kept" starts from the activations that the fully quantized network has before block k, which saves
-half of all block evaluations.
+half of all block evaluations. Configurations that have parted meet again in the same blocks later on, with other
+activations: there they go through a block together, in one call.
 """
 
-from collections.abc import Iterator
+import itertools
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +17,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib import data, models, quantize, records, stats
+from vitlib import data, engine, models, quantize, records, stats
 from vitlib.data import Dataset
 from vitlib.params import Parameters
 from vitlib.variants import Variant
 
+TOGETHER = 256  # pictures of one call of a block at most, where configurations go through it together
 NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"
 
 
@@ -68,54 +71,160 @@ def configurations(blocks: int) -> list[Configuration]:
     return [*plain, *single, Configuration(ALL, everything, True)]
 
 
-class Exchange:
-    """The blocks and classifier of a network with a quantized twin of each, and passes that choose between them."""
+State = tuple[torch.Tensor, list[Configuration]]  # activations (n, tokens, hidden), and who agreed so far
 
-    def __init__(self, model: nn.Module, bits: int) -> None:
-        self.model = model
+
+class Exchange:
+    """The blocks and classifier of a network with a quantized twin of each, and passes that choose between them.
+
+    `together` is the number of pictures that a block may get in one call: the activations of several configurations
+    are concatenated up to it (0: never). LLM.int8() finds its outliers in the whole batch, so that an int8 block would
+    give other outputs on a concatenated one: these run one by one. `block_runs` counts evaluations of a block for a
+    batch of pictures, `block_calls` the calls that they took.
+    """
+
+    def __init__(self, model: nn.Module, bits: int, together: int = TOGETHER) -> None:
+        self.model, self.together = model, together
         self.pairs = [(block, quantize.quantized_copy(block, bits)) for block in model.vit.layers]
         self.classifiers = (model.classifier, quantize.quantized_copy(model.classifier, bits))
-        self.block_runs = 0
+        self.joins = (True, bits != 8)  # the block as it was, its quantized twin
+        self.block_runs = self.block_calls = 0
 
     def logits(self, pixel_values: torch.Tensor, wanted: list[Configuration]) -> dict[str, torch.Tensor]:
-        """Logits (n, classes) of one batch for every configuration."""
-        return dict(self._walk(self.model.vit.embeddings(pixel_values), 0, wanted))
+        """Logits (n, classes) of one batch for every configuration.
 
-    def _walk(
-        self, hidden: torch.Tensor, number: int, wanted: list[Configuration]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Configurations that agree up to block `number` arrive here together and part where they differ."""
-        if number == len(self.pairs):
+        As many activations are held at a time as there are configurations that differ, at most `len(wanted)`.
+        """
+        states = [(self.model.vit.embeddings(pixel_values), wanted)]
+        for number in range(len(self.pairs)):
+            states = [state for quantized in (False, True) for state in self._step(states, number, quantized)]
+        found = {}
+        for hidden, group in states:
             tokens = self.model.vit.layernorm(hidden)[:, 0, :]
-            for configuration in wanted:
-                yield configuration.kept, self.classifiers[0 if configuration.classifier else 1](tokens)
-            return
-        for kept, block in zip((True, False), self.pairs[number], strict=True):
-            if group := [c for c in wanted if (number in c.blocks) == kept]:
-                self.block_runs += 1
-                yield from self._walk(block(hidden), number + 1, group)
+            found |= {c.kept: self.classifiers[not c.classifier](tokens) for c in group}
+        return found
+
+    def _step(self, states: list[State], number: int, quantized: bool) -> list[State]:
+        """States after block `number` or its quantized twin, of the configurations that take this one of the two."""
+        block, size = self.pairs[number][quantized], len(states[0][0])
+        parted = [(hidden, [c for c in group if (number in c.blocks) != quantized]) for hidden, group in states]
+        going = [(hidden, group) for hidden, group in parted if group]
+        after = []
+        for part in _in_parts(going, max(1, self.together // size if self.joins[quantized] else 1)):
+            hidden = [hidden for hidden, _ in part]
+            outputs = block(hidden[0] if len(part) == 1 else torch.cat(hidden)).split(size)
+            after += [(output, group) for output, (_, group) in zip(outputs, part, strict=True)]
+            self.block_runs += len(part)
+            self.block_calls += 1
+        return after
 
 
-@torch.inference_mode()
+def _in_parts(states: list[State], size: int) -> list[list[State]]:
+    return [states[first : first + size] for first in range(0, len(states), size)]
+
+
+def evaluate(
+    loaded: models.Loaded,
+    pixels: torch.Tensor,
+    wanted: list[Configuration],
+    bits: int,
+    *,
+    batch_size: int,
+    together: int = TOGETHER,
+) -> tuple[dict[str, torch.Tensor], Exchange]:
+    """float32 logits (n, classes) on the CPU of every configuration, and the exchange with its counts.
+
+    On a GPU a product over more rows may round differently in its last bit; on a CPU `together` changes nothing but
+    the time.
+    """
+    exchange = Exchange(loaded.model, bits, together)
+    parts: dict[str, list[torch.Tensor]] = {configuration.kept: [] for configuration in wanted}
+    with torch.inference_mode():
+        for chunk in tqdm(pixels.split(batch_size), f"{bits} bits, {len(wanted)} configurations", unit="batch"):
+            pixel_values = loaded.preprocess.normalise(chunk.to(loaded.device), loaded.dtype)
+            found = exchange.logits(pixel_values, wanted)
+            stacked = torch.stack([found[kept] for kept in parts]).float().cpu()  # one copy, so one wait
+            for kept, logits in zip(parts, stacked, strict=True):
+                parts[kept].append(logits)
+    return {kept: torch.cat(logits) for kept, logits in parts.items()}, exchange
+
+
 def measure(subject: Subject, settings: Parameters) -> tuple[dict[tuple[int, str], torch.Tensor], float]:
     """float32 logits of every (bits, kept), and the share of block evaluations that were needed.
 
     The share is against a full pass for every configuration.
     """
-    loaded, found, needed, naive = subject.loaded, {}, 0, 0
-    wanted = configurations(len(subject.blocks))
-    chunks = subject.pixels.split(settings.eval_batch_size)
+    wanted, batch = configurations(len(subject.blocks)), settings.eval_batch_size
+    found, needed = {}, 0
     for bits in settings.ablation_bits:
-        exchange = Exchange(loaded.model, bits)
-        parts: dict[str, list[torch.Tensor]] = {configuration.kept: [] for configuration in wanted}
-        for chunk in tqdm(chunks, f"{bits} bits, {len(wanted)} configurations", unit="batch"):
-            pixel_values = loaded.preprocess.normalise(chunk.to(loaded.device), loaded.dtype)
-            for kept, logits in exchange.logits(pixel_values, wanted).items():
-                parts[kept].append(logits.float().cpu())
-        found |= {(bits, kept): torch.cat(logits) for kept, logits in parts.items()}
+        logits, exchange = evaluate(subject.loaded, subject.pixels, wanted, bits, batch_size=batch)
+        found |= {(bits, kept): values for kept, values in logits.items()}
         needed += exchange.block_runs
-        naive += len(chunks) * len(wanted) * len(subject.blocks)
-    return found, needed / naive
+    return found, needed / (_full_passes(subject, settings) * len(subject.blocks))
+
+
+def _full_passes(subject: Subject, settings: Parameters) -> int:
+    """Batches that run through the whole network where every configuration has passes of its own."""
+    batches = -(-len(subject.pixels) // settings.eval_batch_size)
+    return batches * len(configurations(len(subject.blocks))) * len(settings.ablation_bits)
+
+
+def speed(subject: Subject, settings: Parameters, sample: int = 6) -> pd.DataFrame:
+    """Wall time of the whole ablation against loading the checkpoint anew for a full pass of each configuration.
+
+    A row a way: `shared` (one load, everything of `measure`) and `reload`, of which `sample` configurations of each
+    format, evenly over the list, are run and the time is scaled up to all. Both times hold loading and quantizing,
+    neither holds decoding. Columns: configurations, timed (of them), loads, block_evaluations, block_calls, share (of
+    the block evaluations of `reload`), wall_s, times_faster, and largest_difference of a logit between the two ways.
+    """
+    wanted, every = configurations(len(subject.blocks)), len(settings.ablation_bits)
+    chosen = [
+        wanted[i] for i in np.unique(np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).round().astype(int))
+    ]
+    found, shared = _timed_shared(subject, settings, wanted)
+    apart, naive_s = {}, 0.0
+    for bits, configuration in itertools.product(settings.ablation_bits, chosen):
+        start = time.perf_counter()
+        apart[bits, configuration.kept] = _reloaded(subject, settings, bits, configuration)
+        naive_s += time.perf_counter() - start
+    total, passes = len(wanted) * every, _full_passes(subject, settings) * len(subject.blocks)
+    timed = len(chosen) * every
+    reload = {"way": "reload", "configurations": total, "timed": timed, "loads": total, "block_evaluations": passes}
+    reload |= {"block_calls": passes, "wall_s": naive_s * total / timed}
+    frame = pd.DataFrame([{"way": "shared", "configurations": total, "timed": total, **shared}, reload])
+    frame["share"] = frame["block_evaluations"] / passes
+    frame["times_faster"] = reload["wall_s"] / frame["wall_s"]
+    differences = [(found[key] - logits).abs().max().item() for key, logits in apart.items()]
+    return frame.assign(largest_difference=[max(differences), 0.0])
+
+
+def _timed_shared(
+    subject: Subject, settings: Parameters, wanted: list[Configuration]
+) -> tuple[dict[tuple[int, str], torch.Tensor], dict[str, float]]:
+    start = time.perf_counter()
+    loaded, batch = _load_again(subject), settings.eval_batch_size
+    found, runs, calls = {}, 0, 0
+    for bits in settings.ablation_bits:
+        logits, exchange = evaluate(loaded, subject.pixels, wanted, bits, batch_size=batch)
+        found |= {(bits, kept): values for kept, values in logits.items()}
+        runs, calls = runs + exchange.block_runs, calls + exchange.block_calls
+    wall = time.perf_counter() - start  # the logits are on the host, so the device is done
+    return found, {"loads": 1, "block_evaluations": runs, "block_calls": calls, "wall_s": wall}
+
+
+def _load_again(subject: Subject) -> models.Loaded:
+    return models.load(subject.loaded.folder.parent, Variant("fp16"), subject.loaded.device)
+
+
+def _reloaded(subject: Subject, settings: Parameters, bits: int, configuration: Configuration) -> torch.Tensor:
+    """float32 logits (n, classes) of one configuration the plain way: load, quantize its parts, run every picture."""
+    loaded = _load_again(subject)
+    layers = loaded.model.vit.layers
+    for number in set(range(len(layers))) - configuration.blocks:
+        layers[number] = quantize.quantized_copy(layers[number], bits)
+    if not configuration.classifier:
+        loaded.model.classifier = quantize.quantized_copy(loaded.model.classifier, bits)
+    return engine.logits(engine.Engine(loaded), subject.pixels, settings.eval_batch_size)
 
 
 def table(logits: dict[tuple[int, str], torch.Tensor], subject: Subject, settings: Parameters) -> pd.DataFrame:

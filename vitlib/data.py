@@ -12,8 +12,8 @@ import re
 import stat
 import struct
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,11 +61,15 @@ class BadPicture(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: `file` names it in records, `label` is its class folder (None: unlabelled), `open()` decodes it."""
+    """One picture: `file` names it in records, `label` is its class folder (None: unlabelled), `open()` decodes it.
+
+    `jpeg()` gives the bytes for another decoder, or none and the reason; None where there is no file to read.
+    """
 
     file: str
     label: str | None
     open: Callable[[], Image.Image] = field(repr=False, compare=False)
+    jpeg: Callable[[], tuple[bytes, str]] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -249,7 +253,8 @@ def shown(path: Path, root: Path) -> str:
 
 def picture_of(file: Path, root: Path, label: str | None, max_megapixels: float) -> Picture:
     """A picture in a file, named by its path below `root`."""
-    return Picture(shown(file, root), label, partial(open_picture, file, max_megapixels))
+    opening = (partial(function, file, max_megapixels) for function in (open_picture, plain_jpeg))
+    return Picture(shown(file, root), label, *opening)
 
 
 def not_a_picture(path: Path) -> str:
@@ -293,6 +298,41 @@ def _decode(file: Path | BinaryIO, max_megapixels: float) -> Image.Image:
         raise BadPicture(f"too large: {error}") from None
     except DAMAGED as error:
         raise BadPicture(f"damaged: {_first_line(error)}") from error
+
+
+def plain_jpeg(path: Path, max_megapixels: float) -> tuple[bytes, str]:
+    """The bytes of a JPEG file and '', or b'' and why only `open_picture` may read it (or say what is wrong).
+
+    Plain is what every decoder shows alike but for rounding: complete, RGB stored as YCbCr, upright, one picture, not
+    over the limits.
+    """
+    if reason := not_a_picture(path):
+        return b"", reason
+    try:
+        if path.stat().st_size > 3e6 * max_megapixels:  # more bytes than pixels take uncompressed
+            return b"", "a file larger than its picture may be"
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            reason = _odd_jpeg(image, max_megapixels)
+    except Image.UnidentifiedImageError:
+        return b"", "not a JPEG picture"
+    except (*DAMAGED, Image.DecompressionBombError):
+        return b"", "a header that cannot be read"
+    if not reason and b"\xff\xd9" not in content[-1024:]:  # some cameras append a few bytes
+        reason = "no end of the picture"
+    return (b"", reason) if reason else (content, "")
+
+
+def _odd_jpeg(image: Image.Image, max_megapixels: float) -> str:
+    if image.format != "JPEG":
+        return f"{image.format} (several pictures in one file)"
+    if image.mode != "RGB" or image.info.get("adobe_transform") == 0:
+        return f"colours stored as {image.mode}"
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        return "turned by its EXIF orientation"
+    if image.width * image.height > max_megapixels * 1e6 or min(image.size) < 2:
+        return "too many or too few pixels"
+    return ""
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -406,23 +446,57 @@ class Decoded:
     skipped: list[tuple[str, str]]
 
 
+def read_picture(picture: Picture, preprocess: Preprocess, row: torch.Tensor) -> str:
+    """Decode and resize one picture into `row` (uint8 (3, h, w)); the reason where it cannot be read, else ''."""
+    try:
+        row.copy_(preprocess.resize(picture.open()))
+    except BadPicture as error:
+        return str(error)
+    except Exception as error:
+        error.add_note(f"while reading the picture {picture.file}")
+        raise
+    return ""
+
+
+Read = Callable[[Picture, torch.Tensor], object]
+
+
+def read_batches(
+    pictures: list[Picture], read: Read, buffers: Sequence[torch.Tensor], workers: int
+) -> Iterator[tuple[list[Picture], torch.Tensor, list]]:
+    """Batches in order: their pictures, their buffer, and what `read(picture, row of the buffer)` gave, from threads.
+
+    A batch has as many pictures as a buffer has rows, the last one may have fewer. Threads work ahead as far as there
+    are buffers: these are used in turn, and whoever asks for the next batch still has the last one and gives the one
+    before it back. So there must be two, or one for each batch.
+    """
+    size = len(buffers[0])
+    groups = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    if len(groups) > len(buffers) < 2:
+        raise ValueError("more than one batch needs at least two buffers: one is read while the other is used")
+    pool, waiting, submitted = ThreadPoolExecutor(workers), deque(), 0
+    try:
+        for number, group in enumerate(groups):
+            while submitted < min(len(groups), len(buffers) + max(0, number - 1)):
+                rows = zip(groups[submitted], buffers[submitted % len(buffers)], strict=False)
+                waiting.append([pool.submit(read, picture, row) for picture, row in rows])
+                submitted += 1
+            results = [future.result() for future in waiting.popleft()]
+            yield group, buffers[number % len(buffers)][: len(group)], results
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def decode(pictures: list[Picture], preprocess: Preprocess, *, workers: int = 2, what: str = "pictures") -> Decoded:
     """Read and resize every picture in threads, in order, with a progress bar; unreadable ones are named, not lost."""
-    height, width = preprocess.side
-    pixels = torch.empty(len(pictures), 3, height, width, dtype=torch.uint8)
+    pixels = torch.empty(len(pictures), 3, *preprocess.side, dtype=torch.uint8)
 
-    def read(position: int) -> str:
-        try:
-            pixels[position] = preprocess.resize(pictures[position].open())
-        except BadPicture as error:
-            return str(error)
-        except Exception as error:
-            error.add_note(f"while reading the picture {pictures[position].file}")
-            raise
-        return ""
+    def read(picture: Picture, row: torch.Tensor) -> str:
+        return read_picture(picture, preprocess, row)
 
-    with ThreadPoolExecutor(workers) as pool:
-        reasons = list(tqdm(pool.map(read, range(len(pictures))), f"decoding {what}", len(pictures), unit="img"))
+    batches = read_batches(pictures, read, pixels.split(1), workers)
+    bar = tqdm(batches, f"decoding {what}", len(pictures), unit="img")
+    reasons = [reason for _, _, results in bar for reason in results]
     good = [position for position, reason in enumerate(reasons) if not reason]
     if len(good) < len(pictures):
         pixels = pixels[good]

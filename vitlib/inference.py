@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from vitlib import attention, data, engine, models, records
-from vitlib.data import DataError, Decoded, Picture
+from vitlib import attention, data, models, pipeline, records
+from vitlib.data import DataError, Picture
 from vitlib.engine import Engine
 from vitlib.params import Parameters
+from vitlib.pipeline import Passed
 from vitlib.variants import Variant, find
 
 TOP = 5
@@ -107,35 +107,36 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def predict(
     predictor: Predictor, pictures: list[Picture], skipped: list[tuple[str, str]], settings: Parameters
-) -> tuple[pd.DataFrame, Decoded, float]:
-    """Classify every picture: `records/predictions.csv` (a row a file), the decoded pictures, and images per second.
+) -> tuple[pd.DataFrame, Passed, float]:
+    """Classify every picture: `records/predictions.csv` (a row a file), what was passed, and images per second.
 
-    The rate covers decoding, resizing, the network and its results; it is NaN where no picture can be read, and the
-    network is not called then. A label that the checkpoint does not know stands in the table and does not count for
-    accuracy.
+    Decoding and the network run at the same time (`pipeline.classify`). The rate covers decoding, resizing, the network
+    and its results; it is NaN where no picture can be read, and the network is not called then. A label that the
+    checkpoint does not know stands in the table and does not count for accuracy.
     """
     start = time.perf_counter()
-    loaded = predictor.engine.loaded
-    decoded = data.decode(pictures, loaded.preprocess, workers=settings.workers)
-    if decoded.pictures:
-        logits = engine.logits(predictor.engine, decoded.pixels, settings.eval_batch_size)
-    else:  # a 4-bit product with a batch of nothing ends the process (SIGFPE)
-        logits = torch.empty(0, len(loaded.labels.names))
-    rate = len(decoded.pictures) / (time.perf_counter() - start) or np.nan
-    frame = _rows(decoded, logits, loaded.labels)
-    lost = [(file, reason) for file, reason in (*skipped, *decoded.skipped)]
+    passed = pipeline.classify(
+        pictures,
+        predictor.engine,
+        batch_size=settings.eval_batch_size,
+        workers=settings.workers,
+        decoder=settings.decoder,
+    )
+    rate = len(passed.pictures) / (time.perf_counter() - start) or np.nan
+    frame = _rows(passed, predictor.engine.loaded.labels)
+    lost = [(file, reason) for file, reason in (*skipped, *passed.skipped)]
     faults = pd.DataFrame(lost, columns=["file", "reason"]).assign(status="skipped", label="", label_name="")
     filled = [part for part in (frame, faults) if len(part)] or [frame]
     frame = pd.concat(filled, ignore_index=True).reindex(columns=records.COLUMNS["predictions"])
     records.write_table(frame, records.study_folder(settings.study) / "records" / "predictions.csv")
-    return frame, decoded, rate
+    return frame, passed, rate
 
 
-def _rows(decoded: Decoded, logits: torch.Tensor, labels: data.Labels) -> pd.DataFrame:
-    best = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
+def _rows(passed: Passed, labels: data.Labels) -> pd.DataFrame:
+    best = passed.logits.softmax(dim=1).topk(min(TOP, passed.logits.shape[1]), dim=1)
     names = dict(zip(labels.folders, labels.names, strict=True))
     rows = []
-    for picture, ids, probabilities in zip(decoded.pictures, best.indices.tolist(), best.values.tolist(), strict=True):
+    for picture, ids, probabilities in zip(passed.pictures, best.indices.tolist(), best.values.tolist(), strict=True):
         row = {"file": picture.file, "status": "ok", "reason": "", "label": picture.label or ""}
         row["label_name"] = names.get(picture.label, "")
         for rank in range(TOP):
@@ -177,16 +178,17 @@ def readable(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
     return shown
 
 
-def examples(frame: pd.DataFrame, decoded: Decoded, count: int) -> tuple[list[np.ndarray], list[str]]:
+def examples(frame: pd.DataFrame, passed: Passed, count: int) -> tuple[list[np.ndarray], list[str]]:
     """Pictures (h, w, 3) spread evenly over the files, as the network sees them, and titles with the best name.
 
-    One empty picture that says so where none could be read: a figure needs something to show.
+    They are read anew, as a pass keeps no pixels. One empty picture that says so where none could be read: a figure
+    needs something to show.
     """
-    if not decoded.pictures:
-        return [np.full((*decoded.pixels.shape[2:], 3), 255, dtype=np.uint8)], ["no picture could be read"]
-    chosen = _chosen(len(decoded.pictures), count)
-    images = [decoded.pixels[i].permute(1, 2, 0).numpy() for i in chosen]
-    return images, [f"{frame['name_1'][i]}\n{100 * frame['probability_1'][i]:.0f} %" for i in chosen]
+    if not passed.pictures:
+        return [np.full((*passed.preprocess.side, 3), 255, dtype=np.uint8)], ["no picture could be read"]
+    chosen = _chosen(len(passed.pictures), count)
+    titles = [f"{frame['name_1'][i]}\n{100 * frame['probability_1'][i]:.0f} %" for i in chosen]
+    return [passed.look(i) for i in chosen], titles
 
 
 def marks(frame: pd.DataFrame, count: int) -> list[bool | None]:
@@ -201,8 +203,8 @@ def _chosen(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
-def headline(frame: pd.DataFrame, predictor: Predictor, rate: float) -> str:
-    """What the record says, in a few sentences (Markdown)."""
+def headline(frame: pd.DataFrame, predictor: Predictor, rate: float, note: str = "") -> str:
+    """What the record says, in a few sentences (Markdown); `note` is what the pass says about its pixels."""
     found = accuracy(frame, predictor)
     if not found["pictures"]:
         return f"- No picture could be read; {found['skipped']:.0f} files were skipped, each with its reason."
@@ -218,4 +220,6 @@ def headline(frame: pd.DataFrame, predictor: Predictor, rate: float) -> str:
         )
     else:
         lines.append("- None of them has a known class, so there is no accuracy to report.")
+    if note:
+        lines.append(f"- {note}")
     return "\n".join(lines)

@@ -95,6 +95,9 @@ class Parameters(BaseModel):
 
     pictures: str = _parameter("", "folder of pictures, flat or in class folders; empty: the test split", 4)
     variant: str = _parameter("auto", "a row of the table; auto: NF4 with the best attention that runs here", 4)
+    decoder: Literal["pil", "nvjpeg", "auto"] = _parameter(
+        "pil", "auto takes the GPU's (nvjpeg) where it works; its pixels differ a little", 4
+    )
     grid: int = _parameter(12, "pictures shown", 4, ge=1, le=100)
 
     @field_validator("variants")

@@ -16,6 +16,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
+# What torch calls Pillow's filters; its other modes have no counterpart.
+TENSOR_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
+
 
 class PreprocessError(ValueError):
     """A checkpoint whose preprocessing is missing or not usable; the message says what to do."""
@@ -59,27 +62,44 @@ class Preprocess:
         out = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
         return out["pixel_values"][0].to(torch.uint8)
 
+    def not_resizable_on_device(self) -> str:
+        """Why `resize_on_device` cannot stand in for `resize` ('' if it can)."""
+        if not self._plain_resize or int(self.processor.resample) not in TENSOR_MODES:
+            return "the checkpoint's preprocessing is not one bilinear or bicubic resize"
+        return ""
+
+    def resize_on_device(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, height, width) of a uint8 picture (3, h, w) of any size, on its device.
+
+        The same filter as `resize`, which rounds to whole values between its two passes and has weights in fixed point;
+        here all is float32 and rounded once. Some values differ, by 1 of 255, bicubic ones by at most 2.
+        """
+        mode = TENSOR_MODES[int(self.processor.resample)]
+        values = pixels.to(torch.float32).unsqueeze(0)
+        resized = torch.nn.functional.interpolate(values, size=self.side, mode=mode, antialias=True)
+        return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+
+    @cached_property
+    def _constants(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _mean_and_std(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both (3, 1, 1), made once a device: copying them to a GPU waits for everything that is queued there."""
+        if device not in self._constants:
+            with torch.inference_mode(False):  # a first call from an evaluation must not spoil them for training
+                pair = (self.processor.image_mean, self.processor.image_std)
+                self._constants[device] = tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in pair)
+        return self._constants[device]
+
     def normalise(self, batch: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`pixel_values` (n, 3, h, w) of `dtype` from a batch with values 0…255 on any device."""
         values = batch.to(torch.float32)
         if self.processor.do_rescale:
             values = values * self.processor.rescale_factor
         if self.processor.do_normalize:
-            mean, std = self._statistics(batch.device)
+            mean, std = self._mean_and_std(batch.device)
             values = (values - mean) / std
         return values.to(dtype)
-
-    @cached_property
-    def _on_device(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
-        return {}
-
-    def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation (3, 1, 1), copied to `device` once: at each copy the host would wait for the device."""
-        if device not in self._on_device:
-            both = (self.processor.image_mean, self.processor.image_std)
-            with torch.inference_mode(False):  # they outlive the call, and training may use them next
-                self._on_device[device] = tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in both)
-        return self._on_device[device]
 
 
 def load(folder: str | Path, revision: str | None = None) -> Preprocess:
