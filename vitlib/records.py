@@ -31,6 +31,10 @@ import numpy as np
 import pandas as pd
 
 COLUMNS: dict[str, tuple[str, ...]] = {
+    "bench": (
+        *("part", "step", "batch", "ms", "ms_low", "ms_high", "images_per_s", "seconds", "times_baseline"),
+        *("of_best_fp16", "share", "relative_error", "agreement", "model_mb", "peak_mb", "prepare_s", "note"),
+    ),
     "finetune": (
         *("epoch", "train_loss", "valid_loss", "top1", "top5"),
         *("epoch_s", "images_per_s", "peak_vram_mb"),

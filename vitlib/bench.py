@@ -1,0 +1,367 @@
+"""What every step towards speed brings, measured in one run: `records/bench.csv` and `records/targets.csv`. Level 3.
+
+`python -m vitlib.bench` measures random weights, which is enough for speed and memory; with `--study` it takes the
+checkpoints of a study that has run its first notebook, and agreement means what it means there. Rows compare with each
+other only within one run.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import set_seed
+
+from vitlib import ablation, benchmark, data, engine, models, params, pipeline, preprocess, records, timing, trainspeed
+from vitlib.engine import Engine
+from vitlib.models import NotRun
+from vitlib.params import Parameters
+from vitlib.variants import FUSED_ONLY, Variant
+
+PARTS = ("engine", "training", "ablation", "pipeline")
+COLUMNS = records.COLUMNS["bench"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row a batch size: a variant, and the form of its GELU where it is fused."""
+
+    variant: Variant
+    gelu: str = "checkpoint"
+
+    @property
+    def name(self) -> str:
+        return self.variant.name + ("" if self.gelu == "checkpoint" else f", {self.gelu} GELU")
+
+    @property
+    def reference(self) -> Variant:
+        """The plain eager variant whose outputs this one must give."""
+        return Variant({"w8a16": "int8", "w8a8": "int8", "fp8": "fp16"}.get(self.variant.weights, self.variant.weights))
+
+
+def steps(device: torch.device) -> list[Step]:
+    """What is compared on `device`, each format's way from the libraries' own form to the fastest; fp32 first."""
+    plain = [Step(Variant(weights)) for weights in ("fp32", "fp16", "nf4", "int8")]
+    formats = ("fp16", "nf4", *FUSED_ONLY)
+    if device.type == "cpu":
+        return [*plain, *(Step(Variant(weights, "direct", "fused")) for weights in ("fp32", "nf4", "w8a16", "w8a8"))]
+    graphs = [Step(Variant(weights, "sdpa", "graph")) for weights in ("fp16", "nf4")]
+    fused = [Step(Variant(weights, "direct", "fused-graph"), gelu) for weights in formats for gelu in GELUS]
+    kernels = ("direct_cudnn", "direct_fa", "direct_efficient", "direct_fa2")
+    others = [Step(Variant("fp16", name, "fused-graph"), "tanh") for name in kernels]
+    return [*plain, *graphs, *fused, *others, Step(Variant("fp16", "direct", "fused-compile-graph"), "tanh")]
+
+
+GELUS = ("checkpoint", "tanh")
+
+
+# ------------------------------------------------------------------------------------------------------------ engine
+
+
+def measure_engines(
+    settings: Parameters, checkpoints: Path, pixels: torch.Tensor, wanted: list[Step] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of `bench.csv` for the engine, and the tuning table of the fused networks (`records/tuning.csv`).
+
+    Columns used: step, batch, ms (median latency) with its bounds, images_per_s (queued calls), times_baseline (of the
+    first step's latency), of_best_fp16 (share of the fastest fp16 latency with the same GELU), relative_error and
+    agreement (of outputs for `pixels`, against the plain eager form of the same weights), model_mb, prepare_s, note.
+    """
+    device = models.pick_device(settings.device)
+    wanted = wanted or steps(device)
+    engines, reasons = _prepared(wanted, settings, checkpoints, device)
+    outputs = {name: engine.logits(runner, pixels, settings.eval_batch_size) for name, runner in engines.items()}
+    frame = _timed(engines, pixels, settings, device)
+    rows = [
+        {
+            "step": step.name,
+            **_quality(step, outputs),
+            "model_mb": engines[step.name].loaded.weights_mb,
+            "prepare_s": engines[step.name].prepare_s + sum(engines[step.name].compile_s.values()),
+        }
+        for step in wanted
+        if step.name in engines
+    ]
+    frame = frame.merge(pd.DataFrame(rows), on="step", how="left")
+    frame = pd.concat([_compared(frame, wanted), pd.DataFrame(reasons, columns=["step", "note"])], ignore_index=True)
+    tunings = [runner.tuning.assign(step=name) for name, runner in engines.items() if len(runner.tuning)]
+    return frame.assign(part="engine"), pd.concat(tunings, ignore_index=True) if tunings else pd.DataFrame()
+
+
+def _prepared(
+    wanted: list[Step], settings: Parameters, checkpoints: Path, device: torch.device
+) -> tuple[dict[str, Engine], list[tuple[str, str]]]:
+    """The engines that run here, and of the others the reason."""
+    models.quiet_libraries()
+    engines, reasons = {}, []
+    sizes = tuple(sorted({*settings.batch_sizes, settings.eval_batch_size}))
+    for step in wanted:
+        try:
+            loaded = models.load(checkpoints, step.variant, device)
+            engines[step.name] = Engine(loaded, step.variant.execution, sizes, gelu=step.gelu)
+        except (NotRun, RuntimeError) as reason:  # a kernel that a card lacks: the row says so, the others go on
+            if step is wanted[0]:
+                raise
+            reasons.append((step.name, f"not run: {str(reason).splitlines()[0]}"))
+        else:
+            print(f"ready: {step.name} ({engines[step.name].prepare_s:.1f} s)", flush=True)
+    return engines, reasons
+
+
+def _timed(
+    engines: Mapping[str, Engine], pixels: torch.Tensor, settings: Parameters, device: torch.device
+) -> pd.DataFrame:
+    """Latency and throughput of every engine and batch size, in rounds of shuffled order."""
+    calls = {
+        (name, size): benchmark.rotating_calls(runner, pixels, size)
+        for name, runner in engines.items()
+        for size in settings.batch_sizes
+    }
+    budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
+    latencies = timing.latency(calls, device, budget, settings.seed)
+    rates = timing.throughput(calls, {key: key[1] for key in calls}, device, budget, settings.seed)
+    rows = []
+    for key in calls:
+        own = latencies[latencies["candidate"] == key]
+        interval = benchmark.stats.median_interval([group["latency_ms"] for _, group in own.groupby("round")])
+        rate = rates.loc[rates["candidate"] == key, "throughput_img_s"].median()
+        row = {"step": key[0], "batch": key[1], "ms": interval.estimate, "images_per_s": rate}
+        rows.append(row | {"ms_low": interval.low, "ms_high": interval.high})
+    return pd.DataFrame(rows)
+
+
+def _quality(step: Step, outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    expected, found = outputs.get(step.reference.name), outputs[step.name]
+    if expected is None:
+        return {"relative_error": np.nan, "agreement": np.nan}
+    error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    return {"relative_error": error, "agreement": (found.argmax(1) == expected.argmax(1)).double().mean().item()}
+
+
+def _compared(frame: pd.DataFrame, wanted: list[Step]) -> pd.DataFrame:
+    """`frame` with each row's speed against the first step, and against the best fp16 with the same GELU."""
+    by_name = {step.name: step for step in wanted}
+    baseline = frame[frame["step"] == wanted[0].name].set_index("batch")["ms"]
+    best = {
+        (gelu, batch): part["ms"].min()
+        for gelu in GELUS
+        for batch, part in frame[[_is_fp16(by_name[name], gelu) for name in frame["step"]]].groupby("batch")
+    }
+    pairs = [(by_name[name].gelu, batch) for name, batch in zip(frame["step"], frame["batch"], strict=True)]
+    return frame.assign(
+        times_baseline=frame["batch"].map(baseline) / frame["ms"],
+        of_best_fp16=frame["ms"] / [best.get(pair, np.nan) for pair in pairs],
+    )
+
+
+def _is_fp16(step: Step, gelu: str) -> bool:
+    return step.variant.weights == "fp16" and step.gelu == gelu
+
+
+# --------------------------------------------------------------------------------- training, ablation, input pipeline
+
+
+def measure_training(settings: Parameters, checkpoints: Path) -> pd.DataFrame:
+    """Images per second of a training step, from PEFT as it comes to everything that `training` switches on.
+
+    On a CPU without compilation, which takes minutes there.
+    """
+    device = models.pick_device(settings.device)
+    loaded = models.load(checkpoints, Variant("fp32"), torch.device("cpu"))
+    chosen = tuple(step for step in trainspeed.STEPS if device.type == "cuda" or not step.compiled)
+    batch = settings.train_batch_size if device.type == "cuda" else min(settings.train_batch_size, 8)
+    found = trainspeed.step_speed(
+        loaded.model, batch, pre=loaded.preprocess, device=device, rank=settings.lora_rank, steps=chosen
+    )
+    found = found.rename(columns={"compile_s": "prepare_s", "peak_vram_mb": "peak_mb", "reason": "note"})
+    return found.assign(part="training", batch=batch, times_baseline=found["images_per_s"] / found["images_per_s"][0])
+
+
+def measure_ablation(settings: Parameters, subject: ablation.Subject, sample: int = 4) -> pd.DataFrame:
+    """Wall time of the whole ablation, and of reloading the checkpoint for each configuration, from a sample."""
+    found = ablation.speed(subject, settings, sample)
+    note = [
+        f"{row.configurations} configurations ({row.timed} run), {row.loads} loads, {row.block_evaluations:,.0f} block "
+        f"evaluations in {row.block_calls:,.0f} calls"
+        for row in found.itertuples()
+    ]
+    found = found.rename(columns={"way": "step", "wall_s": "seconds", "times_faster": "times_baseline"})
+    return found.assign(part="ablation", batch=settings.eval_batch_size, note=note)
+
+
+def measure_pipeline(
+    settings: Parameters, checkpoints: Path, pictures: list[data.Picture], device: torch.device
+) -> pd.DataFrame:
+    """Files to predictions: decoder alone, network alone, both at once; with Pillow, and with nvJPEG where it is."""
+    variant = Variant("fp16", "direct", "fused-graph") if device.type == "cuda" else Variant("fp32", "direct", "fused")
+    batch, parts = settings.eval_batch_size, []
+    runner = Engine(models.load(checkpoints, variant, device), variant.execution, (batch,))
+    decoders = ["pil"] if (reason := pipeline.no_nvjpeg(runner.loaded)) else ["pil", "nvjpeg"]
+    for decoder in decoders:
+        found = pipeline.speed(pictures, runner, batch_size=batch, workers=settings.workers, decoder=decoder)
+        parts.append(found.assign(step=found["stage"] + f", {decoder}", share=found["ratio"]))
+    frame = pd.concat(parts, ignore_index=True)
+    frame["note"] = [f"{row.workers} threads, {row.pictures} pictures, {variant.name}" for row in frame.itertuples()]
+    if reason:
+        frame.loc[len(frame)] = {"step": "overlapped, nvjpeg", "note": f"not run: {reason}"}
+    return frame.assign(part="pipeline", batch=batch)
+
+
+# ----------------------------------------------------------------------------------------------------------- targets
+
+
+def targets(frame: pd.DataFrame, cuda: bool) -> pd.DataFrame:
+    """What was to be reached, what was found and whether it was; '–' where this run has no such row.
+
+    Set for ViT-L/16 at 224 px on one H200. On a CPU only what does not depend on the machine's speed.
+    """
+    wanted = [target for target in _TARGETS if cuda or target[0] in _ANYWHERE]
+    rows = [(name, required, found(frame), ok) for name, required, found, ok in wanted]
+    return pd.DataFrame(
+        [
+            (name, required, "–" if np.isnan(value) else f"{value:.4g}", "–" if np.isnan(value) else _yes(ok(value)))
+            for name, required, value, ok in rows
+        ],
+        columns=["target", "required", "found", "reached"],
+    )
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "no"
+
+
+def _best(prefixes: tuple[str, ...], batch: int, column: str, least: bool = True) -> Callable[[pd.DataFrame], float]:
+    """The best value of `column` among engine rows of a batch size whose step begins with one of `prefixes`."""
+
+    def find(frame: pd.DataFrame) -> float:
+        names = frame["step"].astype(str)
+        chosen = frame[(frame["part"] == "engine") & (frame["batch"] == batch) & names.str.startswith(prefixes)]
+        values = chosen[column].dropna()
+        return float((values.min() if least else values.max()) if len(values) else np.nan)
+
+    return find
+
+
+def _last(part: str, column: str, step: str = "", largest: bool = False) -> Callable[[pd.DataFrame], float]:
+    """`column` of a part's first row whose step begins with `step`, or the largest one."""
+
+    def find(frame: pd.DataFrame) -> float:
+        chosen = frame[(frame["part"] == part) & frame["step"].astype(str).str.startswith(step)]
+        values = chosen[column].dropna()
+        return float((values.max() if largest else values.iloc[0]) if len(values) else np.nan)
+
+    return find
+
+
+def _worst_agreement(frame: pd.DataFrame) -> float:
+    values = frame.loc[frame["part"] == "engine", "agreement"].dropna()
+    return float(values.min()) if len(values) else np.nan
+
+
+_INT8 = ("w8a16", "w8a8")
+_ANYWHERE = ("ablation: share of block evaluations", "Top-1 agreement with the eager form, least")
+_TARGETS = [
+    ("fp16, batch 1 (ms)", "≤ 1.15", _best(("fp16",), 1, "ms"), lambda x: x <= 1.15),
+    ("fp16, batch 32 (ms)", "≤ 8.5", _best(("fp16",), 32, "ms"), lambda x: x <= 8.5),
+    ("NF4 against fp32, batch 1", "≥ 6", _best(("nf4",), 1, "times_baseline", False), lambda x: x >= 6),
+    ("NF4 of fp16's time, batch 1", "≤ 1.25", _best(("nf4-direct",), 1, "of_best_fp16"), lambda x: x <= 1.25),
+    ("NF4 against fp32, batch 32", "≥ 11", _best(("nf4",), 32, "times_baseline", False), lambda x: x >= 11),
+    ("NF4 of fp16's time, batch 32", "≤ 1.05", _best(("nf4-direct",), 32, "of_best_fp16"), lambda x: x <= 1.05),
+    ("int8 of fp16's time, batch 1", "≤ 1.25", _best(_INT8, 1, "of_best_fp16"), lambda x: x <= 1.25),
+    ("int8 of fp16's time, batch 32", "≤ 1.05", _best(_INT8, 32, "of_best_fp16"), lambda x: x <= 1.05),
+    ("LoRA training (images/s)", "≥ 1300", _last("training", "images_per_s", largest=True), lambda x: x >= 1300),
+    ("ablation: share of block evaluations", "≤ 0.55", _last("ablation", "share", "shared"), lambda x: x <= 0.55),
+    ("ablation: times faster than reloading", "≥ 10", _last("ablation", "times_baseline", "shared"), lambda x: x >= 10),
+    ("pipeline: share of its slower half", "≥ 0.8", _last("pipeline", "share", largest=True), lambda x: x >= 0.8),
+    ("Top-1 agreement with the eager form, least", "≥ 0.995", _worst_agreement, lambda x: x >= 0.995),
+]
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def random_study(settings: Parameters, folder: Path, dataset: data.Dataset) -> Path:
+    """Checkpoints of a network with random weights in `folder`: merged, nf4 and int8, as notebook 1 leaves them."""
+    labels, device = data.new_labels(dataset), models.pick_device(settings.device)
+    set_seed(settings.seed)
+    shared = {"pre": preprocess.new(settings.image_size), "labels": labels, "provenance": {"weights are": "random"}}
+    merged = models.new(settings.architecture, image_size=settings.image_size, labels=labels).half().eval()
+    models.save(merged, folder / "merged", **shared)
+    for weights in ("nf4", "int8"):
+        models.save(models.quantize_checkpoint(folder / "merged", weights, device), folder / weights, **shared)
+    return folder
+
+
+def default_settings(device: torch.device) -> Parameters:
+    """What `make bench` measures without a study: ViT-L/16 on a GPU, a small network on a CPU."""
+    flowers = records.resolve("data/flowers102")
+    common = {"study": "bench", "data_source": "data/flowers102" if flowers.is_dir() else "synthetic", "rounds": 8}
+    if device.type == "cpu":
+        small = {"architecture": "vit-mini", "image_size": 96, "batch_sizes": [1, 8], "round_seconds": 0.1}
+        return params.check({**common, **small, "limit": 96, "ablation_pictures": 32, "eval_batch_size": 8})
+    large = {"architecture": "vit-large", "image_size": 224, "batch_sizes": [1, 8, 32, 128], "round_seconds": 0.15}
+    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": 16, "samples": 40}
+    return params.check({**common, **large, **sizes, "ablation_pictures": 0})
+
+
+def run(settings: Parameters, parts: tuple[str, ...], checkpoints: Path | None) -> pd.DataFrame:
+    """Measure `parts` and write `bench.csv`, `targets.csv`, `tuning.csv` and `bench.json`, the environment."""
+    dataset, device = data.load(settings), models.pick_device(settings.device)
+    folder = records.study_folder(settings.study) / "records"
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = "trained" if checkpoints else "random"
+        checkpoints = checkpoints or random_study(settings, Path(scratch), dataset)
+        frames = []
+        for found in _measured(settings, parts, checkpoints, dataset, device):
+            frames.append(found)
+            frame = pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
+            # After each part: what has been measured is kept where a later part fails.
+            records.write_table(frame.assign(weights=weights), folder / "bench.csv")
+            records.write_table(targets(frame, device.type == "cuda"), folder / "targets.csv")
+    records.write_json(records.environment(parameters=settings.model_dump()), folder / "bench.json")
+    return frame
+
+
+def _measured(
+    settings: Parameters, parts: tuple[str, ...], checkpoints: Path, dataset: data.Dataset, device: torch.device
+) -> Iterator[pd.DataFrame]:
+    loaded = models.load(checkpoints, Variant("fp16"), device)
+    valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
+    if "engine" in parts:
+        found, tuning = measure_engines(settings, checkpoints, valid.pixels)
+        if len(tuning):
+            records.write_table(tuning, records.study_folder(settings.study) / "records" / "tuning.csv")
+        yield found
+    if "pipeline" in parts:
+        yield measure_pipeline(settings, checkpoints, dataset.splits["valid"], device)
+    if "ablation" in parts:
+        count = settings.ablation_pictures or len(valid.pixels)
+        labels = loaded.labels.ids(valid.pictures)
+        yield measure_ablation(settings, ablation.Subject(loaded, valid.pixels[:count], labels[:count]))
+    if "training" in parts:
+        yield measure_training(settings, checkpoints)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vitlib.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--study", help="take the checkpoints and parameters of this study (params/<study>.yaml)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options = parser.parse_args()
+    checkpoints, settings = None, default_settings(models.pick_device("auto"))
+    if options.study:
+        values = params.load(records.project_root() / "params" / f"{options.study}.yaml")
+        settings = params.check(values)
+        checkpoints = records.study_folder(settings.study) / "checkpoints"
+        models.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
+    frame = run(settings, tuple(options.parts), checkpoints)
+    with pd.option_context("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 60):
+        print(frame.drop(columns=["weights", "ms_low", "ms_high"], errors="ignore").round(3).to_string(index=False))
+        print(targets(frame, models.pick_device(settings.device).type == "cuda").to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
