@@ -1,11 +1,14 @@
 """The fused network against the plain one it is made from: the same function, in every weight format."""
 
+import contextlib
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 
 from vitlib import attention, engine, fused, linears, models, profile, quantize
+from vitlib.ahead import Ahead
 from vitlib.engine import Engine
 from vitlib.variants import Variant
 
@@ -286,3 +289,75 @@ def test_the_kernels_are_whole_operators_for_the_compiler(checkpoints, five, exp
 def test_rows_that_make_no_sense_are_refused(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         Variant(*arguments)
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "fp8"])
+def test_a_norm_hands_quantized_rows_to_the_one_layer_that_reads_them(
+    checkpoints, five, expected, weights, kernel_paths
+):
+    fast = Engine(loaded_as(checkpoints, weights), "fused", (3,))
+    norms = [norm for block in fast.network.blocks for norm in (block.middle_norm, block.following_norm)]
+    # The last norm feeds the classifier, and the one before the last attention two layers: both stay in 16 bit.
+    assert [norm.codes is None for norm in norms[-3:]] == [True, False, True]
+    assert all(norm.codes is not None for norm in norms[:-3])
+    quantized, seen = linears.Quantized, []
+    for block in fast.network.blocks:
+        block.mlp.first.register_forward_pre_hook(lambda _, inputs: seen.append(isinstance(inputs[0], quantized)))
+    assert relative(engine.logits(fast, five[:3], 3), expected[FORMATS[weights]][:3]) < TOLERANCES[weights]
+    assert seen and all(seen)
+
+
+class FakeStream:
+    """Runs at once what is queued on it and notes who waited for what, as a stream on a CPU."""
+
+    def __init__(self, *_, **__):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+    def record_event(self):
+        return object()
+
+
+@pytest.mark.parametrize("weights", ["nf4", "w8a16"])
+def test_weights_dequantized_ahead_are_the_layer_s_own(checkpoints, five, weights, kernel_paths, monkeypatch):
+    fast = Engine(loaded_as(checkpoints, weights), "fused", (3,))
+    network, main = fast.network, FakeStream()
+    in_turn = engine.logits(fast, five[:3], 3)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    assert network.can_dequantize_ahead()
+    blocks = [block.layers() for block in network.blocks]
+    network.ahead = Ahead(blocks, torch.float16, CPU)
+    calls = []
+    for cls in (linears.NF4, linears.Int8WeightOnly):
+        original = cls.dequantize_into
+        monkeypatch.setattr(
+            cls, "dequantize_into", lambda self, out, original=original: (calls.append(self), original(self, out))
+        )
+    assert torch.equal(engine.logits(fast, five[:3], 3), in_turn)
+    assert calls == [layer for layers in blocks for layer in layers]  # each once, none again while it is used
+    assert len(network.ahead.buffers) == 2 < len(blocks)
+    # Each block waits for its weights; a buffer is filled anew only behind the block that used it.
+    assert len(main.waited) == len(blocks) + 1 and len(network.ahead.stream.waited) == 1 + len(blocks) - 2
+    assert all(layer.ahead is None for layers in blocks for layer in layers)
+
+
+def test_dense_weights_have_nothing_to_dequantize_ahead(checkpoints):
+    assert not Engine(loaded_as(checkpoints, "fp16"), "fused", (1,)).network.can_dequantize_ahead()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+@pytest.mark.parametrize("weights", ["fp16", "nf4", "w8a16", "w8a8"])
+def test_graphs_give_the_logits_of_the_eager_network(checkpoints, five, weights):
+    device = torch.device("cuda")
+    loaded = models.load(checkpoints, Variant(weights, "direct", "fused-graph"), device)
+    fast = Engine(loaded, "fused-graph", (1, 3))
+    plain_ = models.load(checkpoints, Variant(FORMATS[weights], "direct"), device)
+    assert relative(engine.logits(fast, five, 3), engine.logits(Engine(plain_), five, 3)) < TOLERANCES[weights]
+    assert fast.pool_mb.keys() == {1, 3} and min(fast.pool_mb.values()) > 0

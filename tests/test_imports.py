@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor"},
     1: {
-        *("data", "synthetic", "preprocess", "attention", "quantize", "adapters", "kernels", "linears"),
+        *("data", "synthetic", "preprocess", "attention", "quantize", "adapters", "kernels", "linears", "ahead"),
         *("profile", "timing", "roofline"),
     },
     2: {"models", "fused", "engine", "pipeline", "training"},

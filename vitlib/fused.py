@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from vitlib import attention, kernels, linears, quantize
-from vitlib.linears import Linear, Step, tune, tuning_table
+from vitlib.ahead import Ahead
+from vitlib.linears import Linear, Quantized, Step, tune, tuning_table
 from vitlib.models import Loaded
 
 __all__ = ["FusedViT", "add_layer_norm", "fuse", "fused_loaded", "gelu_difference", "tune", "tuning_table"]
@@ -39,18 +40,33 @@ def add_layer_norm(
 
 
 class AddNorm(nn.Module):
-    """`add_layer_norm` with the weights of a layer norm of the network."""
+    """`add_layer_norm` with the weights of a layer norm of the network.
+
+    Where all that reads the norm is one layer with 8-bit inputs, `reader`, the same kernel quantizes the rows for it.
+    """
 
     part = "norm"
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    def __init__(self, norm: nn.LayerNorm, reader: Linear | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", norm.weight.detach())
         self.register_buffer("bias", norm.bias.detach())
         self.eps = norm.eps
+        self.codes = _codes_for(reader)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
+        if self.codes is None:
+            return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        total, *codes = linears.add_layer_norm_quantize(x, residual, self.weight, self.bias, self.eps, self.codes)
+        return total, Quantized(*codes, total.dtype)
+
+
+def _codes_for(reader: Linear | None) -> torch.dtype | None:
+    """In which 8-bit format a norm may hand its rows to `reader`, the one layer that reads them; None: in 16 bit."""
+    if not isinstance(reader, linears.EightBit) or reader.in_features > kernels.ROW_LIMIT:
+        return None
+    fp8 = reader.codes_dtype == torch.float8_e4m3fn
+    return reader.codes_dtype if linears.use_kernels(reader.rows.device, fp8=fp8) else None
 
 
 class Embedding(nn.Module):
@@ -98,7 +114,7 @@ class Attention(nn.Module):
     def forward(self, normed: torch.Tensor, count: int) -> torch.Tensor:
         query, key, value = self.qkv(normed).view(count, -1, 3, self.heads, self.width).unbind(2)
         mixed = self.attend(self.name, query, key, value, scaling=self.scaling)
-        return self.output(mixed.reshape(normed.shape[0], -1))
+        return self.output(mixed.reshape(count * mixed.shape[1], -1))
 
 
 class ClassAttention(nn.Module):
@@ -154,10 +170,16 @@ class Block(nn.Module):
 
     part = "residual"
 
-    def __init__(self, source: nn.Module, following: nn.LayerNorm, mlp: MLP, core: nn.Module) -> None:
+    def __init__(
+        self, source: nn.Module, following: nn.LayerNorm, mlp: MLP, core: nn.Module, reader: Linear | None
+    ) -> None:
         super().__init__()
         self.attention, self.mlp = core, mlp
-        self.middle_norm, self.following_norm = AddNorm(source.layernorm_after), AddNorm(following)
+        self.middle_norm, self.following_norm = AddNorm(source.layernorm_after, mlp.first), AddNorm(following, reader)
+
+    def layers(self) -> list[Linear]:
+        """Its linears."""
+        return [module for module in self.modules() if isinstance(module, Linear)]
 
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = self.attention(normed, count)
@@ -195,12 +217,23 @@ class FusedViT(nn.Module):
         make = Maker(weights, scales, vit.embeddings.position_embeddings.shape[1])
         norms = [*(layer.layernorm_before for layer in vit.layers), vit.layernorm]
         self.first_norm = norms[0]
-        self.blocks = nn.ModuleList()
-        for number, layer in enumerate(vit.layers):
-            last = number == len(vit.layers) - 1
-            core = (ClassAttention if last else Attention)(layer.attention, name, make)
-            mlp = MLP(layer.mlp, gelu, make, only_class=last)
-            self.blocks.append(Block(layer, norms[number + 1], mlp, core))
+        end = len(vit.layers) - 1
+        cores = [
+            (Attention if number < end else ClassAttention)(layer.attention, name, make)
+            for number, layer in enumerate(vit.layers)
+        ]
+        readers = [core.qkv if isinstance(core, Attention) else None for core in cores[1:]] + [None]
+        self.blocks = nn.ModuleList(
+            Block(
+                layer,
+                norms[number + 1],
+                MLP(layer.mlp, gelu, make, only_class=number == end),
+                cores[number],
+                readers[number],
+            )
+            for number, layer in enumerate(vit.layers)
+        )
+        self.ahead: Ahead | None = None
         self.classifier = linears.Dense(model.classifier.weight, model.classifier.bias)
         self.eval()
 
@@ -209,9 +242,23 @@ class FusedViT(nn.Module):
         count = tokens.shape[0]
         stream = tokens.view(-1, tokens.shape[-1])
         normed = self.first_norm(stream)
-        for block in self.blocks:
-            stream, normed = block(stream, normed, count)
+        ahead = self.ahead
+        if ahead is None:
+            for block in self.blocks:
+                stream, normed = block(stream, normed, count)
+            return self.classifier(normed)
+        with ahead.running():
+            for number, block in enumerate(self.blocks):
+                with ahead.block(number):
+                    stream, normed = block(stream, normed, count)
         return self.classifier(normed)
+
+    def can_dequantize_ahead(self) -> bool:
+        """Whether the weights of its blocks can be dequantized on a second stream (see `ahead`)."""
+        layers = [layer for block in self.blocks for layer in block.layers()]
+        return all(isinstance(layer, linears.NF4) and layer.repacked for layer in layers) or all(
+            isinstance(layer, linears.Int8WeightOnly) and linears.use_kernels(layer.rows.device) for layer in layers
+        )
 
     @property
     def scales_extra_mb(self) -> float:

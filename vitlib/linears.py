@@ -14,6 +14,7 @@ import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import pandas as pd
@@ -32,6 +33,7 @@ _FAILURES = (RuntimeError, ValueError, NotImplementedError, AssertionError, Trit
 BLOCK = 64  # weights that share a scale in NF4
 NESTED_BLOCK = 256  # scales that share a scale of their own
 INT8_MAX = 127.0
+DECODING_PAYS = 2048  # rows: each tile of rows decodes all weights again, so beyond it unpacking them once is faster
 AGREES = 0.02  # relative difference at most between two paths of a layer
 TUNING_COLUMNS = ("layer", "shape", "rows", "path", "config", "us", "difference", "chosen", "note")
 
@@ -107,6 +109,18 @@ _linear_w8a8 = _operator(
         codes.shape[0], rows.shape[0], dtype=dtype, device=codes.device
     ),
 )
+add_layer_norm_quantize = _operator(
+    "add_layer_norm_quantize",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, weight, bias, eps, dtype: kernels.add_layer_norm_quantize(
+        x, residual, weight, bias, eps, dtype
+    ),
+    lambda x, residual, weight, bias, eps, dtype: (
+        torch.empty_like(residual),
+        torch.empty_like(residual, dtype=dtype),
+        residual.new_empty(residual.shape[0], dtype=torch.float32),
+    ),
+)
 add_layer_norm_kernel = _operator(
     "add_layer_norm",
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
@@ -133,6 +147,18 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ge
     return gelu_of(F.linear(x, weight, bias), gelu)
 
 
+class Quantized(NamedTuple):
+    """Rows that a norm has quantized already: codes (M, K) and a fp32 scale a row (M,)."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype  # of what the product gives
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
 class Step(nn.Module):
     """A function as a module without weights, so that the profiler can book its kernels under `part`."""
 
@@ -155,6 +181,7 @@ class Linear(nn.Module):
         self.out_features, self.in_features, self.rows_per_picture = out_features, in_features, 1
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.usual_gelu: str | None = None  # the one that it is called with, so that tuning times the same work
+        self.ahead: torch.Tensor | None = None  # the weight in 16 bit, where another stream dequantizes it in time
         self.choices: dict[int, str] = {}
         self.configs: dict[int, str] = {}
 
@@ -166,6 +193,8 @@ class Linear(nn.Module):
         """The configurations of `path` worth timing for `rows` rows; '' is the only one of a library's product."""
         if path != "fused":
             return ("",)
+        if self.kernel != "w8a8" and rows > DECODING_PAYS:
+            return ()
         found = kernels.configs(self.kernel, rows, self.out_features, self.in_features)
         return tuple(_config_text(config) for config in found)
 
@@ -175,8 +204,10 @@ class Linear(nn.Module):
             raise ValueError(f"{type(self).__name__} has no path {path!r} here: one of {', '.join(self.paths(rows))}")
         self.choices[rows], self.configs[rows] = path, config
 
-    def forward(self, x: torch.Tensor, gelu: str | None = None) -> torch.Tensor:
+    def forward(self, x: "torch.Tensor | Quantized", gelu: str | None = None) -> torch.Tensor:
         rows = x.shape[0]
+        if self.ahead is not None:
+            return product(x, self.ahead, self.bias, gelu)
         path = self.choices.get(rows) or self.paths(rows)[0]
         return self.run(path, self.configs.get(rows, ""), x, gelu)
 
@@ -186,6 +217,10 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def dequantize_into(self, out: torch.Tensor) -> None:
+        """The weight (N, K) in the dtype of `out`, written there; formats without a 16-bit weight have none."""
+        raise NotImplementedError
 
     def _with_fused(self, *paths: str) -> tuple[str, ...]:
         return (*paths, "fused") if use_kernels(self._device()) else paths
@@ -260,6 +295,10 @@ class NF4(Linear):
         shape = [self.out_features, self.in_features]
         return torch.ops.bitsandbytes.dequantize_4bit.default(self.packed, self.scales(), BLOCK, "nf4", shape, dtype)
 
+    def dequantize_into(self, out: torch.Tensor) -> None:
+        """The weight (N, K) in the dtype of `out`, written there. Only where this project's kernels run."""
+        kernels.dequantize_nf4(self.packed, self.absmax, out.dtype, out)
+
     def paths(self, rows: int) -> tuple[str, ...]:
         if self.repacked:
             return ("dequantize", "fused")
@@ -298,6 +337,10 @@ class Int8WeightOnly(Linear):
         out = torch.empty_like(self.rows, dtype=dtype)
         return torch.mul(self.rows, self.scales[:, None], out=out)
 
+    def dequantize_into(self, out: torch.Tensor) -> None:
+        """The weight (N, K) in the dtype of `out`, written there."""
+        kernels.dequantize_int8(self.rows, self.scales, out.dtype, out)
+
     def paths(self, rows: int) -> tuple[str, ...]:
         return self._with_fused("dequantize")
 
@@ -308,10 +351,22 @@ class Int8WeightOnly(Linear):
         return _linear_int8(x.contiguous(), self.rows, self.scales, self.bias, gelu or "", config)
 
 
-class W8A8(Linear):
-    """The rows and scales of `Int8WeightOnly`, and the input quantized row by row: an 8-bit product."""
+class EightBit(Linear):
+    """What the products of 8-bit inputs share: rows that come quantized from a norm are taken as they are."""
 
     kernel = "w8a8"
+    codes_dtype: torch.dtype
+
+    def _codes(self, x: "torch.Tensor | Quantized") -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(x, Quantized):
+            return x.codes, x.scales
+        return self.quantized(x.contiguous(), self.codes_dtype)
+
+
+class W8A8(EightBit):
+    """The rows and scales of `Int8WeightOnly`, and the input quantized row by row: an 8-bit product."""
+
+    codes_dtype = torch.int8
 
     def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*rows.shape, bias)
@@ -326,11 +381,13 @@ class W8A8(Linear):
         return self._with_fused(*(("library",) if rows > 16 and sizes_fit else ()), "bitsandbytes")
 
     def _library(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        codes, x_scales = self.quantized(x.contiguous(), torch.int8)
+        codes, x_scales = self._codes(x)
         out = torch._int_mm(codes, self.rows.t()).float() * (x_scales[:, None] * self.scales)
         return gelu_of((out if self.bias is None else out + self.bias).to(x.dtype), gelu)
 
-    def _bitsandbytes(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
+    def _bitsandbytes(self, x: "torch.Tensor | Quantized", gelu: str | None) -> torch.Tensor:
+        if isinstance(x, Quantized):  # it quantizes for itself; where a norm does, the kernels run
+            return self._fused(x, gelu, "")
         codes, x_maxima, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(x.contiguous().half())
         out = torch.ops.bitsandbytes.int8_scaled_mm.default(
             codes, self.rows, x_maxima, self.scales * INT8_MAX, bias=self.bias, dtype=x.dtype
@@ -338,7 +395,7 @@ class W8A8(Linear):
         return gelu_of(out, gelu)
 
     def _fused(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
-        codes, x_scales = self.quantized(x.contiguous(), torch.int8)
+        codes, x_scales = self._codes(x)
         return _linear_w8a8(codes, x_scales, self.rows, self.scales, self.bias, gelu or "", config, x.dtype)
 
 
@@ -356,10 +413,10 @@ def _scaled_product(device: torch.device, dtype: torch.dtype) -> torch.dtype | N
     return None
 
 
-class FP8(Linear):
+class FP8(EightBit):
     """float8_e4m3fn rows (N, K) with a fp32 scale a row, made from `weight`; the input is quantized row by row."""
 
-    kernel = "w8a8"
+    codes_dtype = torch.float8_e4m3fn
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*weight.shape, bias)
@@ -375,19 +432,19 @@ class FP8(Linear):
         return (*paths, "fused") if use_kernels(self.rows.device, fp8=True) else paths
 
     def _library(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        codes, x_scales = self.quantized(x.contiguous(), torch.float8_e4m3fn)
+        codes, x_scales = self._codes(x)
         out = torch._scaled_mm(
             codes, self.rows.t(), scale_a=x_scales[:, None], scale_b=self.scales[None], out_dtype=self.answer
         ).to(x.dtype)
         return gelu_of(out if self.bias is None else out + self.bias, gelu)
 
     def _dequantize(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
-        codes, x_scales = self.quantized(x.contiguous(), torch.float8_e4m3fn)
+        codes, x_scales = self._codes(x)
         out = F.linear(codes.float() * x_scales[:, None], self.rows.float() * self.scales[:, None]).to(x.dtype)
         return gelu_of(out if self.bias is None else out + self.bias, gelu)
 
     def _fused(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
-        codes, x_scales = self.quantized(x.contiguous(), torch.float8_e4m3fn)
+        codes, x_scales = self._codes(x)
         return _linear_w8a8(codes, x_scales, self.rows, self.scales, self.bias, gelu or "", config, x.dtype)
 
 
@@ -450,7 +507,7 @@ def of(layers: list[nn.Linear], weights: str | None = None, *, scales: str = "ex
 
 
 @torch.inference_mode()
-def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int = 4) -> pd.DataFrame:
+def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int = 3) -> pd.DataFrame:
     """Time the paths of every linear of `module` for the rows of each batch size, and choose the fastest.
 
     On CUDA the layers of one shape run one after another inside a captured graph, each with its own weights, as they
@@ -523,6 +580,11 @@ def _graph_us(call: Callable[[], object], repeats: int = 10) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
+    return replay_us(graph, repeats)
+
+
+def replay_us(graph: "torch.cuda.CUDAGraph", repeats: int = 10) -> float:
+    """Median microseconds of replaying `graph`, between two device events."""
     graph.replay()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for before, after in pairs:
