@@ -77,6 +77,21 @@ def quantized_copy(module: nn.Module, bits: int) -> nn.Module:
     return clone
 
 
+def dequantize_int8(model: nn.Module) -> nn.Module:
+    """`model` with every int8 linear replaced, in place, by a plain fp16 one with the weights that its rows stand for.
+
+    What weight-only int8 computes, without its kernels: nothing of the input is quantized. Before the first pass.
+    """
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, bnb.nn.Linear8bitLt):
+                plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                weight = layer.weight.data.float() * (layer.weight.SCB.float() / 127)[:, None]
+                plain.weight, plain.bias = nn.Parameter(weight.half(), requires_grad=False), layer.bias
+                setattr(parent, name, plain)
+    return model
+
+
 def quantized_bits(module: nn.Module) -> int | None:
     """4 or 8 for a quantized linear, None for anything else."""
     if isinstance(module, bnb.nn.Linear4bit):

@@ -33,7 +33,17 @@ import pandas as pd
 COLUMNS: dict[str, tuple[str, ...]] = {
     "bench": (
         *("part", "step", "batch", "ms", "ms_low", "ms_high", "images_per_s", "seconds", "times_baseline"),
-        *("of_best_fp16", "share", "relative_error", "agreement", "model_mb", "peak_mb", "prepare_s", "note"),
+        *(
+            "of_best_fp16",
+            "share",
+            "reference",
+            "relative_error",
+            "agreement",
+            "model_mb",
+            "peak_mb",
+            "prepare_s",
+            "note",
+        ),
     ),
     "finetune": (
         *("epoch", "train_loss", "valid_loss", "top1", "top5"),
