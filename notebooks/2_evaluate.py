@@ -112,6 +112,13 @@ logits = evaluate.outputs(bench, settings)
 quality = evaluate.accuracy(bench, logits, settings)
 evaluate.readable_accuracy(quality)
 
+# %%
+from IPython.display import Markdown
+
+from vitlib import origin
+
+Markdown(origin.sentence(settings.study))
+
 # %% [markdown]
 # Pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
 # test, with Holm's adjustment for the number of rows). *Different* means that a difference was found;
@@ -196,6 +203,4 @@ ratios = evaluate.compare(table, bench.baseline)
 plots.table(ratios, index=True)
 
 # %%
-from IPython.display import Markdown
-
 Markdown(evaluate.headline(table, ratios, bench))

@@ -70,6 +70,13 @@ print(f"{share:.0%} of the block evaluations of a full pass for each configurati
 frame = ablation.table(logits, subject, settings)
 ablation.readable(frame)
 
+# %%
+from IPython.display import Markdown
+
+from vitlib import origin
+
+Markdown(origin.sentence(settings.study))
+
 # %% [markdown]
 # ## First and last
 #
@@ -110,6 +117,4 @@ plots.table(reliable)
 # ## What we saw
 
 # %%
-from IPython.display import Markdown
-
 Markdown(ablation.headline(frame, blocks, reliable))

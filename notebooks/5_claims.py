@@ -125,6 +125,11 @@ claims.readable(frame, "speed", "kernels")
 # %%
 claims.readable(frame, "accuracy", "training")
 
+# %%
+from vitlib import origin
+
+Markdown(origin.sentence(settings.study))
+
 # %% [markdown]
 # ## Sensitivity
 #

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from vitlib import adapters, data, engine, models, preprocess, quantize, records, synthetic, training
+from vitlib import adapters, data, engine, models, origin, preprocess, quantize, records, synthetic, training
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.params import Parameters, is_hub_id, used_by
 from vitlib.preprocess import Preprocess
@@ -59,7 +59,7 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
     if settings.base_model == "random":
         set_seed(settings.seed)
         model = models.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
-        pre, origin = preprocess.new(settings.image_size), {"base": "random", "architecture": settings.architecture}
+        pre = preprocess.new(settings.image_size)
     else:
         folder = _base_folder(settings, device)
         pre = preprocess.load(folder, settings.base_revision or None)
@@ -69,8 +69,8 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
         model = models.load_base(
             str(folder), revision=settings.base_revision, labels=labels, dtype=dtype, quantized=quantized, device=device
         )
-        origin = {"base": settings.base_model, "revision": settings.base_revision}
-    return Base(model, pre, labels, device, origin)
+    about = origin.describe(settings.base_model, revision=settings.base_revision, architecture=settings.architecture)
+    return Base(model, pre, labels, device, about)
 
 
 def _base_folder(settings: Parameters, device: torch.device) -> Path | str:
@@ -155,6 +155,15 @@ def describe(base: Base) -> pd.DataFrame:
         "new classes": len(base.labels.names),
     }
     return pd.DataFrame([facts])
+
+
+def introduce(base: Base, settings: Parameters) -> str:
+    """What the base is and what that means for accuracies (Markdown); its facts go to `records/base.json`."""
+    about = dict(base.origin)
+    if about["base"].startswith(("/", "~")):  # a folder of this machine: its name is enough for a reader
+        about["base"] = Path(about["base"]).name
+    records.write_json(about, records.study_folder(settings.study) / "records" / "base.json")
+    return origin.sentence(about)
 
 
 def make_trainable(base: Base, settings: Parameters) -> nn.Module:

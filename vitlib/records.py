@@ -69,6 +69,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 NOTEBOOKS: dict[str, str] = {
     "finetune": "1_finetune",
+    "base": "1_finetune",
     "variants": "2_evaluate",
     "kernels": "2_evaluate",
     "ablation": "3_ablation",
