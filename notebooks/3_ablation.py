@@ -106,12 +106,13 @@ plots.alone_bars(blocks)
 
 # %% [markdown]
 # Would other pictures rank the blocks in the same order? The pictures are split into random halves, and the two
-# rankings compared: a rank correlation near 1 can be relied on, one near 0 is chance. Beside it stands the smallest
-# difference of accuracy that this many pictures could show at all.
+# rankings compared: a rank correlation near 1 can be relied on, one near 0 is chance. Where all blocks tie in a half,
+# that half ranks nothing; such splits are left out and counted. Beside it stands the smallest difference of accuracy
+# that could be significant at all, were every change on one side, after Holm's adjustment.
 
 # %%
 reliable = ablation.reliability(logits, frame, subject, settings)
-plots.table(reliable)
+plots.table(ablation.readable_reliability(reliable))
 
 # %% [markdown]
 # ## What we saw

@@ -822,7 +822,7 @@ def _least_p(pictures: int) -> float:
 def reanalysis_headline(frame: pd.DataFrame) -> str:
     """What the reanalysis says, in a few sentences (Markdown)."""
     first, tests = frame.iloc[0], int(frame["least_p"].notna().sum())
-    needed = next(k for k in range(1, 100) if _least_p(k) * tests < stats.SIGNIFICANCE)
+    needed = stats.fewest_significant(tests)
     significant = int((frame["least_holm_p"] < stats.SIGNIFICANCE).sum())
     return (
         f"- The largest difference of the original's {tests} comparisons is {first['pictures']:+.0f} pictures of "
