@@ -87,7 +87,8 @@ Markdown(claims.reanalysis_headline(ablation))
 #
 # The original trained with one preprocessing and evaluated with another: a centre crop from a larger picture in
 # place of a plain resize, and the mean and standard deviation of ImageNet in place of the checkpoint's own. Here our
-# merged checkpoint gets its validation pictures in both ways, and with either half of the mistake alone.
+# merged checkpoint gets its validation pictures in both ways, and with either half of the mistake alone. The quantized
+# checkpoints get them in both ways too: does the mistake change what quantization costs?
 
 # %%
 from vitlib import data, mismatch

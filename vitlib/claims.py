@@ -557,6 +557,12 @@ def _own(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int
     return {0: float(CHANGES[quantity.change](value, base))}
 
 
+def own(name: str) -> float:
+    """The figure of the claim called `name`, which compares two of the original's own."""
+    claims = {claim.id: claim for claim in load()}
+    return _own(claims[name].quantity, Study(""), claims)[0]
+
+
 def _own_kept_p(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, float]:
     rows = reanalysis().set_index(["bits", "kept"])
     return {0: float(rows.loc[(quantity.bits, quantity.kept), "least_holm_p"])}
