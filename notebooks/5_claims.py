@@ -22,7 +22,7 @@
 # where the study lacks what the claim is about: the network, a GPU, the same card for milliseconds, the same weights
 # for accuracies. A verdict belongs to the study that this page was made from.
 #
-# What a measurement must be for its claim to hold stands in the column *counts as that*: a bound, a range, or a factor
+# What a measurement must be for its claim to hold stands in the column *holds if*: a bound, a range, or a factor
 # in either direction for ratios. Where variants are compared, one is better only if the intervals of both lie apart.
 #
 # *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install

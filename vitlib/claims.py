@@ -859,14 +859,14 @@ def readable(frame: pd.DataFrame, *subjects: str) -> pd.io.formats.style.Styler:
     """The claims of some subjects for a report: the source under the sentence, wide columns, the verdict coloured."""
     chosen = frame[frame["subject"].isin(subjects)] if subjects else frame
     columns = ["claim", "original", "counts_as", "measured", "verdict", "cause"]
-    shown = chosen[columns].fillna("").reset_index(drop=True).rename(columns={"counts_as": "counts as that"})
+    shown = chosen[columns].fillna("").reset_index(drop=True).rename(columns={"counts_as": "holds if"})
     escaped = chosen.map(lambda value: html.escape(str(value)))
     shown["claim"] = (escaped["claim"] + "<br><em>" + escaped["source"] + "</em>").to_numpy()
     if not shown["cause"].any():
         shown = shown.drop(columns="cause")
     styled = shown.style.hide(axis="index").format(escape="html", subset=list(shown.columns[1:]))
     styled = styled.map(lambda text: f"color: {_COLOURS[kind_of(text)]}", subset="verdict")
-    widths = {"claim": 19, "original": 6, "counts as that": 7, "measured": 9, "verdict": 12, "cause": 12}
+    widths = {"claim": 19, "original": 6, "holds if": 7, "measured": 9, "verdict": 12, "cause": 12}
     for name, width in widths.items():  # rem
         if name in shown:
             sizes = {"min-width": f"{width}rem", "text-align": "left", "white-space": "normal"}
