@@ -23,6 +23,7 @@ def project(tmp_path, monkeypatch):
         ("random", "random", "has random weights"),
         ("pretrain", "generator", "other synthetic flowers from the generator"),
         ("bases/stage2", "stand-in", "stand-in and no pretrained network"),
+        ("bases/gone/stage2", "folder", "`stage2`; what it was trained on is not recorded"),
         ("bases/theirs", "folder", "what it was trained on is not recorded"),
         ("google/vit-large-patch16-224", "hub", "`google/vit-large-patch16-224` from the Hub at commit abcdef1234**"),
     ],
@@ -31,6 +32,10 @@ def test_each_kind_of_base_is_said(project, base, kind, words):
     found = origin.describe(base, revision="abcdef1234567890")
     assert found["kind"] == kind and words in origin.sentence(found)
     assert ("say nothing about" in origin.sentence(found)) == (kind in ("random", "generator", "stand-in"))
+
+
+def test_a_folder_that_is_gone_is_no_repository_of_the_hub(project):
+    assert origin.describe("bases/gone")["kind"] == "folder"
 
 
 def test_a_stand_in_says_what_it_saw_and_reached(project):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlib import records
+from vitlib.params import is_hub_id
 
 KINDS = ("random", "generator", "stand-in", "hub", "folder")
 """Random weights; trained by notebook 1 on other synthetic flowers; trained on the study's own pictures; a repository
@@ -32,10 +33,9 @@ def describe(base: str, *, revision: str = "", architecture: str = "") -> dict[s
         return {"base": base, "kind": "random", "architecture": architecture}
     if base == "pretrain":
         return {"base": base, "kind": "generator", "revision": revision}
-    folder = records.resolve(base)
-    if not folder.is_dir():
+    if is_hub_id(base) and revision:  # a folder that is gone has no commit, and is not called a repository
         return {"base": base, "kind": "hub", "revision": revision}
-    said = _read(folder / "provenance.json")
+    said = _read(records.resolve(base) / "provenance.json")
     found = {"base": base, "kind": "folder", "revision": revision}
     if said.get("pretrained") is False:
         found |= {"kind": "stand-in", "origin": said.get("origin", "")}
