@@ -15,7 +15,7 @@ RUN = f"{shlex.quote(sys.executable)} -m vitlib.report"
 
 # notebook: the records it leaves, and the notebooks whose records it needs. A further notebook is a further row.
 NOTEBOOKS = {
-    "1_finetune": (["finetune.csv"], []),
+    "1_finetune": (["finetune.csv", "base.json"], []),
     "2_evaluate": (
         [f"{table}.csv" for table in ("variants", "kernels", "accuracy", "latency", "throughput", "roofline", "validity")]
         + ["environment.json", "logits.npz"],

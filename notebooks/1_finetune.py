@@ -9,9 +9,10 @@
 # %% [markdown]
 # # Fine-tuning: can a few adapters teach a Vision Transformer new flowers?
 #
-# We take a pretrained Vision Transformer, give it a new head for our classes, and train small LoRA adapters beside
+# We take a Vision Transformer as the base, give it a new head for our classes, and train small LoRA adapters beside
 # its frozen weights. We will see
 #
+# - what the base is, and what its accuracies may be compared with;
 # - what the pictures are, and whether any stands in two splits;
 # - how many parameters are trained, and that the head is among them;
 # - how loss and accuracy develop;
@@ -77,6 +78,11 @@ from vitlib import finetune
 
 base = finetune.load_base(settings, dataset)
 plots.table(finetune.describe(base))
+
+# %%
+from IPython.display import Markdown
+
+Markdown(finetune.introduce(base, settings))
 
 # %% [markdown]
 # This is what the preprocessing does to every picture, in training and in evaluation alike.
@@ -149,6 +155,4 @@ plots.table(reloaded, digits=4, index=True)
 # ## What we saw
 
 # %%
-from IPython.display import Markdown
-
 Markdown(finetune.headline(history, reloaded, base, decoded))

@@ -91,7 +91,8 @@ plots.device_time_by_part(kernels, PARTS)
 # %% [markdown]
 # How near is that to what the hardware allows? A part can run no faster than its arithmetic at the peak rate, nor
 # than its bytes at the peak bandwidth. Both peaks are measured here, with a large matrix product and a large copy.
-# The lines are these ceilings; a point's distance below its line is what is lost.
+# The lines are these ceilings; a point's distance below its line is what is lost. Variants that multiply in 8 bits are
+# held against the rate of 8-bit products, where this machine has them.
 
 # %%
 from vitlib import roofline
@@ -99,6 +100,14 @@ from vitlib import roofline
 peak = roofline.ceilings(bench.device)
 limits = benchmark.against_the_roofline(bench, settings, kernels, peak)
 plots.roofline(limits)
+
+# %% [markdown]
+# The same as numbers, with the parts that compute little and move much, for parts that take at least a hundredth of
+# their variant's time. A part whose tensors are still in the cache from the part before can pass the copy's bandwidth,
+# as the copy goes through memory. Conversions and copies have no floor: an ideal pass has none of them.
+
+# %%
+plots.table(benchmark.readable_roofline(limits))
 
 # %% [markdown]
 # ## Accuracy
@@ -111,6 +120,13 @@ plots.roofline(limits)
 logits = evaluate.outputs(bench, settings)
 quality = evaluate.accuracy(bench, logits, settings)
 evaluate.readable_accuracy(quality)
+
+# %%
+from IPython.display import Markdown
+
+from vitlib import origin
+
+Markdown(origin.sentence(settings.study))
 
 # %% [markdown]
 # Pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
@@ -196,6 +212,4 @@ ratios = evaluate.compare(table, bench.baseline)
 plots.table(ratios, index=True)
 
 # %%
-from IPython.display import Markdown
-
 Markdown(evaluate.headline(table, ratios, bench))

@@ -70,6 +70,13 @@ print(f"{share:.0%} of the block evaluations of a full pass for each configurati
 frame = ablation.table(logits, subject, settings)
 ablation.readable(frame)
 
+# %%
+from IPython.display import Markdown
+
+from vitlib import origin
+
+Markdown(origin.sentence(settings.study))
+
 # %% [markdown]
 # ## First and last
 #
@@ -99,17 +106,16 @@ plots.alone_bars(blocks)
 
 # %% [markdown]
 # Would other pictures rank the blocks in the same order? The pictures are split into random halves, and the two
-# rankings compared: a rank correlation near 1 can be relied on, one near 0 is chance. Beside it stands the smallest
-# difference of accuracy that this many pictures could show at all.
+# rankings compared: a rank correlation near 1 can be relied on, one near 0 is chance. Where all blocks tie in a half,
+# that half ranks nothing; such splits are left out and counted. Beside it stands the smallest difference of accuracy
+# that could be significant at all, were every change on one side, after Holm's adjustment.
 
 # %%
 reliable = ablation.reliability(logits, frame, subject, settings)
-plots.table(reliable)
+plots.table(ablation.readable_reliability(reliable))
 
 # %% [markdown]
 # ## What we saw
 
 # %%
-from IPython.display import Markdown
-
 Markdown(ablation.headline(frame, blocks, reliable))

@@ -31,7 +31,7 @@ workers: int = 2  # threads that decode pictures
 image_size: int = 48  # side in pixels, of synthetic pictures and of a base that is not loaded
 eval_batch_size: int = 32  # pictures a call when only outputs matter
 pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
-variant: str = "auto"  # a row of the table; auto: NF4 with the best attention that runs here
+variant: str = "auto"  # a row of the table; auto: NF4 with the fastest attention of this study
 decoder: str = "pil"  # pil, nvjpeg, auto: auto takes the GPU's (nvjpeg) where it works; its pixels differ a little
 grid: int = 12  # pictures shown
 
@@ -43,8 +43,8 @@ settings = params.collect(globals())
 # %% [markdown]
 # ## The network
 #
-# `auto` takes the NF4 weights with the best attention that this machine can run. Preprocessing and class names come
-# with the checkpoint.
+# `auto` takes the NF4 weights with the attention that notebook 2 measured to be fastest for them, of those that this
+# machine can run. Preprocessing and class names come with the checkpoint.
 
 # %%
 from vitlib import inference, plots
@@ -64,12 +64,17 @@ print(f"{len(pictures_found)} pictures, {len(skipped)} other files")
 # %% [markdown]
 # ## Predictions
 #
-# One row for each file, also for what could not be read; the five best names with their probabilities. Pictures are
-# decoded while the network works on those before them.
+# The record has one row for each file, also for what could not be read, with the five best names and their
+# probabilities. Pictures are decoded while the network works on those before them.
 
 # %%
 frame, passed, rate = inference.predict(predictor, pictures_found, skipped, settings)
 plots.table(inference.readable(frame))
+
+# %%
+from IPython.display import Markdown
+
+Markdown(inference.caption(frame))
 
 # %% [markdown]
 # Some of them to look at. Where the right answer is known, the title is green for a right and red for a wrong
@@ -82,6 +87,4 @@ plots.picture_grid(*inference.examples(frame, passed, settings.grid), right=infe
 # ## What we saw
 
 # %%
-from IPython.display import Markdown
-
 Markdown(inference.headline(frame, predictor, rate, passed.note))

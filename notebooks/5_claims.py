@@ -22,6 +22,9 @@
 # where the study lacks what the claim is about: the network, a GPU, the same card for milliseconds, the same weights
 # for accuracies. A verdict belongs to the study that this page was made from.
 #
+# What a measurement must be for its claim to hold stands in the column *holds if*: a bound, a range, or a factor
+# in either direction for ratios. Where variants are compared, one is better only if the intervals of both lie apart.
+#
 # *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
 # -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
 
@@ -72,7 +75,7 @@ claims.readable(frame, "own figures")
 from vitlib import plots
 
 ablation = claims.reanalysis()
-plots.table(ablation.head(10), digits=4)
+plots.table(claims.readable_reanalysis(ablation.head(10)), digits=4)
 
 # %%
 from IPython.display import Markdown
@@ -84,7 +87,8 @@ Markdown(claims.reanalysis_headline(ablation))
 #
 # The original trained with one preprocessing and evaluated with another: a centre crop from a larger picture in
 # place of a plain resize, and the mean and standard deviation of ImageNet in place of the checkpoint's own. Here our
-# merged checkpoint gets its validation pictures in both ways, and with either half of the mistake alone.
+# merged checkpoint gets its validation pictures in both ways, and with either half of the mistake alone. The quantized
+# checkpoints get them in both ways too: does the mistake change what quantization costs?
 
 # %%
 from vitlib import data, mismatch
@@ -125,11 +129,17 @@ claims.readable(frame, "speed", "kernels")
 # %%
 claims.readable(frame, "accuracy", "training")
 
+# %%
+from vitlib import origin
+
+Markdown(origin.sentence(settings.study))
+
 # %% [markdown]
 # ## Sensitivity
 #
 # Accuracies as such belong to the original's weights. Which blocks matter is asked of this study's network, by the KL
-# that goes away when a block is kept and by Holm's adjusted p.
+# that comes when one block alone is quantized and by Holm's adjusted p of keeping it. The other ranking, by the KL that
+# goes away when a block is kept, holds errors that cancel each other (notebook 3 says how far either repeats itself).
 
 # %%
 claims.readable(frame, "sensitivity")

@@ -2,6 +2,7 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -160,6 +161,36 @@ def test_reliability_has_both_rankings_and_the_smallest_difference(subject, tmp_
     table = ablation.reliability(logits, frame, subject, settings)
     assert table["bits"].tolist() == [4, 8]
     assert table["split_half_kl_only_quantized"].between(-1, 1).all()
+    assert table["fewest_pictures"].tolist() == [9, 9]  # 11 tests; of 8 pictures not so many can change
+    assert table["smallest_points"].isna().all()
+
+
+RELIABLE = {
+    **{"bits": 4, "pictures": 818, "split_half_kl_only_quantized": 0.94, "split_half_kl_only_kept": 0.46},
+    **{"split_half_top1_only_kept": 0.12, "top1_splits": 200, "top1_splits_undefined": 31},
+    **{"fewest_pictures": 11, "smallest_points": 1.34, "detectable_points": float("nan")},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "By accuracy it is 0.12, over the 169 of 200 splits in which no half ties."),
+        ({"top1_splits_undefined": 0}, "By accuracy it is 0.12."),
+        ({"top1_splits_undefined": 200}, "cannot be ranked: in each of 200 splits all blocks tie in a half"),
+        ({}, "11 pictures that all change to one side, 1.34 points of 818 pictures."),
+        ({"smallest_points": float("nan"), "pictures": 8}, "cannot be given, because 11 pictures would have to"),
+        ({}, "0.94 by the KL of one quantized block, and of 0.46 by that of one kept block"),
+    ],
+)
+def test_headline_says_what_accuracy_can_rank_and_show(change, words):
+    names = [ablation.NONE, "block 0", "block 1", "all but block 0", "all but block 1", ablation.ALL]
+    columns = {"bits": 4, "top1": 0.8, "logit_kl": 1e-2, "logit_kl_low": 1e-3, "logit_kl_high": 2e-2, "holm_p": 1.0}
+    frame = pd.DataFrame([{"kept": name, **columns} for name in names])
+    reliable = pd.DataFrame([RELIABLE | change])
+    text = ablation.headline(frame, ablation.sensitivity(frame), reliable)
+    assert words in text and "nan" not in text
+    assert "_" not in " ".join(ablation.readable_reliability(reliable))
 
 
 def test_one_block_alone_quantized_diverges_less_than_everything(subject, tmp_path, monkeypatch):

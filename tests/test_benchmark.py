@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlib import benchmark, models, profile, records, roofline
+from vitlib import benchmark, models, plots, profile, records, roofline
 from vitlib.data import Labels
 from vitlib.monitor import Monitor
 from vitlib.variants import Variant
@@ -106,6 +106,37 @@ def test_floor_is_the_larger_of_arithmetic_and_bytes():
     assert found["bound"].to_dict() == {"mlp": "arithmetic", "norm": "memory"}
     assert found["share_of_floor"].to_dict() == {"mlp": 0.5, "norm": 0.5}
     assert found["tflop_s"]["mlp"] == pytest.approx(50.0)
+
+
+def test_eight_bit_products_have_their_own_ceiling_and_conversions_only_their_time():
+    counted = pd.DataFrame({"gflop": [1000.0, 10.0], "mb": [1.0, 1.0]}, index=["mlp", "head"])
+    peak = roofline.Ceilings({"float16": 100.0, "int8": 200.0}, gb_s=1000.0)
+    times = pd.Series({"mlp": 20000.0, "head": 1000.0, "quantization": 7000.0})
+    found = roofline.achieved(counted, times, peak, "float16", linears="int8")
+    assert found["ceiling_tflop_s"].to_dict() == {"mlp": 200.0, "head": 100.0, "quantization": 100.0}
+    assert found["floor_us"]["mlp"] == 5000.0
+    assert found["device_time_us"].sum() == 28000.0 and found.loc["quantization", "bound"] == ""
+    without = roofline.achieved(
+        counted, times, roofline.Ceilings({"float16": 100.0}, 1000.0), "float16", linears="int8"
+    )
+    assert without["ceiling_tflop_s"]["mlp"] == 100.0  # where no 8-bit product runs
+    shown = benchmark.readable_roofline(found.rename_axis("part").reset_index().assign(variant="int8-sdpa"))
+    assert shown["part"].tolist() == ["mlp", "head", "quantization"]
+    assert shown[["TFLOP/s", "of at most", "GB/s", "of a copy's"]].iloc[2].isna().all()
+    assert shown["of at most"].iloc[0] == 200.0
+
+
+def test_nearly_equal_ceilings_get_one_label():
+    assert plots._near([50.9, 735.0, 741.4, 1200.0]) == [[50.9], [735.0, 741.4], [1200.0]]
+    row = {"part": "mlp", "gflop": 1.0, "mb": 1.0, "tflop_s": 10.0, "ceiling_gb_s": 4000.0}
+    frame = pd.DataFrame([row | {"variant": f"v{c}", "ceiling_tflop_s": c} for c in (735.0, 741.4)])
+    texts = [text.get_text() for text in plots.roofline(frame).axes[0].texts]
+    assert texts == ["735 – 741 TFLOP/s"]
+
+
+def test_calls_of_a_round_are_a_range():
+    assert benchmark.calls_of(pd.Series([2, 14, 40])) == "2 to 40 (median 14)"
+    assert benchmark.calls_of(pd.Series([7, 7])) == "7"
 
 
 def test_monitor_reports_ranges_and_every_throttle_reason(monkeypatch):

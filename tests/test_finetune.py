@@ -109,11 +109,32 @@ def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
     merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
     history = finetune.pd.DataFrame({"top1": [0.5]})
     paths = finetune.save_checkpoints(merged, base, settings(), history)
-    valid = data.Decoded(pixels, [], [])
+    valid = data.Decoded(pixels, _pictures(base), [])
     table = finetune.check_reload(merged, base, paths, valid)
     assert table.loc["merged", "reload_difference"] == 0
     assert 0 < table.loc["int8", "from_merged"] < table.loc["nf4", "from_merged"] < 0.5
     assert models.read_labels(paths["nf4"]) == base.labels
+    with torch.no_grad():
+        found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.argmax(1)
+    assert table.loc["merged", "top1"] == (found == base.labels.ids(valid.pictures)).float().mean().item()
+
+
+def _pictures(base):
+    return [data.Picture(str(k), base.labels.folders[k % len(base.labels.folders)], None) for k in range(8)]
+
+
+def test_headline_names_the_best_epoch_and_the_merged_accuracy(base):
+    history = finetune.pd.DataFrame({"epoch": [1, 2, 3], "top1": [0.7, 0.79, 0.78], "top5": 0.9, "images_per_s": 500.0})
+    rows = {"model_mb": [4.0, 1.0, 2.0], "top1": [0.776, 0.77, 0.77], "reload_difference": 0.0, "same_class": 1.0}
+    reloaded = finetune.pd.DataFrame(rows, index=["merged", "nf4", "int8"])
+    decoded = {
+        split: data.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], []) for split in ("train", "valid")
+    }
+    text = finetune.headline(history, reloaded, base, decoded)
+    assert "best epoch was 2 with 79.00 %" in text
+    assert "has Top-1 **77.60 %**: it is rounded otherwise" in text
+    reloaded["top1"] = 0.78
+    assert "has Top-1 **78.00 %**." in finetune.headline(history, reloaded, base, decoded)
 
 
 def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatch, pixels):
@@ -123,4 +144,4 @@ def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatc
     with torch.no_grad():
         merged.classifier.weight.mul_(1.5)
     with pytest.raises(FinetuneError, match="other logits"):
-        finetune.check_reload(merged, base, paths, data.Decoded(pixels, [], []))
+        finetune.check_reload(merged, base, paths, data.Decoded(pixels, _pictures(base), []))

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from vitlib import engine, inference, params, plots, records
@@ -36,6 +37,48 @@ def predicted(study):
 
 def test_default_is_nf4_with_an_attention_that_runs(predicted):
     assert predicted[0].variant.name == "nf4-sdpa"
+
+
+@pytest.mark.parametrize(
+    ("runs", "flash_ms", "size", "chosen"),
+    [
+        (True, 30.0, 32, "nf4-sdpa"),  # FlashAttention-2 can run and is slower: it is not taken
+        (True, 10.0, 32, "nf4-flash_attention_2"),
+        (True, 10.0, 2, "nf4-sdpa"),  # at the batch size nearest to what is asked
+        (False, 10.0, 32, "nf4-sdpa"),
+    ],
+)
+def test_auto_takes_the_attention_that_was_measured_to_be_fastest(study, monkeypatch, runs, flash_ms, size, chosen):
+    rows = [
+        {
+            "variant": name,
+            "weights": "nf4",
+            "execution": execution,
+            "status": "ok",
+            "batch": batch,
+            "latency_p50_ms": ms,
+        }
+        for name, execution, batch, ms in (
+            ("nf4-sdpa", "eager", 1, 5.0),
+            ("nf4-sdpa", "eager", 32, 20.0),
+            ("nf4-flash_attention_2", "eager", 1, 6.0),
+            ("nf4-flash_attention_2", "eager", 32, flash_ms),
+            ("nf4-sdpa-graph", "graph", 32, 1.0),
+            ("nf4-unknown", "eager", 32, 1.0),
+        )
+    ]
+    table = pd.DataFrame(rows).reindex(columns=records.COLUMNS["variants"])
+    records.write_table(table, records.study_folder("unit") / "records" / "variants.csv")
+    own_flash = "" if runs else "needs a CUDA device"
+    monkeypatch.setattr(inference.attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
+    settings = study.model_copy(update={"eval_batch_size": size})
+    assert inference.automatic(settings, torch.device("cpu")).name == chosen
+
+
+def test_the_caption_says_how_much_is_shown(predicted):
+    _, frame, *_ = predicted
+    assert "3 of 6 rows" in inference.caption(frame, 3) and "predictions.csv" in inference.caption(frame)
+    assert inference.caption(frame).startswith(f"*{len(frame)} of {len(frame)} rows")
 
 
 def test_a_row_for_every_file(predicted, tmp_path):

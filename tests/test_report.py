@@ -398,6 +398,39 @@ def test_index_of_an_empty_study(project):
     assert "Nothing measured yet" in text
 
 
+def test_a_copied_study_keeps_its_name(study, project):
+    environment = json.loads((study / "records" / "environment.json").read_text())
+    environment["parameters"] = {"study": "h200", "data_source": "data/flowers", "image_size": 48, "seed": 0}
+    (study / "records" / "environment.json").write_text(json.dumps(environment))
+    (study / "records" / "base.json").write_text(
+        json.dumps({"base": "x", "kind": "stand-in", "origin": "trained here"})
+    )
+    study.rename(project / "outputs" / "copy")
+    text = BeautifulSoup(frontpage.index(project / "outputs" / "copy").read_text(), "html.parser").get_text()
+    assert "Study h200" in text and "params/h200.yaml" in text and "Study copy" not in text
+    assert "seed = 0" in text and "image_size" not in text  # of synthetic pictures, and these are none
+    assert "no pretrained network: it was trained here" in text
+
+
+@pytest.mark.parametrize(
+    ("sources", "shown"),
+    [
+        (['study: str = "demo"  # name', 'study = "h200"'], "h200"),
+        (['study: str = "demo"'], "demo"),
+        (['study: str = "../out"'], "copy"),
+        (["study ="], "copy"),
+        (["other = 1"], "copy"),
+    ],
+)
+def test_a_page_is_named_by_its_notebooks_parameter(project, sources, shown):
+    cells = [
+        new_code_cell(source, metadata={"tags": [tag]})
+        for source, tag in zip(sources, ("parameters", "injected-parameters"), strict=False)
+    ]
+    text = report.page_of(new_notebook(cells=cells), project / "outputs" / "copy" / "2_evaluate.html")
+    assert BeautifulSoup(text, "html.parser").select_one("p.where").get_text().split() == [shown, "/", "2_evaluate"]
+
+
 def test_summary_names_variants_reports_and_index(study):
     lines = frontpage.summary(study).splitlines()
     assert lines[2].split() == ["variant", "status", "model", "MB", "batch", "P50", "ms", "Top-1", "reason"]

@@ -157,6 +157,30 @@ def test_split_half_tells_signal_from_noise() -> None:
     assert math.isnan(stats.split_half_correlation(np.ones((3, 8))).correlation)
 
 
+def test_split_half_leaves_out_halves_that_tie_and_counts_them() -> None:
+    """Two pictures of 40 tell the blocks apart: where both fall into one half, the other ranks nothing."""
+    values = np.zeros((4, 40))
+    values[:, :2] = np.arange(4)[:, None]
+    found = stats.split_half_correlation(values)
+    assert found.correlation == pytest.approx(1.0) and found.corrected == pytest.approx(1.0)
+    assert found.splits == 200 and 60 < found.undefined < 140
+    assert stats.split_half_correlation(np.ones((3, 8))).undefined == 200
+
+
+def test_fewest_significant_is_the_first_that_holm_lets_pass() -> None:
+    for tests in (1, 2, 50, 51):
+        k = stats.fewest_significant(tests)
+
+        def adjusted(pictures: int, tests: int = tests) -> float:
+            p = stats.mcnemar(np.zeros(pictures, bool), np.ones(pictures, bool)).p
+            return float(stats.holm([p] + [1.0] * (tests - 1))[0])
+
+        assert adjusted(k) < stats.SIGNIFICANCE <= adjusted(k - 1)
+    assert stats.fewest_significant(50) == 11
+    with pytest.raises(ValueError, match="at least one"):
+        stats.fewest_significant(0)
+
+
 def test_split_half_ranks_as_scipy_does() -> None:
     values = np.random.default_rng(2).integers(0, 3, size=(6, 2)).astype(float)  # with ties
     expected = scipy_stats.spearmanr(values[:, 0], values[:, 1]).statistic

@@ -293,8 +293,11 @@ def reliability(
 ) -> pd.DataFrame:
     """Whether another set of pictures would rank the blocks alike, by KL and by accuracy; `records/reliability.csv`.
 
-    Split-half rank correlations over random halves of the pictures; and the smallest difference of accuracy that this
-    many pictures can show (power 80 %), from the share of discordant pairs that single blocks had.
+    Split-half rank correlations over random halves of the pictures, with the number of splits that rank nothing by
+    accuracy. `fewest_pictures` must all change to one side for a difference of accuracy to be significant after Holm's
+    adjustment for all configurations; `smallest_points` is their share, NaN where there are not so many pictures.
+    `detectable_points` is the true difference that is found with a power of 80 % at the share of discordant pairs that
+    single blocks had, before any adjustment; NaN where these are too few.
     """
     labels, rows = subject.labels.numpy(), []
     blocks = range(len(subject.blocks))
@@ -307,6 +310,7 @@ def reliability(
         by_top1 = stats.split_half_correlation([stats.topk_right(values, labels, 1) for values in kept])
         single = frame[(frame["bits"] == bits) & frame["kept"].str.startswith("block ")]
         rate = float(single["discordant_pairs"].mean()) / len(labels)
+        needed = stats.fewest_significant(int(frame.loc[frame["bits"] == bits, "mcnemar_p"].notna().sum()))
         rows.append(
             {
                 "bits": bits,
@@ -314,13 +318,34 @@ def reliability(
                 "split_half_kl_only_quantized": by_kl.correlation,
                 "split_half_kl_only_kept": by_kl_kept.correlation,
                 "split_half_top1_only_kept": by_top1.correlation,
+                "top1_splits": by_top1.splits,
+                "top1_splits_undefined": by_top1.undefined,
                 "discordant_rate": rate,
-                "smallest_detectable_points": 100 * stats.smallest_detectable_difference(len(labels), rate),
+                "fewest_pictures": needed,
+                "smallest_points": 100 * needed / len(labels) if needed <= len(labels) else np.nan,
+                "detectable_points": 100 * stats.smallest_detectable_difference(len(labels), rate),
             }
         )
     table_ = pd.DataFrame(rows)
     records.write_table(table_, records.study_folder(settings.study) / "records" / "reliability.csv")
     return table_
+
+
+def readable_reliability(reliable: pd.DataFrame) -> pd.DataFrame:
+    """The table of `reliability` for a report: a row a number of bits, what was asked as headings."""
+    ties = zip(reliable["top1_splits_undefined"], reliable["top1_splits"], strict=True)
+    return pd.DataFrame(
+        {
+            "bits": reliable["bits"],
+            "pictures": reliable["pictures"],
+            "by KL, one quantized": reliable["split_half_kl_only_quantized"],
+            "by KL, one kept": reliable["split_half_kl_only_kept"],
+            "by accuracy, one kept": reliable["split_half_top1_only_kept"],
+            "splits that tie": [f"{undefined} of {splits}" for undefined, splits in ties],
+            "smallest difference (pictures)": reliable["fewest_pictures"],
+            "in points": reliable["smallest_points"],
+        }
+    )
 
 
 def readable(frame: pd.DataFrame) -> "pd.io.formats.style.Styler":
@@ -366,15 +391,33 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
             f"- **{bits} bits**: quantizing everything moves the probabilities by {nothing['logit_kl']:.1e} nats on "
             f"average (Top-1 {100 * nothing['top1']:.2f} %). Block {worst['block']:.0f} moves them most when it alone "
             f"is quantized ({worst['kl_alone']:.1e}); keeping block {best['block']:.0f} removes most of the total "
-            f"({100 * best['kl_removed']:.0f} %). Ranked by KL, two halves of the pictures agree with a rank "
-            f"correlation of {trust['split_half_kl_only_quantized']:.2f}; ranked by accuracy, "
-            f"{_or(trust['split_half_top1_only_kept'], 'they cannot be ranked, as no block changes it')}. By accuracy "
+            f"({100 * best['kl_removed']:.0f} %). Two halves of the pictures rank the blocks alike with a correlation "
+            f"of {trust['split_half_kl_only_quantized']:.2f} by the KL of one quantized block, and of "
+            f"{trust['split_half_kl_only_kept']:.2f} by that of one kept block. {_by_accuracy(trust)} By accuracy "
             f"{surviving} of {len(rows) - 1} configurations differ from quantizing everything after Holm's adjustment. "
-            f"The smallest difference that {trust['pictures']:.0f} pictures can show, in points: "
-            f"{_or(trust['smallest_detectable_points'], 'none, as too few of them change sides')}."
+            f"{_smallest(trust)}"
         )
     return "\n".join(lines)
 
 
-def _or(value: float, otherwise: str) -> str:
-    return otherwise if np.isnan(value) else f"{value:.2f}"
+def _by_accuracy(trust: pd.Series) -> str:
+    """How far accuracy ranks the blocks, and in how many splits it ranks them at all."""
+    splits, undefined = (int(trust[key]) for key in ("top1_splits", "top1_splits_undefined"))
+    if undefined == splits:
+        return f"By accuracy they cannot be ranked: in each of {splits} splits all blocks tie in a half."
+    ties = f", over the {splits - undefined} of {splits} splits in which no half ties" if undefined else ""
+    return f"By accuracy it is {trust['split_half_top1_only_kept']:.2f}{ties}."
+
+
+def _smallest(trust: pd.Series) -> str:
+    """The smallest difference of accuracy that could have been significant, and what is needed to find one."""
+    needed, pictures = int(trust["fewest_pictures"]), int(trust["pictures"])
+    if np.isnan(trust["smallest_points"]):
+        return (
+            f"The smallest difference that could be significant cannot be given, because {needed} pictures would have "
+            f"to change sides and there are {pictures}."
+        )
+    return (
+        f"The smallest difference that could be significant is {needed} pictures that all change to one side, "
+        f"{trust['smallest_points']:.2f} points of {pictures:,} pictures."
+    )

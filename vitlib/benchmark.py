@@ -17,6 +17,7 @@ from vitlib.variants import Variant
 ROTATING = 4  # different batches that a timed call cycles through, so that its input is not always in cache
 ATTRIBUTION_LIMIT = 0.05  # of the device time
 CLOCKS_AGREE = 0.02  # wall clock against device events
+EIGHT_BIT_PRODUCTS = ("int8", "w8a8")  # weights whose linear layers multiply int8 by int8
 KNOWN_MS, KNOWN_MB = 5.0, 64.0
 # What the kernel of an attention that names its backend is called.
 _KERNELS_OF = {
@@ -119,7 +120,7 @@ def against_the_roofline(
     bench: Bench, settings: Parameters, kernels: pd.DataFrame, peak: roofline.Ceilings
 ) -> pd.DataFrame:
     """Achieved TFLOP/s and GB/s of each variant's parts beside the measured ceilings; `records/roofline.csv`."""
-    frames = []
+    frames, weights = [], {variant.name: variant.weights for variant in bench.variants}
     for name, engine in bench.engines.items():
         loaded = engine.loaded
         counted = roofline.work(
@@ -131,12 +132,32 @@ def against_the_roofline(
         )
         times = profile.by_part(kernels[kernels["variant"] == name])
         dtype = str(loaded.dtype).removeprefix("torch.")
-        frame = roofline.achieved(counted, times, peak, dtype).rename_axis("part").reset_index()
+        linears = "int8" if weights[name] in EIGHT_BIT_PRODUCTS else dtype
+        frame = roofline.achieved(counted, times, peak, dtype, linears=linears).rename_axis("part").reset_index()
         frame.insert(0, "variant", name)
-        frames.append(frame.assign(ceiling_tflop_s=peak.tflops[dtype], ceiling_gb_s=peak.gb_s))
+        frames.append(frame)
     table = pd.concat(frames, ignore_index=True)
     records.write_table(table, records.study_folder(settings.study) / "records" / "roofline.csv")
     return table
+
+
+def readable_roofline(limits: pd.DataFrame, share: float = 0.01) -> pd.DataFrame:
+    """The table of `against_the_roofline` for a report: parts with at least `share` of their variant's device time."""
+    total = limits.groupby("variant")["device_time_us"].transform("sum")
+    shown = limits[limits["device_time_us"] >= share * total]
+    return pd.DataFrame(
+        {
+            "variant": shown["variant"],
+            "part": shown["part"],
+            "device time (ms)": shown["device_time_us"] / 1000,
+            "TFLOP/s": shown["tflop_s"].where(shown["gflop"] > 0),
+            "of at most": shown["ceiling_tflop_s"].where(shown["gflop"] > 0),
+            "GB/s": shown["gb_s"],
+            "of a copy's": shown["ceiling_gb_s"].where(shown["gb_s"].notna()),
+            "bound by": shown["bound"],
+            "of the possible (%)": 100 * shown["share_of_floor"],
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------ latency, throughput
@@ -227,7 +248,7 @@ def readable_speed(speeds: pd.DataFrame) -> pd.DataFrame:
             "images/s": speeds["throughput_img_s"].round(),
             "their bounds": bounds("throughput_low_img_s", "throughput_high_img_s", 0),
             "latency against the baseline": speeds["against_baseline"],
-            "clocks": speeds["latency_note"],
+            "the two clocks": speeds["latency_note"],
         }
     )
 
@@ -329,7 +350,7 @@ def validity(
         ("variants asked, run, refused with a reason", f"{asked}, {ran}, {asked - ran}", "asked = run + refused", True),
         (
             "rounds in shuffled order × calls",
-            f"{settings.rounds} × {per_round.median():.0f}",
+            f"{settings.rounds} × {calls_of(per_round)}",
             "8 rounds",
             settings.rounds >= 8,
         ),
@@ -352,6 +373,12 @@ def validity(
     table["reached"] = ["yes" if reached else "no" for reached in table["reached"]]
     records.write_table(table, records.study_folder(settings.study) / "records" / "validity.csv")
     return table
+
+
+def calls_of(per_round: pd.Series) -> str:
+    """How many calls a round had: the range and, where it is one, its median. A slow row has few calls in its time."""
+    low, high = per_round.min(), per_round.max()
+    return f"{low}" if low == high else f"{low} to {high} (median {per_round.median():.0f})"
 
 
 def _simulated(latencies: pd.DataFrame, baseline: str, batch: int, seed: int) -> tuple[int, int]:

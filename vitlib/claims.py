@@ -3,7 +3,8 @@
 `claims.yaml` holds the claims as data: figures, what each is about, and what would bear it out. A claim's quantity
 has a kind, and each kind has one lookup here; no line of this module knows a single claim. Verdicts are computed:
 
-- "holds", "does not hold", or "holds only at batch …" where it depends on the number of pictures in a call;
+- "holds", "does not hold", or "holds only at batch …" where it depends on the number of pictures in a call; batches at
+  which intervals overlap are named as not to be told;
 - "cannot be tested here: why" where the study lacks what the claim is about (its network, a GPU, the same card for
   milliseconds, the same weights for accuracies), or its pictures are too few to decide.
 
@@ -72,7 +73,6 @@ class Quantity(_Strict):
     kept: str | list[str] = ""
     blocks: list[int] = []  # first and last of a range
     count: int = 0
-    parts: int = 1
     how: str = ""
     layers: str = ""
     change: str = ""
@@ -103,7 +103,7 @@ class Claim(_Strict):
     original: float | int | str | list[float | int]
     shown: str | float = ""
     unit: str = ""
-    criterion: Literal["about", "at least", "at most", "between", "equals"]
+    criterion: Literal["about", "within factor", "at least", "at most", "between", "equals"]
     tolerance: float = Field(0.0, ge=0, lt=1)
     cause: str = ""
 
@@ -114,6 +114,8 @@ class Claim(_Strict):
             raise ValueError(f"{self.id}: {self.original!r} is no original value for {self.criterion!r}")
         if isinstance(self.original, list) and (len(self.original) != 2 or self.original[0] > self.original[1]):
             raise ValueError(f"{self.id}: 'between' needs a lower and an upper value")
+        if self.criterion == "within factor" and not (self.original > 0 and self.tolerance > 0):
+            raise ValueError(f"{self.id}: 'within factor' needs a positive ratio and a tolerance")
         return self
 
     @property
@@ -127,8 +129,23 @@ class Claim(_Strict):
     def accepts(self) -> tuple[float, float]:
         """The range of measurements that bear the claim out, bounds included."""
         low, high = self.original if isinstance(self.original, list) else (self.original, self.original)
+        if self.criterion == "within factor":
+            return low / (1 + self.tolerance), high * (1 + self.tolerance)
         low, high = low - self.tolerance * abs(low), high + self.tolerance * abs(high)
         return (-math.inf if self.criterion == "at most" else low), (math.inf if self.criterion == "at least" else high)
+
+    @property
+    def counts_as(self) -> str:
+        """What a measurement must be for the claim to hold, as text."""
+        if self.criterion == "equals":
+            return "no variant is better" if self.quantity.kind == "undominated" else f"exactly {self.original}"
+        if self.criterion == "within factor":
+            return f"within a factor {1 + self.tolerance:g}"
+        if self.criterion == "about" and self.unit not in ("%", "points"):
+            return f"±{100 * self.tolerance:g} %" if self.tolerance else "exactly"
+        low, high = (number(round(bound, 9)) if math.isfinite(bound) else "" for bound in self.accepts())
+        span = {"at least": f"≥ {low}", "at most": f"≤ {high}"}.get(self.criterion, f"{low} … {high}")
+        return f"{span} {self.unit}".strip()
 
 
 @cache
@@ -179,7 +196,9 @@ def _relative(table: Mapping[str, Any], common: dict, quantity: dict, value: flo
     """The cell as a ratio to the same column's baseline cell: what other hardware can test."""
     variant, column, baseline = quantity["variant"], quantity["column"], table["baseline"]
     ratio = value / table["rows"][baseline][column]
-    what = {"latency_mean_ms": "latency", "throughput_img_s": "throughput", "device_time_us": "kernel time"}[column]
+    what = {"latency_p50_ms": "median latency", "throughput_img_s": "throughput", "device_time_us": "kernel time"}[
+        column
+    ]
     return {
         **common,
         "subject": f"{table['subject']}, as ratios",
@@ -188,6 +207,7 @@ def _relative(table: Mapping[str, Any], common: dict, quantity: dict, value: flo
         "quantity": {**quantity, "kind": "times", "baseline": baseline},
         "original": round(ratio, 4),
         "unit": "times",
+        "criterion": "within factor",
         "tolerance": 0.25,
     }
 
@@ -217,25 +237,40 @@ class Missing(LookupError):
 
 
 @dataclass(frozen=True)
+class Either:
+    """Names of which the measurements do not tell the right one: the intervals of their values overlap."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{' or '.join(self.names)}: intervals overlap"
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What a study found: a value or an interval (low, estimate, high) by batch size (0: not a matter of batches).
 
-    `obstacle` says why it is no test of the claim; `least` is a bound that no honest figure can fall below.
+    `obstacle` says why it is no test of the claim; `least` is a bound that no honest figure can fall below. `words` are
+    those for a percentage above and below 0, ("faster", "slower"), where its sign says that.
     """
 
     values: dict[int, Any] = field(default_factory=dict)
     obstacle: str = ""
     least: float = -math.inf
+    words: tuple[str, str] | None = None
 
     def text(self, unit: str = "") -> str:
         """The values as text, in the order of their batch sizes; those with the same text stand together."""
         if list(self.values) == [0] and isinstance(self.values[0], tuple):
             low, estimate, high = (number(part) for part in self.values[0])
             return f"{estimate} {unit} ({low} … {high})"
+        if self.words and any(value < 0 for value in self.values.values()):
+            shown = ", ".join(f"{number(abs(v))} {unit} {self.words[v < 0]}" for v in self.values.values())
+            return shown if list(self.values) == [0] else f"{shown} (batch {_listed(list(self.values))})"
         if list(self.values) == [0]:
-            unit = "" if isinstance(self.values[0], str) else unit
+            unit = "" if isinstance(self.values[0], str | Either) else unit
             return f"{_text(self.values[0])} {unit}".strip()
-        if not any(isinstance(value, str) for value in self.values.values()):
+        if not any(isinstance(value, str | Either) for value in self.values.values()):
             shown = ", ".join(_text(value) for value in self.values.values())
             return f"{shown} {unit} (batch {_listed(list(self.values))})" if shown else "–"
         together: dict[str, list[int]] = {}
@@ -244,8 +279,8 @@ class Measurement:
         return "; ".join(f"{shown} (batch {_listed(batches)})" for shown, batches in together.items())
 
 
-def _text(value: float | str) -> str:
-    return value if isinstance(value, str) else number(value)
+def _text(value: float | str | Either) -> str:
+    return str(value) if isinstance(value, str | Either) else number(value)
 
 
 class Study:
@@ -340,6 +375,26 @@ class Study:
         values = {size: float(scale * value) for size, value in zip(batches, rows[name], strict=True)}
         return {0: next(iter(values.values()))} if name in _WITHOUT_BATCH else values
 
+    def intervals(self, variant: str, name: str) -> dict[int, stats.Interval]:
+        """The same with the bounds of the record: a value without any is its own, an unknown one is infinite."""
+        values, bounds = self.column(variant, name), _BOUNDS.get(name, ())
+        if not bounds or not set(bounds) <= set(self.variants.columns):
+            return {batch: stats.Interval(value, value, value) for batch, value in values.items()}
+        rows = self.rows(variant).drop_duplicates("batch").set_index("batch")
+        found = {}
+        for batch, value in values.items():
+            low, high = rows.loc[batch or rows.index[0], list(bounds)].astype(float)
+            found[batch] = stats.Interval(
+                value, -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high
+            )
+        return found
+
+
+_BOUNDS = {
+    "latency_p50_ms": ("latency_low_ms", "latency_high_ms"),
+    "logit_kl": ("logit_kl_low", "logit_kl_high"),
+}
+"""Columns with the 95 % interval of another."""
 
 _WITHOUT_BATCH = PERCENT | {
     *("model_mb", "disk_mb", "cpu_latency_ms", "agreement_with_baseline", "logit_kl"),
@@ -386,23 +441,42 @@ def _points(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[
     return {0: (100 * found.low, 100 * found.estimate, 100 * found.high)}
 
 
-def _best(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, str]:
-    """By batch size, the variant with the lowest value of a column."""
-    by_variant = {name: study.column(name, quantity.column) for name in quantity.among}
-    batches = set.intersection(*(set(values) for values in by_variant.values()))
-    return {batch: min(by_variant, key=lambda name: by_variant[name][batch]) for batch in sorted(batches)}
+def _compared(value: stats.Interval, other: stats.Interval) -> str:
+    """Where lower is better: "better" or "worse" where the intervals lie apart, "same", or "unclear"."""
+    if value == other:
+        return "same"
+    return "better" if value.high < other.low else "worse" if value.low > other.high else "unclear"
 
 
-def _undominated(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, str]:
-    """By batch size, the variants that are as good in every column (lower is better) and better in one; or none."""
-    ran = study.variants[study.variants["status"] == "ok"].dropna(subset=quantity.columns)
+def _best(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, str | Either]:
+    """By batch size, the variant with the lowest value of a column; all whose intervals reach down to its own."""
+    by_variant = {name: study.intervals(name, quantity.column) for name in quantity.among}
+    batches, found = set.intersection(*(set(values) for values in by_variant.values())), {}
+    for batch in sorted(batches):
+        at = {name: values[batch] for name, values in by_variant.items()}
+        lowest = min(at, key=lambda name, at=at: at[name].estimate)
+        level = tuple(name for name in at if name == lowest or _compared(at[name], at[lowest]) != "worse")
+        found[batch] = lowest if len(level) == 1 else Either(level)
+    return found
+
+
+def _undominated(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, str | Either]:
+    """By batch size, the variants that are as good in every column (lower is better) and better in one; or none.
+
+    Either where there is none that surely is, and some that may be, as intervals overlap.
+    """
     study.rows(quantity.variant)  # Missing with the reason where it did not run
+    ran = study.variants[study.variants["status"] == "ok"].dropna(subset=quantity.columns)
+    names = list(dict.fromkeys(ran["variant"]))
+    measured_ = {name: [study.intervals(name, column) for column in quantity.columns] for name in names}
     found = {}
     for batch, rows in ran.groupby("batch"):
-        table = rows.set_index("variant")[quantity.columns]
-        own = table.loc[quantity.variant]
-        better = table[(table <= own).all(axis=1) & (table < own).any(axis=1)]
-        found[int(batch)] = ", ".join(better.index) or "none"
+        at = {n: [values.get(int(batch), values.get(0)) for values in measured_[n]] for n in rows["variant"]}
+        own = at.pop(quantity.variant)
+        signs = {name: {_compared(*pair) for pair in zip(values, own, strict=True)} for name, values in at.items()}
+        surely = [name for name, seen in signs.items() if "better" in seen and seen <= {"better", "same"}]
+        perhaps = [name for name, seen in signs.items() if "unclear" in seen and "worse" not in seen]
+        found[int(batch)] = ", ".join(surely) or (Either(("none", *perhaps)) if perhaps else "none")
     return found
 
 
@@ -451,23 +525,28 @@ def _kept_p(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[
     return {0: float(gained["holm_p"].min()) if len(gained) else 1.0}
 
 
-def _kl_removed(quantity: Quantity, study: Study) -> pd.Series:
-    """By what is kept, the share of the quantization error (KL) that goes away."""
+def _kl_alone(quantity: Quantity, study: Study) -> pd.Series:
+    """By block, the KL that comes when it alone is quantized.
+
+    Not the KL that goes away when it alone is kept: there the errors of all others remain and may cancel, and other
+    pictures may rank the blocks otherwise (`records/reliability.csv` has both correlations).
+    """
     rows = _ablated(quantity, study)
-    return 1 - rows["logit_kl"] / rows.loc["none", "logit_kl"]
+    alone = rows.loc[rows.index.str.fullmatch(r"all but block \d+"), "logit_kl"]
+    if alone.empty:
+        raise Missing("no block was quantized alone")
+    return alone.rename(lambda name: name.removeprefix("all but "))
 
 
 def _kl_share(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, float]:
-    """The smallest share of the error that a kept part accounts for, in shares of an average block."""
-    names, removed = _kept_rows(quantity, study).index, _kl_removed(quantity, study)
-    blocks = removed[removed.index.str.fullmatch(r"block \d+")]
-    return {0: float(removed[names].min() / (quantity.parts * blocks.mean()))}
+    """The smallest KL of the named blocks, each quantized alone, against that of a block on average."""
+    names, alone = _kept_rows(quantity, study).index, _kl_alone(quantity, study)
+    return {0: float(alone[names].min() / alone.mean())}
 
 
 def _most_sensitive(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, str]:
-    """The blocks that account for most of the error."""
-    removed = _kl_removed(quantity, study)
-    blocks = removed[removed.index.str.fullmatch(r"block \d+")].nlargest(quantity.count)
+    """The blocks whose quantization alone changes the outputs most."""
+    blocks = _kl_alone(quantity, study).nlargest(quantity.count)
     return {0: ", ".join(str(block) for block in sorted(int(name.split()[1]) for name in blocks.index))}
 
 
@@ -476,6 +555,12 @@ def _own(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int
     value, base = (claims[name].original for name in (quantity.of, quantity.to))
     value, base = (part[0] if isinstance(part, list) else part for part in (value, base))
     return {0: float(CHANGES[quantity.change](value, base))}
+
+
+def own(name: str) -> float:
+    """The figure of the claim called `name`, which compares two of the original's own."""
+    claims = {claim.id: claim for claim in load()}
+    return _own(claims[name].quantity, Study(""), claims)[0]
 
 
 def _own_kept_p(quantity: Quantity, study: Study, claims: dict[str, Claim]) -> dict[int, float]:
@@ -650,7 +735,17 @@ def measured(claim: Claim, study: Study | Path, claims: Mapping[str, Claim] | No
         obstacle = obstacle or str(why)
     if not values:
         obstacle = obstacle or "nothing was measured"
-    return Measurement(values, obstacle, least)
+    return Measurement(values, obstacle, least, _words(quantity, known))
+
+
+def _words(quantity: Quantity, claims: Mapping[str, Claim]) -> tuple[str, str] | None:
+    """What a positive and a negative percentage mean; None for what is no percentage of a change."""
+    change = quantity.change or quantity.kind
+    if change not in ("percent_less", "percent_more"):
+        return None
+    column = quantity.column or claims[quantity.of].quantity.column
+    less, more = ("faster", "slower") if column.startswith("latency") else ("less", "more")
+    return (less, more) if change == "percent_less" else (more, less)
 
 
 # ------------------------------------------------------------------------------------------------------ verdicts
@@ -663,16 +758,25 @@ def judge(claim: Claim, measurement: Measurement) -> str:
     if measurement.obstacle:
         return f"{UNTESTED}: {measurement.obstacle}"
     outcomes = {batch: _borne_out(claim, value) for batch, value in measurement.values.items()}
-    if None in outcomes.values():
-        return f"{UNTESTED}: too few pictures, the 95 % interval neither meets nor misses {claim.said}"
-    held = [batch for batch, outcome in outcomes.items() if outcome]
+    held, open_ = ([b for b, outcome in outcomes.items() if outcome is wanted] for wanted in (True, None))
     if len(held) == len(outcomes):
         return HOLDS
-    return f"{HOLDS_ONLY} at batch {_listed(held)}" if held else FAILS
+    if len(open_) == len(outcomes):
+        noisy = any(isinstance(value, Either) for value in measurement.values.values())
+        why = (
+            "too noisy, 95 % intervals overlap"
+            if noisy
+            else (f"too few pictures, the 95 % interval neither meets nor misses {claim.said}")
+        )
+        return f"{UNTESTED}: {why}"
+    rest = f"; cannot be told at batch {_listed(open_)}" if open_ else ""
+    return f"{HOLDS_ONLY} at batch {_listed(held)}{rest}" if held else f"{FAILS}{rest}"
 
 
 def _borne_out(claim: Claim, value: Any) -> bool | None:
     """Whether a value, or a whole interval, lies in the accepted range; None where an interval reaches across."""
+    if isinstance(value, Either):
+        return None if claim.original in value.names else False
     if claim.criterion == "equals":
         return value == claim.original
     accepted_low, accepted_high = claim.accepts()
@@ -710,6 +814,7 @@ def table(study: str | Path) -> pd.DataFrame:
                 "claim": claim.claim,
                 "source": str(claim.source),
                 "original": claim.said,
+                "counts_as": claim.counts_as,
                 "measured": measurement.text(claim.unit),
                 "verdict": verdict,
                 "cause": "" if verdict == HOLDS else claim.cause,
@@ -753,14 +858,16 @@ _MARKS = {HOLDS: "✓", HOLDS_ONLY: "(✓)", FAILS: "✗", UNTESTED: "·"}
 def readable(frame: pd.DataFrame, *subjects: str) -> pd.io.formats.style.Styler:
     """The claims of some subjects for a report: the source under the sentence, wide columns, the verdict coloured."""
     chosen = frame[frame["subject"].isin(subjects)] if subjects else frame
-    shown = chosen[["claim", "original", "measured", "verdict", "cause"]].fillna("").reset_index(drop=True)
+    columns = ["claim", "original", "counts_as", "measured", "verdict", "cause"]
+    shown = chosen[columns].fillna("").reset_index(drop=True).rename(columns={"counts_as": "holds if"})
     escaped = chosen.map(lambda value: html.escape(str(value)))
     shown["claim"] = (escaped["claim"] + "<br><em>" + escaped["source"] + "</em>").to_numpy()
     if not shown["cause"].any():
         shown = shown.drop(columns="cause")
     styled = shown.style.hide(axis="index").format(escape="html", subset=list(shown.columns[1:]))
     styled = styled.map(lambda text: f"color: {_COLOURS[kind_of(text)]}", subset="verdict")
-    for name, width in {"claim": 19, "original": 6, "measured": 9, "verdict": 12, "cause": 12}.items():  # rem
+    widths = {"claim": 19, "original": 6, "holds if": 7, "measured": 9, "verdict": 12, "cause": 12}
+    for name, width in widths.items():  # rem
         if name in shown:
             sizes = {"min-width": f"{width}rem", "text-align": "left", "white-space": "normal"}
             styled = styled.set_properties(subset=[name], **sizes)
@@ -814,6 +921,23 @@ def reanalysis() -> pd.DataFrame:
     return result.sort_values(["least_p", "bits"], kind="stable").reset_index(drop=True)
 
 
+def readable_reanalysis(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table of `reanalysis` for a report: percentages with their interval in one column."""
+    bounds = zip(frame["top1_low"], frame["top1_high"], strict=True)
+    return pd.DataFrame(
+        {
+            "bits": frame["bits"],
+            "kept in 16 bit": frame["kept"],
+            "right of n": [f"{right} of {n}" for right, n in zip(frame["right"], frame["n"], strict=True)],
+            "Top-1 (%)": (100 * frame["top1"]).round(2),
+            "95 % interval": [f"{100 * low:.1f} – {100 * high:.1f}" for low, high in bounds],
+            "pictures gained": frame["pictures"],
+            "smallest possible p": frame["least_p"],
+            "after Holm": frame["least_holm_p"],
+        }
+    )
+
+
 def _least_p(pictures: int) -> float:
     """McNemar's exact p if all discordant pairs go one way."""
     return stats.mcnemar(np.zeros(pictures, bool), np.ones(pictures, bool)).p
@@ -822,7 +946,7 @@ def _least_p(pictures: int) -> float:
 def reanalysis_headline(frame: pd.DataFrame) -> str:
     """What the reanalysis says, in a few sentences (Markdown)."""
     first, tests = frame.iloc[0], int(frame["least_p"].notna().sum())
-    needed = next(k for k in range(1, 100) if _least_p(k) * tests < stats.SIGNIFICANCE)
+    needed = stats.fewest_significant(tests)
     significant = int((frame["least_holm_p"] < stats.SIGNIFICANCE).sum())
     return (
         f"- The largest difference of the original's {tests} comparisons is {first['pictures']:+.0f} pictures of "

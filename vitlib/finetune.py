@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from vitlib import adapters, data, engine, models, preprocess, quantize, records, synthetic, training
+from vitlib import adapters, data, engine, models, origin, preprocess, quantize, records, stats, synthetic, training
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.params import Parameters, is_hub_id, used_by
 from vitlib.preprocess import Preprocess
@@ -59,7 +59,7 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
     if settings.base_model == "random":
         set_seed(settings.seed)
         model = models.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
-        pre, origin = preprocess.new(settings.image_size), {"base": "random", "architecture": settings.architecture}
+        pre = preprocess.new(settings.image_size)
     else:
         folder = _base_folder(settings, device)
         pre = preprocess.load(folder, settings.base_revision or None)
@@ -69,8 +69,8 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
         model = models.load_base(
             str(folder), revision=settings.base_revision, labels=labels, dtype=dtype, quantized=quantized, device=device
         )
-        origin = {"base": settings.base_model, "revision": settings.base_revision}
-    return Base(model, pre, labels, device, origin)
+    about = origin.describe(settings.base_model, revision=settings.base_revision, architecture=settings.architecture)
+    return Base(model, pre, labels, device, about)
 
 
 def _base_folder(settings: Parameters, device: torch.device) -> Path | str:
@@ -155,6 +155,15 @@ def describe(base: Base) -> pd.DataFrame:
         "new classes": len(base.labels.names),
     }
     return pd.DataFrame([facts])
+
+
+def introduce(base: Base, settings: Parameters) -> str:
+    """What the base is and what that means for accuracies (Markdown); its facts go to `records/base.json`."""
+    about = dict(base.origin)
+    if about["base"].startswith(("/", "~")):  # a folder of this machine: its name is enough for a reader
+        about["base"] = Path(about["base"]).name
+    records.write_json(about, records.study_folder(settings.study) / "records" / "base.json")
+    return origin.sentence(about)
 
 
 def make_trainable(base: Base, settings: Parameters) -> nn.Module:
@@ -307,15 +316,17 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
 
     `from_merged` is ‖found − merged‖ / ‖merged‖ of the logits of up to 64 pictures: what quantization costs.
     `reload_difference` is the same between the file and the network in memory that it was saved from (a quantized one
-    is quantized again): more than rounding is an error.
+    is quantized again): more than rounding is an error. `top1` is that of all pictures of `valid`.
     """
     pixels, rows = valid.pixels[:64], []
+    truth = base.labels.ids(valid.pictures).numpy()
     memory = models.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
     expected = engine.logits(engine.Engine(memory), pixels, 32)
     for name, path in paths.items():
         variant = Variant("fp16" if name == "merged" else name)
         loaded = models.load(path.parent, variant, base.device)
-        found = engine.logits(engine.Engine(loaded), pixels, 32)
+        every = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
+        found = every[:64]
         again = merged if name == "merged" else models.quantize_checkpoint(paths["merged"], name, base.device)
         saved_from = engine.logits(engine.Engine(replace(memory, model=again)), pixels, 32)
         difference = ((found - saved_from).norm() / saved_from.norm()).item()
@@ -328,6 +339,7 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
                 "model_mb": loaded.weights_mb,
                 "reload_difference": difference,
                 "from_merged": ((found - expected).norm() / expected.norm()).item(),
+                "top1": stats.topk_accuracy(every.numpy(), truth),
                 "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
             }
         )
@@ -341,13 +353,18 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
     """What the records say, in a few sentences (Markdown)."""
     used = {split: decoded[split] for split in ("train", "valid")}  # only these copies touch the accuracy below
     last, copies = history.iloc[-1], data.duplicates(used)
+    best, merged = history.loc[history["top1"].idxmax()], 100 * reloaded.loc["merged", "top1"]
     found = (copies["kind"] == "exact").sum(), (copies["kind"] == "near").sum()
+    why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ": it is rounded otherwise than the network in training"
     nf4, int8 = (reloaded.loc["merged", "model_mb"] / reloaded.loc[name, "model_mb"] for name in ("nf4", "int8"))
     return "\n".join(
         (
             f"- After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of "
             f"{len(base.labels.names)} classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 "
-            f"{100 * last['top5']:.2f} % of {len(decoded['valid'].pictures):,} validation pictures.",
+            f"{100 * last['top5']:.2f} % of {len(decoded['valid'].pictures):,} validation pictures. The best epoch was "
+            f"{best['epoch']:.0f} with {100 * best['top1']:.2f} %; what is saved is the last, as choosing by these "
+            "pictures would flatter it.",
+            f"- The merged 16-bit checkpoint, where every later notebook starts, has Top-1 **{merged:.2f} %**{why}.",
             f"- {found[0]} exact and {found[1]} near copies stand in both of these splits.",
             f"- Training passed {history['images_per_s'].median():,.0f} images per second on {base.device.type}.",
             f"- The 16-bit checkpoint is reproduced on loading (relative difference "

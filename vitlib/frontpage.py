@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitlib import publish, records
+from vitlib import origin, publish, records
 
 TEMPLATES = Path(__file__).parent / "templates"
 # The last line of defence: a script that got into a page is not run by a browser, and nothing is fetched.
@@ -50,7 +50,7 @@ def index(study_folder: str | Path) -> Path:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     head, rows = _variants(folder)
     text = environment.get_template("index.html.j2").render(
-        study=folder.name,
+        study=study_of(folder),
         policy=POLICY,
         css=(TEMPLATES / "report" / "static" / "report.css").read_text(encoding="utf-8"),
         cards=[_card(folder, stem, status) for stem, status in reports(folder)],
@@ -64,6 +64,27 @@ def index(study_folder: str | Path) -> Path:
     with records.atomic_path(target) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
     return target
+
+
+def study_of(folder: Path) -> str:
+    """The study's name as its record says; a copy may lie in a folder of another name. Else that of the folder."""
+    name = _part(_environment(folder), "parameters").get("study")
+    return name if is_study(name) else folder.name
+
+
+def is_study(name: object) -> bool:
+    """Whether `name` can be a study's (see `records.study_folder`)."""
+    try:
+        return bool(records.study_folder(name))
+    except ValueError:
+        return False
+
+
+def _environment(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "records" / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no record yet: the index is still of use
+        return {}
 
 
 def _card(folder: Path, stem: str, status: str) -> dict[str, str]:
@@ -88,19 +109,17 @@ def _minute(path: Path) -> str:
 
 def _facts(folder: Path) -> dict[str, str]:
     """The lines above the table: parameter set, date, hardware, versions; what no record tells is absent."""
-    try:
-        made = json.loads((folder / "records" / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no record yet: the index is still of use
-        made = {}
+    made = _environment(folder)
     pages = [folder / f"{stem}.html" for stem, _ in reports(folder)]
     git = _part(made, "git")
     facts = {
-        "parameter set": f"params/{folder.name}.yaml",
+        "parameter set": f"params/{study_of(folder)}.yaml",
+        "base": origin.sentence(folder).replace("**", "").replace("`", ""),
         "last report": max((_minute(page) for page in pages if page.exists()), default=""),
         "hardware": _hardware_line(_part(made, "hardware")),
         "software": _software_line(made),
         "commit": str(git.get("commit") or "")[:10] + (" with changes" if git.get("dirty") else ""),
-        "parameters": ", ".join(f"{name} = {value}" for name, value in _part(made, "parameters").items()),
+        "parameters": ", ".join(f"{name} = {value}" for name, value in _applying(_part(made, "parameters")).items()),
     }
     return {name: text for name, text in facts.items() if text}
 
@@ -109,6 +128,12 @@ def _part(record: Any, key: str) -> dict[str, Any]:
     """The mapping under `key`, an empty one if there is none: a record of another kind must not stop us."""
     part = record.get(key) if isinstance(record, dict) else None
     return part if isinstance(part, dict) else {}
+
+
+def _applying(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Without the parameters of the synthetic pictures where the pictures are others."""
+    idle = () if parameters.get("data_source", "synthetic") == "synthetic" else ("image_size", "pictures_per_class")
+    return {name: value for name, value in parameters.items() if name not in idle}
 
 
 def _software_line(made: Any) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from vitlib import attention, data, models, pipeline, records
 from vitlib.data import DataError, Picture
 from vitlib.engine import Engine
 from vitlib.params import Parameters
 from vitlib.pipeline import Passed
-from vitlib.variants import Variant, find
+from vitlib.variants import VARIANTS, Variant, find
 
 TOP = 5
 
@@ -46,12 +47,33 @@ class Predictor:
 
 
 def load(settings: Parameters) -> Predictor:
-    """The variant of the parameter set; `auto` is NF4 with the best attention that runs here."""
+    """The variant of the parameter set; `auto` is NF4 with the attention that the study measured to be fastest."""
     models.quiet_libraries()
     device = models.pick_device(settings.device)
-    variant = Variant("nf4", attention.best(device)) if settings.variant == "auto" else find(settings.variant)
+    variant = automatic(settings, device) if settings.variant == "auto" else find(settings.variant)
     loaded = models.load(records.study_folder(settings.study) / "checkpoints", variant, device)
     return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)))
+
+
+def automatic(settings: Parameters, device: torch.device) -> Variant:
+    """NF4 with the attention of the lowest median latency in `records/variants.csv`, among the rows that can run here.
+
+    Compared are eager rows at the batch size nearest to `eval_batch_size`. Without such a record, with what
+    `attention.best` names.
+    """
+    try:
+        table = records.read_table(records.study_folder(settings.study) / "records" / "variants.csv")
+    except (records.MissingRecord, ValueError):
+        return Variant("nf4", attention.best(device))
+    rows = table[(table["weights"] == "nf4") & (table["execution"] == "eager") & (table["status"] == "ok")]
+    rows = rows.dropna(subset=["latency_p50_ms"])
+    runs = [name in VARIANTS and not attention.not_runnable(VARIANTS[name], device) for name in rows["variant"]]
+    rows = rows[np.array(runs, dtype=bool)]
+    if rows.empty:
+        return Variant("nf4", attention.best(device))
+    distance = (rows["batch"] - settings.eval_batch_size).abs()
+    nearest = rows[distance == distance.min()]
+    return find(nearest.loc[nearest["latency_p50_ms"].idxmin(), "variant"])
 
 
 def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, str]]]:
@@ -176,6 +198,14 @@ def readable(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
         shown[f"guess {rank}"] = ["" if pd.isna(p) else f"{name} ({100 * p:.1f} %)" for name, p in pairs]
     shown["reason"] = frame["reason"]
     return shown
+
+
+def caption(frame: pd.DataFrame, rows: int = 12) -> str:
+    """How much of the predictions `readable` shows, and where the rest is (Markdown)."""
+    return (
+        f"*{min(rows, len(frame)):,} of {len(frame):,} rows, with the three best names; all rows, with {TOP}, are in "
+        "`records/predictions.csv`.*"
+    )
 
 
 def examples(frame: pd.DataFrame, passed: Passed, count: int) -> tuple[list[np.ndarray], list[str]]:

@@ -94,7 +94,7 @@ class Parameters(BaseModel):
     ablation_pictures: int = _parameter(0, "validation pictures used, evenly over the classes; 0 takes all", 3, ge=0)
 
     pictures: str = _parameter("", "folder of pictures, flat or in class folders; empty: the test split", 4)
-    variant: str = _parameter("auto", "a row of the table; auto: NF4 with the best attention that runs here", 4)
+    variant: str = _parameter("auto", "a row of the table; auto: NF4 with the fastest attention of this study", 4)
     decoder: Literal["pil", "nvjpeg", "auto"] = _parameter(
         "pil", "auto takes the GPU's (nvjpeg) where it works; its pixels differ a little", 4
     )

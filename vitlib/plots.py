@@ -209,13 +209,26 @@ def roofline(table: pd.DataFrame) -> Figure:
     for ceiling, shown in rows.groupby("ceiling_tflop_s"):
         bandwidth = shown["ceiling_gb_s"].iloc[0]
         axis.plot(span, np.minimum(ceiling, span * bandwidth / 1e3), color="black", linewidth=1)
-        axis.annotate(f"{ceiling:,.3g} TFLOP/s", (span[-1], ceiling), ha="right", va="bottom", fontsize=8)
+    for near in _near(sorted(rows["ceiling_tflop_s"].unique())):
+        label = " – ".join(f"{ceiling:,.3g}" for ceiling in dict.fromkeys((near[0], near[-1])))
+        axis.annotate(f"{label} TFLOP/s", (span[-1], near[-1]), ha="right", va="bottom", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="achieved TFLOP/s")
     axis.set_title("What is reached of what this hardware can do")
     handles = [plt.Line2D([], [], color=c, marker="s", linestyle="", label=name) for name, c in colours.items()]
     handles += [plt.Line2D([], [], color="grey", marker=m, linestyle="", label=part) for part, m in markers.items()]
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _near(values: Sequence[float], factor: float = 1.2) -> list[list[float]]:
+    """Ascending values in groups whose members lie within `factor` of the first: labels that would overlap."""
+    groups: list[list[float]] = []
+    for value in values:
+        if groups and value <= factor * groups[-1][0]:
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    return groups
 
 
 def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Figure:

@@ -73,12 +73,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("file", "status", "reason", "label", "label_name"),
         *(f"{column}_{rank}" for rank in range(1, 6) for column in ("id", "name", "probability")),
     ),
-    "claims": ("id", "subject", "claim", "source", "original", "measured", "verdict", "cause"),
+    "claims": ("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
 }
 """Columns that each record has at least, in this order; units are in the names."""
 
 NOTEBOOKS: dict[str, str] = {
     "finetune": "1_finetune",
+    "base": "1_finetune",
     "variants": "2_evaluate",
     "kernels": "2_evaluate",
     "ablation": "3_ablation",
@@ -110,7 +111,7 @@ _TEXT_COLUMNS = frozenset(
         *("variant", "weights", "attention", "execution", "status", "reason", "attention_kernel"),
         *("part", "operation", "kernel", "kept", "file", "label_name"),
         *(f"name_{rank}" for rank in range(1, 6)),
-        *("id", "subject", "claim", "source", "original", "measured", "verdict", "cause"),
+        *("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
     }
 )
 

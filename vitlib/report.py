@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitlib import params, publish, records
-from vitlib.frontpage import POLICY, TEMPLATES, index, reports, summary
+from vitlib.frontpage import POLICY, TEMPLATES, index, is_study, reports, summary
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -311,13 +311,36 @@ def page_of(executed: "NotebookNode", page: Path) -> str:
         jupyter_widgets_base_url="",
         mermaid_js_url="",
     )
-    study, name = page.absolute().parent.name, page.stem.removesuffix(".failed")
+    # A copied study lies in a folder of any name; what the notebook was run with says whose it is.
+    study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
     siblings = [stem for stem, _ in reports(page.parent)]
     about = {"study": study, "name": name, "siblings": siblings, "policy": POLICY}
     exporter.log.setLevel(logging.ERROR)
     resources = {"metadata": {"name": f"{name} – {study}"}, "report": about}
     text, _ = exporter.from_notebook_node(_shown(executed), resources)
     return text.replace(' alt="No description has been provided for this image"', ' alt=""')
+
+
+def _study_of(executed: "NotebookNode") -> str:
+    """The value of `study` that an executed notebook was given; '' where it has none that can name a study."""
+    found = ""
+    for cell in executed.cells:
+        if cell.cell_type == "code" and {"parameters", "injected-parameters"} & {*cell.metadata.get("tags", ())}:
+            found = _literal(cell.source, "study") or found  # papermill's own cell stands second
+    return found if is_study(found) else ""
+
+
+def _literal(source: str, name: str) -> str:
+    """The text that `source` assigns to `name`; '' where it does not, or is no Python."""
+    try:
+        nodes = ast.parse(source).body
+    except SyntaxError:
+        return ""
+    for node in nodes:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id == name for t in targets) and isinstance(node.value, ast.Constant):
+            return node.value.value if isinstance(node.value.value, str) else ""
+    return ""
 
 
 def _shown(executed: "NotebookNode") -> "NotebookNode":

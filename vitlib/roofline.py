@@ -5,6 +5,7 @@ at the measured peak rate, nor than its bytes at the measured memory bandwidth. 
 arithmetic itself and the bytes that must move if every tensor is read and written once; caches can beat the second.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,10 +15,15 @@ from transformers import PretrainedConfig
 from vitlib import timing
 from vitlib.timing import Budget
 
+LINEARS = ("attention", "mlp")  # parts whose products are 8-bit where a variant multiplies in 8 bits
+
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured peaks of one device: a large matrix product by dtype, and a large copy (bytes read and written)."""
+    """Measured peaks of one device: a large matrix product by dtype, and a large copy (bytes read and written).
+
+    `tflops["int8"]` counts integer operations; it is absent where no 8-bit product runs.
+    """
 
     tflops: dict[str, float]
     gb_s: float
@@ -32,10 +38,19 @@ def ceilings(device: torch.device) -> Ceilings:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         seconds = _seconds(lambda _, a=a, b=b: a @ b, device)
         tflops[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds / 1e12
+    if cuda:
+        with suppress(RuntimeError, AttributeError):  # a card without 8-bit products, or a torch without this call
+            tflops["int8"] = 2 * side**3 / _int8_seconds(side, device) / 1e12
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     copied = _seconds(lambda _: target.copy_(source), device)
     return Ceilings(tflops, 2 * source.nbytes / copied / 1e9)
+
+
+def _int8_seconds(side: int, device: torch.device) -> float:
+    """Seconds of one product of two int8 matrices; the second lies transposed, as weights of a linear layer do."""
+    a, b = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+    return _seconds(lambda _: torch._int_mm(a, b.t()), device)
 
 
 def _seconds(call: timing.Call, device: torch.device) -> float:
@@ -84,18 +99,27 @@ def work(
     return pd.DataFrame(parts, index=["gflop", "mb"]).T.mul({"gflop": 1e-9, "mb": 1e-6})
 
 
-def achieved(counted: pd.DataFrame, device_time_us: pd.Series, peak: Ceilings, dtype: str) -> pd.DataFrame:
+def achieved(
+    counted: pd.DataFrame, device_time_us: pd.Series, peak: Ceilings, dtype: str, *, linears: str = ""
+) -> pd.DataFrame:
     """`counted` with the time each part took, its TFLOP/s and GB/s, the floor that the roofline sets, and their ratio.
 
     `floor_us` is the larger of operations over peak rate and bytes over bandwidth; `share_of_floor` is floor over time:
-    1 is as fast as this hardware allows.
+    1 is as fast as this hardware allows. Parts that took time and compute nothing of the network's (quantization, copy)
+    have their time only. `dtype` names the peak rate, `linears` that of LINEARS where it is measured and another: the
+    scores of attention, a small share of its operations, are then held against a rate that is too high for them.
     """
-    frame = counted.join(device_time_us.rename("device_time_us"), how="inner")
+    frame = counted.reindex(device_time_us.index).join(device_time_us.rename("device_time_us"))
+    rates = {part: peak.tflops.get(linears if part in LINEARS else dtype, peak.tflops[dtype]) for part in frame.index}
+    frame["ceiling_tflop_s"] = pd.Series(rates, dtype=float)
+    frame["ceiling_gb_s"] = peak.gb_s
     seconds = frame["device_time_us"] * 1e-6
     frame["tflop_s"] = frame["gflop"] / 1e3 / seconds
     frame["gb_s"] = frame["mb"] / 1e3 / seconds
-    by_rate, by_bytes = frame["gflop"] / 1e3 / peak.tflops[dtype], frame["mb"] / 1e3 / peak.gb_s
+    by_rate, by_bytes = frame["gflop"] / 1e3 / frame["ceiling_tflop_s"], frame["mb"] / 1e3 / peak.gb_s
     frame["floor_us"] = 1e6 * by_rate.where(by_rate > by_bytes, by_bytes)
-    frame["bound"] = ["arithmetic" if a > b else "memory" for a, b in zip(by_rate, by_bytes, strict=True)]
+    frame["bound"] = [
+        "" if a != a else "arithmetic" if a > b else "memory" for a, b in zip(by_rate, by_bytes, strict=True)
+    ]
     frame["share_of_floor"] = frame["floor_us"] / frame["device_time_us"]
     return frame

@@ -55,10 +55,15 @@ class McNemar(NamedTuple):
 
 
 class SplitHalf(NamedTuple):
-    """Rank correlation between halves of the images, and what it says of all of them (Spearman–Brown)."""
+    """Rank correlation between halves of the images, and what it says of all of them (Spearman–Brown).
+
+    Of `splits` random halvings, `undefined` have no correlation, as all blocks tie in a half.
+    """
 
     correlation: float
     corrected: float
+    splits: int
+    undefined: int
 
 
 class SpeedComparison(NamedTuple):
@@ -157,6 +162,20 @@ def smallest_detectable_difference(n: int, discordant_rate: float, *, alpha: flo
     return difference if 0 < difference <= discordant_rate else math.nan
 
 
+def fewest_significant(tests: int, *, alpha: float = SIGNIFICANCE) -> int:
+    """Fewest images that must all change to the same side for a Holm-adjusted p below `alpha` of `tests` tests.
+
+    With k discordant pairs on one side and none on the other, McNemar's exact p is 2^(1-k), the smallest that a
+    difference of k images can have; Holm multiplies the smallest p by `tests`. ValueError unless tests > 0.
+    """
+    if tests < 1:
+        raise ValueError(f"expected at least one test, got {tests}")
+    pictures = 1
+    while tests * 2.0 ** (1 - pictures) >= alpha:
+        pictures += 1
+    return pictures
+
+
 # ------------------------------------------------------------------------------- several tests, and verdicts
 
 
@@ -242,7 +261,8 @@ def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, s
     The images are split at random `repeats` times; blocks are ranked by their mean in either half, and the
     Spearman correlations of the two rankings are averaged. A half has half the images, so `corrected` is
     the Spearman–Brown estimate for all of them (Brit. J. Psychol. 3, 1910), written 2 r / (1 + |r|) so that
-    it stays in [-1, 1] for a negative r as well. NaN if the blocks do not differ at all.
+    it stays in [-1, 1] for a negative r as well. A half in which all blocks tie ranks nothing: such splits are
+    left out of the mean and counted. NaN if no split is left.
 
     Raises ValueError for fewer than two blocks or two images.
     """
@@ -259,8 +279,9 @@ def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, s
     a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
     with np.errstate(invalid="ignore", divide="ignore"):
         each = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    r = float(each.mean())
-    return SplitHalf(correlation=r, corrected=2 * r / (1 + abs(r)))
+    defined = each[~np.isnan(each)]
+    r = float(defined.mean()) if defined.size else math.nan
+    return SplitHalf(r, 2 * r / (1 + abs(r)), splits=repeats, undefined=repeats - defined.size)
 
 
 # --------------------------------------------------------------------------------------------------- timing
