@@ -68,6 +68,15 @@ bench = evaluate.prepare(settings, data.load(settings))
 plots.table(evaluate.status_table(bench))
 
 # %% [markdown]
+# A *fused* variant is the same network with fewer, larger kernels: one product for query, key and value, the patch
+# embedding as a product, residual and norm in one step, and after the last attention only the class token. Its layers
+# can be computed in several ways, and which is fastest depends on the number of rows. On a GPU each way is timed when
+# the variant is loaded, and the fastest is taken; on a CPU the first is. The whole table is `records/tuning.csv`.
+
+# %%
+plots.table(evaluate.tuning(bench, settings), none="no fused variant is in this set")
+
+# %% [markdown]
 # ## Where the time goes
 #
 # Before anything is timed, one pass of each variant is profiled. The profiler lists every kernel (on a CPU: every

@@ -99,6 +99,22 @@ def status_table(bench: Bench) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["variant", "status", "encoder linears", "other weights", "attention"])
 
 
+def tuning(bench: Bench, settings: Parameters) -> pd.DataFrame:
+    """The paths that fused variants took, a row a variant, layer format and path; `records/tuning.csv` has all timed.
+
+    `choices` counts the pairs of layer shape and number of rows that took the path, `µs` is the median of their times.
+    """
+    parts = [part.assign(variant=name) for name, run in bench.engines.items() if len(part := run.tuning)]
+    if not parts:
+        return pd.DataFrame()
+    frame = pd.concat(parts, ignore_index=True)
+    records.write_table(frame, records.study_folder(settings.study) / "records" / "tuning.csv")
+    taken = frame[frame["chosen"]].groupby(["variant", "layer", "path"], sort=False)["us"]
+    return (
+        taken.agg(choices="size", µs="median").reset_index().rename(columns={"layer": "layers", "path": "path taken"})
+    )
+
+
 def outputs(bench: Bench, settings: Parameters) -> dict[str, torch.Tensor]:
     """float32 logits (n, classes) of the validation split for each variant; kept in `records/logits.npz`."""
     found = {
