@@ -1,6 +1,8 @@
 """The fused network against the plain one it is made from: the same function, in every weight format."""
 
 import contextlib
+import gc
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -13,7 +15,7 @@ from vitlib.engine import Engine
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
-FORMATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "nf4": "nf4", "w8a16": "int8", "w8a8": "int8", "fp8": "fp16"}
+FORMATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "nf4": "nf4", "w8a16": "rows", "w8a8": "int8", "fp8": "fp16"}
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -35,8 +37,11 @@ def five() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def expected(checkpoints, five):
-    """Logits of the plain networks."""
-    return {w: engine.logits(Engine(plain(checkpoints, w)), five, 3) for w in set(FORMATS.values())}
+    """Logits of the plain networks; `rows` is the fp16 network with the weights that the int8 rows stand for."""
+    networks = {w: plain(checkpoints, w) for w in {*FORMATS.values()} - {"rows"}}
+    networks["rows"] = plain(checkpoints, "int8")
+    quantize.dequantize_int8(networks["rows"].model)
+    return {weights: engine.logits(Engine(loaded), five, 3) for weights, loaded in networks.items()}
 
 
 @pytest.fixture
@@ -48,10 +53,10 @@ def kernel_paths(monkeypatch):
 TOLERANCES = {
     "fp32": 1e-5,
     "fp16": 1e-2,
-    "bf16": 2e-2,
-    "nf4": 2e-2,
-    "w8a16": 4e-2,  # LLM.int8, which it is compared with, quantizes its input as well
-    "w8a8": 4e-2,
+    "bf16": 1e-2,
+    "nf4": 1e-2,
+    "w8a16": 5e-3,
+    "w8a8": 4e-2,  # LLM.int8 keeps outliers in 16 bit; what it must be exactly is tested layer by layer
     "fp8": 0.2,  # three bits of mantissa, compared with fp16
 }
 
@@ -308,23 +313,25 @@ def test_a_norm_hands_quantized_rows_to_the_one_layer_that_reads_them(
 
 
 class FakeStream:
-    """Runs at once what is queued on it and notes who waited for what, as a stream on a CPU."""
+    """A stream that runs at once what is queued on it, and knows only of work that it has waited for."""
 
     def __init__(self, *_, **__):
-        self.waited = []
+        self.known: set[tuple[str, int]] = set()
 
     def wait_stream(self, other):
-        self.waited.append(other)
+        self.known |= other.known
 
     def wait_event(self, event):
-        self.waited.append(event)
+        self.known |= event
 
     def record_event(self):
-        return object()
+        return frozenset(self.known)
 
 
 @pytest.mark.parametrize("weights", ["nf4", "w8a16"])
-def test_weights_dequantized_ahead_are_the_layer_s_own(checkpoints, five, weights, kernel_paths, monkeypatch):
+def test_weights_dequantized_ahead_are_there_in_time_and_not_overwritten_in_use(
+    checkpoints, five, weights, kernel_paths, monkeypatch
+):
     fast = Engine(loaded_as(checkpoints, weights), "fused", (3,))
     network, main = fast.network, FakeStream()
     in_turn = engine.logits(fast, five[:3], 3)
@@ -334,18 +341,32 @@ def test_weights_dequantized_ahead_are_the_layer_s_own(checkpoints, five, weight
     assert network.can_dequantize_ahead()
     blocks = [block.layers() for block in network.blocks]
     network.ahead = Ahead(blocks, torch.float16, CPU)
-    calls = []
+    side, block_of = network.ahead.stream, {id(layer): k for k, layers in enumerate(blocks) for layer in layers}
+    written = []
+
+    def write(layer, out, original):
+        block = block_of[id(layer)]
+        used = [("read", id(other)) for other in blocks[block - 2]] if block >= 2 else []
+        assert side.known.issuperset(used), f"the buffer of block {block - 2} is filled anew while it may be in use"
+        original(layer, out)
+        side.known.add(("written", id(layer)))
+        written.append(layer)
+
     for cls in (linears.NF4, linears.Int8WeightOnly):
         original = cls.dequantize_into
-        monkeypatch.setattr(
-            cls, "dequantize_into", lambda self, out, original=original: (calls.append(self), original(self, out))
-        )
+        monkeypatch.setattr(cls, "dequantize_into", lambda self, out, original=original: write(self, out, original))
+
+    def read(layer, _):
+        assert ("written", id(layer)) in main.known, "a weight is used that may not be written yet"
+        main.known.add(("read", id(layer)))
+
+    for layers in blocks:
+        for layer in layers:
+            layer.register_forward_pre_hook(read)
     assert torch.equal(engine.logits(fast, five[:3], 3), in_turn)
-    assert calls == [layer for layers in blocks for layer in layers]  # each once, none again while it is used
-    assert len(network.ahead.buffers) == 2 < len(blocks)
-    # Each block waits for its weights; a buffer is filled anew only behind the block that used it.
-    assert len(main.waited) == len(blocks) + 1 and len(network.ahead.stream.waited) == 1 + len(blocks) - 2
-    assert all(layer.ahead is None for layers in blocks for layer in layers)
+    assert written == [layer for layers in blocks for layer in layers] and len(blocks) > len(network.ahead.buffers)
+    assert ("written", id(written[-1])) in main.known  # joined: what comes next may free the buffers
+    assert all(layer.ahead is None for layer in written)
 
 
 def test_dense_weights_have_nothing_to_dequantize_ahead(checkpoints):
@@ -354,10 +375,44 @@ def test_dense_weights_have_nothing_to_dequantize_ahead(checkpoints):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 @pytest.mark.parametrize("weights", ["fp16", "nf4", "w8a16", "w8a8"])
-def test_graphs_give_the_logits_of_the_eager_network(checkpoints, five, weights):
-    device = torch.device("cuda")
-    loaded = models.load(checkpoints, Variant(weights, "direct", "fused-graph"), device)
+def test_graphs_give_the_logits_of_the_plain_network(checkpoints, five, expected, weights):
+    loaded = models.load(checkpoints, Variant(weights, "direct", "fused-graph"), torch.device("cuda"))
     fast = Engine(loaded, "fused-graph", (1, 3))
-    plain_ = models.load(checkpoints, Variant(FORMATS[weights], "direct"), device)
-    assert relative(engine.logits(fast, five, 3), engine.logits(Engine(plain_), five, 3)) < TOLERANCES[weights]
+    assert relative(engine.logits(fast, five, 3), expected[FORMATS[weights]]) < TOLERANCES[weights]
     assert fast.pool_mb.keys() == {1, 3} and min(fast.pool_mb.values()) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a second stream needs a CUDA device")
+@pytest.mark.parametrize("weights", ["nf4", "w8a16"])
+def test_a_second_stream_changes_no_logit(checkpoints, weights):
+    loaded = models.load(checkpoints, Variant(weights, "direct", "fused"), torch.device("cuda"))
+    network = Engine(loaded, "fused", (64,)).network
+    pixels = torch.randn(64, 3, 32, 32, device="cuda", dtype=torch.float16)
+    for layer in network.modules():
+        if isinstance(layer, linears.Linear):
+            layer.choices.clear()  # the first path dequantizes, as the second stream does
+    with torch.inference_mode():
+        in_turn = network(pixels)
+        network.ahead = Ahead([block.layers() for block in network.blocks], torch.float16, torch.device("cuda"))
+        for _ in range(20):
+            torch.testing.assert_close(network(pixels), in_turn, rtol=1e-3, atol=1e-3)
+
+
+def test_a_dropped_engine_is_gone_without_the_collector(checkpoints):
+    gc.collect()
+    gc.disable()
+    try:
+        for execution in ("eager", "fused"):
+            loaded = plain(checkpoints, "fp16") if execution == "eager" else loaded_as(checkpoints, "fp16")
+            fast = Engine(loaded, execution, (1,))
+            network = weakref.ref(fast.network)
+            del fast, loaded
+            assert network() is None, f"an {execution} engine holds its network in a cycle"
+    finally:
+        gc.enable()
+
+
+def test_a_batch_of_nothing_has_no_logits(checkpoints):
+    for execution in ("eager", "fused"):
+        loaded = plain(checkpoints, "fp16") if execution == "eager" else loaded_as(checkpoints, "fp16")
+        assert Engine(loaded, execution, (1,))(torch.empty(0, 3, 32, 32, dtype=torch.float16)).shape == (0, 3)

@@ -367,8 +367,16 @@ def test_unknown_kinds_and_wrong_inputs_are_refused(random):
         kernels.linear_nf4(x, codes, scales)
     with pytest.raises(ValueError, match="gelu must be"):
         kernels.linear_nf4(x[:, :128].contiguous(), codes, scales, gelu=True)
-    with pytest.raises(ValueError, match="up to 4096"):
-        kernels.quantize_rows(torch.zeros(1, 5000))
+    with pytest.raises(ValueError, match="rows are quantized to"):
+        kernels.quantize_rows(x, torch.float16)
+
+
+def test_rows_longer_than_a_kernel_takes_go_through_the_plain_form(random):
+    x = random(3, 5120).half()  # the MLP of ViT-H
+    codes, scales = kernels.quantize_rows(x)
+    assert (codes.float() * scales[:, None] - x.float()).abs().max() <= scales.max() / 2 * 1.01
+    total, normed = kernels.add_layer_norm(x, x, torch.ones(5120).half(), torch.zeros(5120).half(), 1e-6)
+    assert total.shape == normed.shape == (3, 5120) and normed.float().std().sub(1).abs() < 0.01
 
 
 # -------------------------------------------------------------------------------------------------------- execution

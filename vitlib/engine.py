@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -22,7 +22,9 @@ class Engine:
     with the caller's own reference to it. With graphs or compilation a batch is padded to the next of `batch_sizes`,
     and one over the largest is cut, so that nothing is captured or compiled anew.
 
-    `prepare_s` are the seconds of transforming, tuning and capturing, `tune_s` those of tuning among them.
+    `prepare_s` are the seconds of transforming, tuning and capturing (with compilation, where compiled code is
+    captured), `tune_s` those of tuning among them. `pool_mb` is by batch size what a graph keeps for its inputs and
+    activations, with the buffers of weights dequantized ahead, which all sizes share and `buffers_mb` weighs once.
     `compile_s` holds the seconds of the first call of each batch size of a compiled engine. `gelu` and `scales` are
     those of `fused.fuse`; `backend` is torch.compile's.
     """
@@ -38,23 +40,19 @@ class Engine:
         backend: str = "inductor",
     ) -> None:
         self.execution, self.sizes = execution, tuple(sorted(batch_sizes))
-        self.prepare_s = self.tune_s = 0.0
+        self.prepare_s = self.tune_s = self.buffers_mb = 0.0
         self.compile_s: dict[int, float] = {}
-        self.pool_mb: dict[int, float] = {}  # what the graph of a batch size keeps for its inputs and activations
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self.pool_mb: dict[int, float] = {}
+        self._graphs: dict[int, Graph] = {}
+        self._ahead: Ahead | None = None
         start = time.perf_counter()
         self.loaded = self._transformed(loaded, gelu, scales) if execution.startswith("fused") else loaded
-        self._forward: Callable[[torch.Tensor], torch.Tensor] = self._eager
-        if "compile" in execution:
-            self._forward = self._clocked(torch.compile(self._eager, dynamic=False, backend=backend))
+        # Of the network and not of this engine: a cycle would keep both on the GPU until the collector comes by.
+        compiled = functools.partial(_logits, self.network)
+        self._compiled = torch.compile(compiled, dynamic=False, backend=backend) if "compile" in execution else None
         if execution.endswith("graph"):
             for size in self.sizes:
-                # Not what is allocated afterwards: activations are freed within the graph's pool, and the pool is kept.
-                torch.cuda.empty_cache()
-                before = torch.cuda.memory_reserved(loaded.device)
-                self._graphs[size] = self._capture(size)
-                torch.cuda.empty_cache()
-                self.pool_mb[size] = (torch.cuda.memory_reserved(loaded.device) - before) / 2**20
+                self._graphs[size], self.pool_mb[size] = self._capture(size)
             if execution == "fused-graph" and self.network.can_dequantize_ahead():
                 self._try_ahead()
         if execution not in ("eager", "compile"):
@@ -79,42 +77,60 @@ class Engine:
         self.tune_s = time.perf_counter() - start
         return result
 
-    def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        out = self.network(pixel_values)
-        return out if isinstance(out, torch.Tensor) else out.logits
-
-    def _clocked(self, compiled: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`compiled`, with the time of the first call of each batch size, which compiles, in `compile_s`."""
-
-        def call(pixel_values: torch.Tensor) -> torch.Tensor:
-            size = pixel_values.shape[0]
-            if size in self.compile_s:
-                return compiled(pixel_values)
-            start = time.perf_counter()
-            logits = compiled(pixel_values)
-            timing.synchronise(self.loaded.device)
-            self.compile_s[size] = time.perf_counter() - start
-            return logits
-
-        return call
+    def _forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self._compiled is None:
+            return _logits(self.network, pixel_values)
+        size = pixel_values.shape[0]
+        if size in self.compile_s:
+            return self._compiled(pixel_values)
+        start = time.perf_counter()
+        logits = self._compiled(pixel_values)
+        timing.synchronise(self.loaded.device)
+        self.compile_s[size] = time.perf_counter() - start
+        return logits
 
     @torch.inference_mode()
     def _try_ahead(self) -> None:
         """Capture each size once more with weights dequantized on a second stream, and keep what is faster."""
-        self.network.ahead = Ahead([block.layers() for block in self.network.blocks], self.loaded.dtype, self.device)
-        rows = []
-        for size in self.sizes:
-            plain, other = self._graphs[size], self._capture(size)
-            times = [linears.replay_us(graph) for graph, *_ in (plain, other)]
-            wins = times[1] < times[0]
-            if wins:
-                self._graphs[size] = other
-                self.pool_mb[size] += self.network.ahead.megabytes
-            for path, us, chosen in zip(("in turn", "ahead"), times, (not wins, wins), strict=True):
-                row = {"layer": "all blocks", "shape": "", "rows": size, "path": path, "config": "", "us": us}
-                rows.append(row | {"difference": 0.0, "chosen": chosen, "note": "rows are pictures"})
-        self._ahead, self.network.ahead = self.network.ahead, None  # graphs go on using the buffers
-        self.network.tuning = [*self.network.tuning, *rows]
+        network = self.network
+        network.ahead = ahead = Ahead([block.layers() for block in network.blocks], self.loaded.dtype, self.device)
+        try:
+            for size in self.sizes:
+                other, pool = self._capture(size)
+                if self._compare(size, other):
+                    self._graphs[size], self.pool_mb[size] = other, pool + ahead.megabytes
+                    self._ahead, self.buffers_mb = ahead, ahead.megabytes
+        except torch.OutOfMemoryError:  # what was captured before goes on as it is
+            torch.cuda.empty_cache()
+        finally:
+            network.ahead = None
+
+    def _compare(self, size: int, other: "Graph") -> bool:
+        """Whether `other`, with weights dequantized ahead, is faster than the graph of `size` and right; noted."""
+        graphs = self._graphs[size], other
+        pixel_values = torch.randn_like(other.inputs)
+        for graph in graphs:
+            graph.inputs.copy_(pixel_values)
+            graph.graph.replay()
+        difference = ((other.outputs - graphs[0].outputs).norm() / graphs[0].outputs.norm()).item()
+        times = [linears.replay_us(graph.graph) for graph in graphs]
+        wins = difference <= linears.AGREES and times[1] < linears.FASTER * times[0]
+        if wins:  # then no layer takes a path of its own
+            tokens = {
+                module.rows_per_picture
+                for module in self.network.blocks.modules()
+                if isinstance(module, linears.Linear)
+            }
+            for row in self.network.tuning:
+                row["chosen"] &= row["layer"] == "Dense" or row["rows"] not in {size * count for count in tokens}
+        shared = {"layer": "all blocks", "shape": "", "rows": size, "config": "", "note": "rows are pictures"}
+        self.network.tuning += [
+            {**shared, "path": path, "us": us, "difference": apart, "chosen": chosen}
+            for path, us, apart, chosen in zip(
+                ("in turn", "ahead"), times, (0.0, difference), (not wins, wins), strict=True
+            )
+        ]
+        return wins
 
     @property
     def device(self) -> torch.device:
@@ -122,22 +138,22 @@ class Engine:
         return self.loaded.device
 
     @torch.inference_mode()
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        height, width = self.loaded.preprocess.side
-        inputs = torch.zeros(size, 3, height, width, dtype=self.loaded.dtype, device=self.loaded.device)
-        stream = _capture_stream(self.loaded.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # lazy handles and workspaces must not be made while capturing
-            for _ in range(3):
-                self._forward(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            outputs = self._forward(inputs)
-        return graph, inputs, outputs
+    def _capture(self, size: int) -> "tuple[Graph, float]":
+        """The graph of a batch size, and the megabytes that the driver had to give for it.
+
+        Not what is allocated afterwards: activations are freed within the graph's pool, and the pool is kept.
+        """
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        inputs = torch.zeros(size, 3, *self.loaded.preprocess.side, dtype=self.loaded.dtype, device=self.device)
+        graph, outputs = linears.captured(lambda: self._forward(inputs))
+        torch.cuda.empty_cache()
+        return Graph(graph, inputs, outputs), (torch.cuda.memory_reserved(self.device) - before) / 2**20
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if not len(pixel_values):  # a product with a batch of nothing fails, or ends the process
+            return pixel_values.new_empty(0, self.network.config.num_labels)
         if self.execution in ("eager", "fused"):
             return self._forward(pixel_values)
         one = self._replay if self._graphs else self._padded
@@ -163,13 +179,17 @@ class Engine:
         return outputs[:count].clone()  # the next replay overwrites the buffer
 
 
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream that graphs are captured on: libraries keep a workspace of 32 MB a stream.
+class Graph(NamedTuple):
+    """A captured pass: replaying it reads `inputs` (n, 3, h, w) and writes `outputs` (n, classes)."""
 
-    Its priority is higher than that of a second stream in a network, whose work can wait.
-    """
-    return torch.cuda.Stream(device, priority=-1)
+    graph: "torch.cuda.CUDAGraph"
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+
+def _logits(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    out = network(pixel_values)
+    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 @torch.inference_mode()

@@ -66,7 +66,8 @@ def _codes_for(reader: Linear | None) -> torch.dtype | None:
     if not isinstance(reader, linears.EightBit) or reader.in_features > kernels.ROW_LIMIT:
         return None
     fp8 = reader.codes_dtype == torch.float8_e4m3fn
-    return reader.codes_dtype if linears.use_kernels(reader.rows.device, fp8=fp8) else None
+    reader.norm_quantizes = linears.use_kernels(reader.rows.device, fp8=fp8)
+    return reader.codes_dtype if reader.norm_quantizes else None
 
 
 class Embedding(nn.Module):
@@ -94,46 +95,40 @@ class Embedding(nn.Module):
         return torch.cat((self.class_token.expand(count, -1, -1), tokens), dim=1) + self.positions
 
 
-class Attention(nn.Module):
-    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
+class _Attention(nn.Module):
+    """What both forms share: heads, scaling, and the attention function by name."""
 
     part = "attention"
 
-    def __init__(self, source: nn.Module, name: str, make: "Maker") -> None:
+    def __init__(self, source: nn.Module, name: str) -> None:
         super().__init__()
-        self.heads, self.width, self.scaling, self.name = (
-            source.num_attention_heads,
-            source.head_dim,
-            source.scaling,
-            name,
-        )
-        self.qkv = make(source.q_proj, source.k_proj, source.v_proj)
-        self.output = make(source.o_proj)
+        self.heads, self.width = source.num_attention_heads, source.head_dim
+        self.scaling, self.name = source.scaling, name
         self.attend = Step("scaled dot product", attention.attend)
 
-    def forward(self, normed: torch.Tensor, count: int) -> torch.Tensor:
+
+class Attention(_Attention):
+    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
+
+    def __init__(self, source: nn.Module, name: str, make: "Maker") -> None:
+        super().__init__(source, name)
+        self.qkv = make(source.q_proj, source.k_proj, source.v_proj)
+        self.output = make(source.o_proj)
+
+    def forward(self, normed: "torch.Tensor | Quantized", count: int) -> torch.Tensor:
         query, key, value = self.qkv(normed).view(count, -1, 3, self.heads, self.width).unbind(2)
         mixed = self.attend(self.name, query, key, value, scaling=self.scaling)
         return self.output(mixed.reshape(count * mixed.shape[1], -1))
 
 
-class ClassAttention(nn.Module):
+class ClassAttention(_Attention):
     """Self-attention of the class token only, the first of each picture's tokens: keys and values of all tokens."""
 
-    part = "attention"
-
     def __init__(self, source: nn.Module, name: str, make: "Maker") -> None:
-        super().__init__()
-        self.heads, self.width, self.scaling, self.name = (
-            source.num_attention_heads,
-            source.head_dim,
-            source.scaling,
-            name,
-        )
+        super().__init__(source, name)
         self.query = make(source.q_proj, only_class=True)
         self.key_value = make(source.k_proj, source.v_proj)
         self.output = make(source.o_proj, only_class=True)
-        self.attend = Step("scaled dot product", attention.attend)
 
     def forward(self, normed: torch.Tensor, count: int) -> torch.Tensor:
         key, value = self.key_value(normed).view(count, -1, 2, self.heads, self.width).unbind(2)
@@ -195,10 +190,11 @@ class Maker(NamedTuple):
     weights: str | None
     scales: str
     tokens: int
+    dtype: torch.dtype
 
     def __call__(self, *layers: nn.Linear, only_class: bool = False) -> Linear:
         made = linears.of(list(layers), self.weights, scales=self.scales)
-        made.rows_per_picture = 1 if only_class else self.tokens
+        made.rows_per_picture, made.dtype = 1 if only_class else self.tokens, self.dtype
         return made
 
 
@@ -214,7 +210,8 @@ class FusedViT(nn.Module):
         self.config, self.attention_name, self.gelu = model.config, name, gelu
         vit = model.vit
         self.embedding = Embedding(vit.embeddings)
-        make = Maker(weights, scales, vit.embeddings.position_embeddings.shape[1])
+        positions = vit.embeddings.position_embeddings
+        make = Maker(weights, scales, positions.shape[1], positions.dtype)
         norms = [*(layer.layernorm_before for layer in vit.layers), vit.layernorm]
         self.first_norm = norms[0]
         end = len(vit.layers) - 1
@@ -304,6 +301,8 @@ def fuse(loaded: Loaded, *, gelu: str = "checkpoint", scales: str = "expanded", 
     if scales not in ("expanded", "nested"):
         raise ValueError(f"scales is {scales!r}: it must be 'expanded' or 'nested'")
     model, variant = loaded.model, loaded.variant
+    if not hasattr(model, "vit"):
+        raise ValueError(f"a {type(model).__name__} cannot be fused: it must be a ViTForImageClassification")
     if weights is None and variant is not None and variant.fused:
         weights = variant.weights if variant.weights in ("nf4", "w8a16", "w8a8", "fp8") else "dense"
     name = attention.DIRECT_OF.get(model.config._attn_implementation)

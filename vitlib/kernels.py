@@ -158,11 +158,16 @@ def _filled(config: Config, m: int, n: int, k: int, processors: int) -> Config:
 @functools.cache
 def default_config(kind: str, m: int, n: int, k: int, device: torch.device) -> Config:
     """The configuration that runs when none is given: the first candidate that fits `device`."""
+    return configs_for(kind, m, n, k, device)[0]
+
+
+def configs_for(kind: str, m: int, n: int, k: int, device: torch.device) -> list[Config]:
+    """`configs` for the shared memory and the processors of `device`."""
     if device.type != "cuda":
-        return configs(kind, m, n, k)[0]
+        return configs(kind, m, n, k)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return configs(kind, m, n, k, shared, properties.multi_processor_count)[0]
+    return configs(kind, m, n, k, shared, properties.multi_processor_count)
 
 
 @functools.cache
@@ -634,6 +639,8 @@ class _Launch:
         self.config = config or default_config(kind, m, n, k, x.device)
         if kind == "nf4" and self.config.bk != GROUP:
             raise ValueError(f"NF4 products go in steps of {GROUP} columns: bk must be {GROUP}, not {self.config.bk}")
+        if m * n >= 2**31:
+            raise ValueError(f"an output {m} x {n} has more numbers than the kernels can address: use smaller batches")
         self.m, self.n, self.device = m, n, x.device
         self.steps = math.ceil(math.ceil(k / self.config.bk) / self.config.split_k)
         self.grid = (math.ceil(m / self.config.bm) * math.ceil(n / self.config.bn), self.config.split_k)
@@ -821,11 +828,12 @@ def dequantize_int8(
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
     """(q (M, K) int8 or float8_e4m3fn, scale (M,) fp32), x ≈ q · scale: symmetric, each row by its largest value.
 
-    ValueError for rows longer than 4096, another `dtype`, or a strided x.
+    Rows longer than 4096 take the plain form. ValueError for another `dtype` or a strided x.
     """
     _check_matrix("x", x, dtypes=FLOATS)
-    _check_quantized(x.shape[1], dtype)
-    if (missing_fp8 if dtype == torch.float8_e4m3fn else missing_triton)(x.device):
+    _check_quantized(dtype)
+    missing = (missing_fp8 if dtype == torch.float8_e4m3fn else missing_triton)(x.device)
+    if missing or x.shape[1] > ROW_LIMIT:
         return _plain_quantize(x.float(), dtype)
     m, k = x.shape
     q = torch.empty(m, k, dtype=dtype, device=x.device)
@@ -837,11 +845,9 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     return q, scale
 
 
-def _check_quantized(columns: int, dtype: torch.dtype) -> None:
+def _check_quantized(dtype: torch.dtype) -> None:
     if dtype not in LIMITS:
         raise ValueError(f"rows are quantized to {' or '.join(map(str, LIMITS))}, not {dtype}")
-    if columns > ROW_LIMIT:
-        raise ValueError(f"rows of up to {ROW_LIMIT} numbers can be quantized, these have {columns}")
 
 
 def linear_w8a8(
@@ -890,7 +896,7 @@ def add_layer_norm(
 
     Each addend may be None. `partials` (S, M, N) fp32 and `linear_bias` (N,) join the sum, so that a product cut by
     split_k ends here. The sum is rounded to the dtype of the residual (else of x, else of `weight`) before the norm,
-    whose statistics are fp32. With x alone, the sum is x itself. ValueError for rows longer than 4096.
+    whose statistics are fp32. With x alone, the sum is x itself. Rows longer than 4096 take the plain form.
     """
     total, normed, _ = _norm(x, residual, weight, bias, eps, partials, linear_bias, None)
     return total, normed
@@ -910,7 +916,7 @@ def add_layer_norm_quantize(
 
     The row is quantized to `dtype` from fp32, without the rounding to 16 bits in between.
     """
-    _check_quantized(weight.shape[0], dtype)
+    _check_quantized(dtype)
     return _norm(x, residual, weight, bias, eps, partials, linear_bias, dtype)
 
 
@@ -918,7 +924,7 @@ def _norm(x, residual, weight, bias, eps, partials, linear_bias, quantized: torc
     _check_norm(x, residual, partials, weight.shape[0])
     like = next(tensor for tensor in (residual, x, weight) if tensor is not None)
     needs = missing_fp8 if quantized == torch.float8_e4m3fn else missing_triton
-    form = _plain_norm if needs(weight.device) else _kernel_norm
+    form = _plain_norm if needs(weight.device) or weight.shape[0] > ROW_LIMIT else _kernel_norm
     return form(x, residual, weight, bias, eps, partials, linear_bias, quantized, like.dtype)
 
 
@@ -932,8 +938,6 @@ def _check_norm(x, residual, partials, columns: int) -> None:
         raise ValueError(f"partials must be contiguous (S, M, N), they are {tuple(partials.shape)}")
     if len({tuple(t.shape[-2:]) for t in (x, residual, partials) if t is not None}) > 1:
         raise ValueError("x, residual and partials must have the same (M, N)")
-    if columns > ROW_LIMIT:
-        raise ValueError(f"rows of up to {ROW_LIMIT} numbers can be normalised, these have {columns}")
 
 
 def _plain_norm(x, residual, weight, bias, eps, partials, linear_bias, quantized, dtype):
