@@ -32,18 +32,10 @@ import pandas as pd
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "bench": (
-        *("part", "step", "batch", "ms", "ms_low", "ms_high", "images_per_s", "seconds", "times_baseline"),
-        *(
-            "of_best_fp16",
-            "share",
-            "reference",
-            "relative_error",
-            "agreement",
-            "model_mb",
-            "peak_mb",
-            "prepare_s",
-            "note",
-        ),
+        *("part", "step", "batch", "gelu", "ms", "ms_low", "ms_high", "images_per_s", "seconds"),
+        *("times_baseline", "times_baseline_low", "times_baseline_high"),
+        *("of_best_fp16", "of_best_fp16_low", "of_best_fp16_high", "share", "reference", "relative_error"),
+        *("agreement", "model_mb", "held_mb", "peak_mb", "prepare_s", "note"),
     ),
     "finetune": (
         *("epoch", "train_loss", "valid_loss", "top1", "top5"),
