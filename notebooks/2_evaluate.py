@@ -111,7 +111,7 @@ limits = benchmark.against_the_roofline(bench, settings, kernels, peak)
 plots.roofline(limits)
 
 # %% [markdown]
-# The same as numbers, with the parts that compute little and move much, for parts that take at least a hundredth of
+# The same as numbers, with the parts that compute little and move much, for parts that take at least a twentieth of
 # their variant's time. A part whose tensors are still in the cache from the part before can pass the copy's bandwidth,
 # as the copy goes through memory. Conversions and copies have no floor: an ideal pass has none of them.
 

@@ -120,7 +120,7 @@ def test_eight_bit_products_have_their_own_ceiling_and_conversions_only_their_ti
         counted, times, roofline.Ceilings({"float16": 100.0}, 1000.0), "float16", linears="int8"
     )
     assert without["ceiling_tflop_s"]["mlp"] == 100.0  # where no 8-bit product runs
-    shown = benchmark.readable_roofline(found.rename_axis("part").reset_index().assign(variant="int8-sdpa"))
+    shown = benchmark.readable_roofline(found.rename_axis("part").reset_index().assign(variant="int8-sdpa"), 0.01)
     assert shown["part"].tolist() == ["mlp", "head", "quantization"]
     assert shown[["TFLOP/s", "of at most", "GB/s", "of a copy's"]].iloc[2].isna().all()
     assert shown["of at most"].iloc[0] == 200.0

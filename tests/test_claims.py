@@ -333,7 +333,8 @@ def test_the_table_is_written_and_counted(made):
     again = records.read_table(made.folder / "records" / "claims.csv")
     assert list(again.columns) == list(records.COLUMNS["claims"]) and len(again) == len(ALL)
     assert claims.counts(frame).loc["all"].sum() == len(ALL)
-    assert claims.readable(frame, "speed").to_html().count("<em>") == (frame["subject"] == "speed").sum()
+    # The source under the sentence, and the rule under what was said.
+    assert claims.readable(frame, "speed").to_html().count("<em>") == 2 * (frame["subject"] == "speed").sum()
     assert "✗" in claims.grid(frame, "slides table").to_html()
     assert f"Of {len(ALL)} claims" in claims.headline(frame)
 

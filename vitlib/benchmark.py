@@ -141,7 +141,7 @@ def against_the_roofline(
     return table
 
 
-def readable_roofline(limits: pd.DataFrame, share: float = 0.01) -> pd.DataFrame:
+def readable_roofline(limits: pd.DataFrame, share: float = 0.05) -> pd.DataFrame:
     """The table of `against_the_roofline` for a report: parts with at least `share` of their variant's device time."""
     total = limits.groupby("variant")["device_time_us"].transform("sum")
     shown = limits[limits["device_time_us"] >= share * total]

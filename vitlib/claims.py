@@ -858,15 +858,16 @@ _MARKS = {HOLDS: "✓", HOLDS_ONLY: "(✓)", FAILS: "✗", UNTESTED: "·"}
 def readable(frame: pd.DataFrame, *subjects: str) -> pd.io.formats.style.Styler:
     """The claims of some subjects for a report: the source under the sentence, wide columns, the verdict coloured."""
     chosen = frame[frame["subject"].isin(subjects)] if subjects else frame
-    columns = ["claim", "original", "counts_as", "measured", "verdict", "cause"]
-    shown = chosen[columns].fillna("").reset_index(drop=True).rename(columns={"counts_as": "holds if"})
-    escaped = chosen.map(lambda value: html.escape(str(value)))
+    columns = ["claim", "original", "measured", "verdict", "cause"]
+    shown = chosen[columns].fillna("").reset_index(drop=True)
+    escaped = chosen.fillna("").map(lambda value: html.escape(str(value)))
     shown["claim"] = (escaped["claim"] + "<br><em>" + escaped["source"] + "</em>").to_numpy()
+    shown["original"] = (escaped["original"] + "<br><em>holds if " + escaped["counts_as"] + "</em>").to_numpy()
     if not shown["cause"].any():
         shown = shown.drop(columns="cause")
-    styled = shown.style.hide(axis="index").format(escape="html", subset=list(shown.columns[1:]))
+    styled = shown.style.hide(axis="index").format(escape="html", subset=list(shown.columns[2:]))
     styled = styled.map(lambda text: f"color: {_COLOURS[kind_of(text)]}", subset="verdict")
-    widths = {"claim": 19, "original": 6, "holds if": 7, "measured": 9, "verdict": 12, "cause": 12}
+    widths = {"claim": 18, "original": 8, "measured": 8, "verdict": 9, "cause": 12}
     for name, width in widths.items():  # rem
         if name in shown:
             sizes = {"min-width": f"{width}rem", "text-align": "left", "white-space": "normal"}
@@ -929,7 +930,7 @@ def readable_reanalysis(frame: pd.DataFrame) -> pd.DataFrame:
             "bits": frame["bits"],
             "kept in 16 bit": frame["kept"],
             "right of n": [f"{right} of {n}" for right, n in zip(frame["right"], frame["n"], strict=True)],
-            "Top-1 (%)": (100 * frame["top1"]).round(2),
+            "Top-1 (%)": [f"{100 * value:.2f}" for value in frame["top1"]],
             "95 % interval": [f"{100 * low:.1f} – {100 * high:.1f}" for low, high in bounds],
             "pictures gained": frame["pictures"],
             "smallest possible p": frame["least_p"],
