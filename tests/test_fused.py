@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitlib import attention, engine, fused, linears, models, profile, quantize
-from vitlib.ahead import Ahead
+from vitlib.ahead import WAYS, Ahead, BlockWeights
 from vitlib.engine import Engine
 from vitlib.variants import Variant
 
@@ -328,49 +328,69 @@ class FakeStream:
         return frozenset(self.known)
 
 
+@pytest.mark.parametrize("depth", WAYS.values())
 @pytest.mark.parametrize("weights", ["nf4", "w8a16"])
-def test_weights_dequantized_ahead_are_there_in_time_and_not_overwritten_in_use(
-    checkpoints, five, weights, kernel_paths, monkeypatch
+def test_weights_of_a_block_are_dequantized_in_time_and_not_overwritten_in_use(
+    checkpoints, five, weights, depth, kernel_paths, monkeypatch
 ):
     fast = Engine(loaded_as(checkpoints, weights), "fused", (3,))
     network, main = fast.network, FakeStream()
-    in_turn = engine.logits(fast, five[:3], 3)
+    in_turn, queue = engine.logits(fast, five[:3], 3), [main]
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        queue.append(stream)
+        yield
+        queue.pop()
+
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    assert network.can_dequantize_ahead()
-    blocks = [block.layers() for block in network.blocks]
-    network.ahead = Ahead(blocks, torch.float16, CPU)
-    side, block_of = network.ahead.stream, {id(layer): k for k, layers in enumerate(blocks) for layer in layers}
-    written = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: queue[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    network.ahead = Ahead(network.block_weights, torch.float16, CPU, depth)
+    blocks, written = network.block_weights, []
+    original = BlockWeights.dequantize_into
 
-    def write(layer, out, original):
-        block = block_of[id(layer)]
-        used = [("read", id(other)) for other in blocks[block - 2]] if block >= 2 else []
-        assert side.known.issuperset(used), f"the buffer of block {block - 2} is filled anew while it may be in use"
-        original(layer, out)
-        side.known.add(("written", id(layer)))
-        written.append(layer)
+    def write(block, buffer):
+        number = blocks.index(block)
+        used = (
+            [("read", number - depth, id(layer)) for layer in blocks[number - depth].layers] if number >= depth else []
+        )
+        assert queue[-1].known.issuperset(used), (
+            f"the buffer of block {number - depth} is filled while it may be in use"
+        )
+        original(block, buffer)
+        queue[-1].known.add(("written", number))
+        written.append(number)
 
-    for cls in (linears.NF4, linears.Int8WeightOnly):
-        original = cls.dequantize_into
-        monkeypatch.setattr(cls, "dequantize_into", lambda self, out, original=original: write(self, out, original))
+    monkeypatch.setattr(BlockWeights, "dequantize_into", write)
 
-    def read(layer, _):
-        assert ("written", id(layer)) in main.known, "a weight is used that may not be written yet"
-        main.known.add(("read", id(layer)))
+    def reading(number):
+        def read(layer, _):
+            assert ("written", number) in main.known, "a weight is used that may not be written yet"
+            main.known.add(("read", number, id(layer)))
 
-    for layers in blocks:
-        for layer in layers:
-            layer.register_forward_pre_hook(read)
+        return read
+
+    for number, block in enumerate(blocks):
+        for layer in block.layers:
+            layer.register_forward_pre_hook(reading(number))
     assert torch.equal(engine.logits(fast, five[:3], 3), in_turn)
-    assert written == [layer for layers in blocks for layer in layers] and len(blocks) > len(network.ahead.buffers)
-    assert ("written", id(written[-1])) in main.known  # joined: what comes next may free the buffers
-    assert all(layer.ahead is None for layer in written)
+    assert written == list(range(len(blocks))) and len(blocks) > depth
+    assert ("written", written[-1]) in main.known  # joined: what comes next may free the buffers
+    assert all(layer.ahead is None for block in blocks for layer in block.layers)
+
+
+def test_layers_keep_views_of_weights_that_lie_side_by_side(checkpoints, kernel_paths):
+    network = Engine(loaded_as(checkpoints, "nf4"), "fused", (1,)).network
+    block = network.block_weights[0]
+    start, end = block.codes.data_ptr(), block.codes.data_ptr() + block.codes.nbytes
+    assert all(start <= layer.packed.data_ptr() < end for layer in block.layers)
+    stored = quantize.model_mb(plain(checkpoints, "nf4").model)
+    assert quantize.model_mb(network) == pytest.approx(stored + network.scales_extra_mb, rel=0.01)
 
 
 def test_dense_weights_have_nothing_to_dequantize_ahead(checkpoints):
-    assert not Engine(loaded_as(checkpoints, "fp16"), "fused", (1,)).network.can_dequantize_ahead()
+    assert not Engine(loaded_as(checkpoints, "fp16"), "fused", (1,)).network.block_weights
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
@@ -393,9 +413,10 @@ def test_a_second_stream_changes_no_logit(checkpoints, weights):
             layer.choices.clear()  # the first path dequantizes, as the second stream does
     with torch.inference_mode():
         in_turn = network(pixels)
-        network.ahead = Ahead([block.layers() for block in network.blocks], torch.float16, torch.device("cuda"))
-        for _ in range(20):
-            torch.testing.assert_close(network(pixels), in_turn, rtol=1e-3, atol=1e-3)
+        for depth in WAYS.values():
+            network.ahead = Ahead(network.block_weights, torch.float16, torch.device("cuda"), depth)
+            for _ in range(20):
+                torch.testing.assert_close(network(pixels), in_turn, rtol=1e-3, atol=1e-3)
 
 
 def test_a_dropped_engine_is_gone_without_the_collector(checkpoints):

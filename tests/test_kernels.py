@@ -113,6 +113,22 @@ def test_nf4_dequantizes_to_its_values_rounded_once(random, form):
     check_rounded(out, expected)
 
 
+def test_a_run_of_nf4_matrices_is_dequantized_at_once(random, form):
+    shapes = [(33, 256), (7, 128), (5, 384)]
+    weights = [nf4_weight(random(*shape)) for shape in shapes]
+    repacked = [kernels.repack_nf4(*weight, shape) for weight, shape in zip(weights, shapes, strict=True)]
+    packed = torch.cat([codes.reshape(-1) for codes, _ in repacked])
+    scales = torch.cat([laid.contiguous().reshape(-1) for _, laid in repacked])
+    for dtype in (torch.float32, *EPS):
+        expected = torch.cat([nf4_values(*w, shape).reshape(-1) for w, shape in zip(weights, shapes, strict=True)])
+        out = torch.full((len(expected) + 1,), 7.0, dtype=dtype, device=DEVICE)
+        kernels.dequantize_nf4_run(*on(packed, scales), out[:-1])
+        check_rounded(out[:-1], expected.float().to(dtype))
+        assert out[-1] == 7  # nothing is written behind the run
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.dequantize_nf4_run(*on(packed, scales), out)
+
+
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(("gelu", "split"), [(False, 1), ("erf", 1), ("tanh", 2)])
 def test_nf4_product(random, form, dtype, gelu, split):
@@ -204,6 +220,20 @@ def test_the_int8_assembly_decodes_every_byte():
 
 
 # ----------------------------------------------------------------------------------------------------------- 8 bit
+
+
+def test_a_run_of_int8_matrices_is_dequantized_at_once(random, form):
+    (wide, wide_scale), (tall, tall_scale) = int8_weight(random(33, 256)), int8_weight(random(50, 64))
+    rows = torch.cat([wide.reshape(-1), tall.reshape(-1)])
+    scales = torch.cat([wide_scale.repeat_interleave(4), tall_scale])
+    expected = torch.cat([(w.float() * s[:, None]).reshape(-1) for w, s in ((wide, wide_scale), (tall, tall_scale))])
+    for dtype in (torch.float32, *EPS):
+        out = torch.full((len(expected) + 1,), 7.0, dtype=dtype, device=DEVICE)
+        kernels.dequantize_int8_run(*on(rows, scales), out[:-1])
+        check_rounded(out[:-1], expected.to(dtype))
+        assert out[-1] == 7
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.dequantize_int8_run(*on(rows, scales[:-1]), out[:-1])
 
 
 def test_int8_dequantizes_to_its_values_rounded_once(random, form):

@@ -1,82 +1,132 @@
-"""Weights of coming blocks dequantized on a second stream while the present block computes. Level 1.
+"""Weights of a whole block dequantized at once, or beside the block before it. Level 1.
 
-At small batches the products of a Vision Transformer leave most of a GPU idle, and dequantizing a weight costs about
-half as much again as using it. Side by side it costs almost nothing. A few buffers are used in turn, so the network
-never lies in 16 bit in memory as a whole. Captured in a CUDA graph the second stream becomes parallel branches.
+Each quantized linear costs a small kernel that dequantizes it before the product, and such a kernel takes about as long
+to start as to run. Here the weights of a block lie side by side, so that one kernel dequantizes them all; and it may do
+so on a second stream while the block before computes, which leaves most of a GPU idle at small batches. A buffer or two
+are used in turn, so the network never lies in 16 bit in memory as a whole. In a CUDA graph the second stream becomes
+parallel branches.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from vitlib.linears import Linear
+from vitlib import kernels, linears
+from vitlib.linears import NF4, Int8WeightOnly, Linear
 
-DEPTH = 2  # blocks: the one that computes and the one after it
+# Buffers of each way: one is filled before its block runs, two also while the block before it runs.
+WAYS = {"by block": 1, "ahead": 2}
+
+
+class BlockWeights:
+    """The quantized weights of a block's layers, moved side by side; the layers keep views of their parts.
+
+    Make it before any graph is captured: the layers' own tensors are replaced.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = layers
+        self.counts = [layer.out_features * layer.in_features for layer in layers]
+        self.extra_mb = 0.0
+        if isinstance(layers[0], NF4):
+            self.codes = _side_by_side(layers, "packed")
+            self.scales = _side_by_side(layers, "absmax")
+        else:
+            self.codes = _side_by_side(layers, "rows")
+            length = math.gcd(*(layer.in_features for layer in layers))
+            chunk = length & -length  # the largest power of two that divides all rows
+            self.scales = torch.cat([layer.scales.repeat_interleave(layer.in_features // chunk) for layer in layers])
+            self.extra_mb = self.scales.nbytes / 2**20  # each row's scale once more for every `chunk` of its weights
+
+    def dequantize_into(self, buffer: torch.Tensor) -> None:
+        """All weights of the block, one matrix behind the other, at the beginning of `buffer`."""
+        run = kernels.dequantize_nf4_run if isinstance(self.layers[0], NF4) else kernels.dequantize_int8_run
+        run(self.codes, self.scales, buffer[: sum(self.counts)])
+
+    def views(self, buffer: torch.Tensor) -> Iterator[tuple[Linear, torch.Tensor]]:
+        """Each layer with its weight (N, K) in `buffer`."""
+        parts = buffer[: sum(self.counts)].split(self.counts)
+        for layer, part in zip(self.layers, parts, strict=True):
+            yield layer, part.view(layer.out_features, layer.in_features)
+
+
+def _side_by_side(layers: Sequence[Linear], name: str) -> torch.Tensor:
+    """The tensors `name` of all layers as one run, row by row; each layer's own becomes a view of it."""
+    tensors = [getattr(layer, name) for layer in layers]
+    run = torch.cat([tensor.contiguous().reshape(-1) for tensor in tensors])
+    for layer, tensor, part in zip(layers, tensors, run.split([t.numel() for t in tensors]), strict=True):
+        setattr(layer, name, part.view(tensor.shape))
+    return run
+
+
+def can_run(layers: Sequence[Linear]) -> bool:
+    """Whether one kernel can dequantize these layers: all of them NF4 in this project's order, or all int8 rows."""
+    if all(isinstance(layer, NF4) for layer in layers):
+        return all(layer.repacked for layer in layers)
+    return all(isinstance(layer, Int8WeightOnly) and linears.use_kernels(layer.rows.device) for layer in layers)
 
 
 class Ahead:
     """`with ahead.running():` around a pass, and in it `with ahead.block(i):` around each block.
 
-    `blocks` are the layers of each block; all must be able to `dequantize_into` a tensor of `dtype`. `megabytes` is
-    what the buffers weigh.
+    `depth` is the number of buffers of `dtype`, see `WAYS`. `megabytes` is what they and repeated scales of rows weigh.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[Linear]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[BlockWeights], dtype: torch.dtype, device: torch.device, depth: int) -> None:
         self.blocks = blocks
-        largest = max(sum(layer.out_features * layer.in_features for layer in layers) for layers in blocks)
-        self.buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(min(DEPTH, len(blocks)))]
-        self.stream = torch.cuda.Stream(device, priority=0)  # lower than that of captured passes
+        largest = max(sum(block.counts) for block in blocks)
+        self.buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(depth)]
+        # Of lower priority than captured passes.
+        self.stream = torch.cuda.Stream(device, priority=0) if depth > 1 else None
         self.active = False
         self._ready: list[torch.cuda.Event] = []
 
     @property
     def megabytes(self) -> float:
-        return sum(buffer.nbytes for buffer in self.buffers) / 2**20
+        return sum(buffer.nbytes for buffer in self.buffers) / 2**20 + sum(block.extra_mb for block in self.blocks)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """A pass that takes weights from the buffers."""
-        main = torch.cuda.current_stream()
-        self.active, self._ready = True, []
-        self.stream.wait_stream(main)
-        for number in range(len(self.buffers)):
-            self._dequantize(number)
+        self.active = True
+        if self.stream is not None:
+            self._ready = []
+            self.stream.wait_stream(torch.cuda.current_stream())
+            for number in range(min(len(self.buffers), len(self.blocks))):
+                self._dequantize(number)
         try:
             yield
         finally:
             self.active = False
-            main.wait_stream(self.stream)
+            if self.stream is not None:
+                torch.cuda.current_stream().wait_stream(self.stream)
 
     @contextmanager
     def block(self, number: int) -> Iterator[None]:
-        """Block `number`, once its weights are ready; afterwards its buffer is filled for a later block."""
-        if not self.active:
-            yield
-            return
-        main = torch.cuda.current_stream()
-        main.wait_event(self._ready[number])
-        for layer, weight in self._weights(number):
+        """Block `number`, once its weights are ready; afterwards its buffer may be filled for a later block."""
+        block, buffer = self.blocks[number], self._buffer(number)
+        if self.stream is None:
+            block.dequantize_into(buffer)
+        else:
+            torch.cuda.current_stream().wait_event(self._ready[number])
+        for layer, weight in block.views(buffer):
             layer.ahead = weight
         try:
             yield
         finally:
-            for layer in self.blocks[number]:
+            for layer in block.layers:
                 layer.ahead = None
         following = number + len(self.buffers)
-        if following < len(self.blocks):
-            self.stream.wait_event(main.record_event())
+        if self.stream is not None and following < len(self.blocks):
+            self.stream.wait_event(torch.cuda.current_stream().record_event())
             self._dequantize(following)
 
-    def _weights(self, number: int) -> Iterator[tuple[Linear, torch.Tensor]]:
-        buffer, start = self.buffers[number % len(self.buffers)], 0
-        for layer in self.blocks[number]:
-            end = start + layer.out_features * layer.in_features
-            yield layer, buffer[start:end].view(layer.out_features, layer.in_features)
-            start = end
+    def _buffer(self, number: int) -> torch.Tensor:
+        return self.buffers[number % len(self.buffers)]
 
     def _dequantize(self, number: int) -> None:
         with torch.cuda.stream(self.stream):
-            for layer, weight in self._weights(number):
-                layer.dequantize_into(weight)
+            self.blocks[number].dequantize_into(self._buffer(number))
             self._ready.append(self.stream.record_event())

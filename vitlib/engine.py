@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vitlib import fused, linears, models, timing
-from vitlib.ahead import Ahead
+from vitlib.ahead import WAYS, Ahead
 from vitlib.models import Loaded
 
 
@@ -24,7 +24,7 @@ class Engine:
 
     `prepare_s` are the seconds of transforming, tuning and capturing (with compilation, where compiled code is
     captured), `tune_s` those of tuning among them. `pool_mb` is by batch size what a graph keeps for its inputs and
-    activations, with the buffers of weights dequantized ahead, which all sizes share and `buffers_mb` weighs once.
+    activations, with the buffers of weights that are dequantized by block; `buffers_mb` counts those once.
     `compile_s` holds the seconds of the first call of each batch size of a compiled engine. `gelu` and `scales` are
     those of `fused.fuse`; `backend` is torch.compile's.
     """
@@ -40,11 +40,11 @@ class Engine:
         backend: str = "inductor",
     ) -> None:
         self.execution, self.sizes = execution, tuple(sorted(batch_sizes))
-        self.prepare_s = self.tune_s = self.buffers_mb = 0.0
+        self.prepare_s = self.tune_s = 0.0
         self.compile_s: dict[int, float] = {}
         self.pool_mb: dict[int, float] = {}
         self._graphs: dict[int, Graph] = {}
-        self._ahead: Ahead | None = None
+        self._aheads: dict[int, Ahead] = {}
         start = time.perf_counter()
         self.loaded = self._transformed(loaded, gelu, scales) if execution.startswith("fused") else loaded
         # Of the network and not of this engine: a cycle would keep both on the GPU until the collector comes by.
@@ -53,8 +53,9 @@ class Engine:
         if execution.endswith("graph"):
             for size in self.sizes:
                 self._graphs[size], self.pool_mb[size] = self._capture(size)
-            if execution == "fused-graph" and self.network.can_dequantize_ahead():
-                self._try_ahead()
+            if execution == "fused-graph" and self.network.block_weights:
+                for way, depth in WAYS.items():
+                    self._try_ahead(way, depth)
         if execution not in ("eager", "compile"):
             self.prepare_s = time.perf_counter() - start
 
@@ -90,23 +91,28 @@ class Engine:
         return logits
 
     @torch.inference_mode()
-    def _try_ahead(self) -> None:
-        """Capture each size once more with weights dequantized on a second stream, and keep what is faster."""
+    def _try_ahead(self, way: str, depth: int) -> None:
+        """Capture each size once more with the weights of whole blocks dequantized at once; keep what is faster."""
         network = self.network
-        network.ahead = ahead = Ahead([block.layers() for block in network.blocks], self.loaded.dtype, self.device)
+        network.ahead = ahead = Ahead(network.block_weights, self.loaded.dtype, self.device, depth)
         try:
             for size in self.sizes:
                 other, pool = self._capture(size)
-                if self._compare(size, other):
+                if self._compare(size, other, way):
                     self._graphs[size], self.pool_mb[size] = other, pool + ahead.megabytes
-                    self._ahead, self.buffers_mb = ahead, ahead.megabytes
+                    self._aheads[size] = ahead  # its buffers live as long as the graph
         except torch.OutOfMemoryError:  # what was captured before goes on as it is
             torch.cuda.empty_cache()
         finally:
             network.ahead = None
 
-    def _compare(self, size: int, other: "Graph") -> bool:
-        """Whether `other`, with weights dequantized ahead, is faster than the graph of `size` and right; noted."""
+    @property
+    def buffers_mb(self) -> float:
+        """Megabytes that dequantized weights of blocks take beside the network; sizes share them."""
+        return sum(ahead.megabytes for ahead in {id(ahead): ahead for ahead in self._aheads.values()}.values())
+
+    def _compare(self, size: int, other: "Graph", way: str) -> bool:
+        """Whether `other` is faster than the graph of `size` and right; both are noted in the tuning table."""
         graphs = self._graphs[size], other
         pixel_values = torch.randn_like(other.inputs)
         for graph in graphs:
@@ -115,22 +121,21 @@ class Engine:
         difference = ((other.outputs - graphs[0].outputs).norm() / graphs[0].outputs.norm()).item()
         times = [linears.replay_us(graph.graph) for graph in graphs]
         wins = difference <= linears.AGREES and times[1] < linears.FASTER * times[0]
-        if wins:  # then no layer takes a path of its own
-            tokens = {
-                module.rows_per_picture
-                for module in self.network.blocks.modules()
-                if isinstance(module, linears.Linear)
-            }
-            for row in self.network.tuning:
-                row["chosen"] &= row["layer"] == "Dense" or row["rows"] not in {size * count for count in tokens}
+        if wins:
+            self._unchoose(size)
         shared = {"layer": "all blocks", "shape": "", "rows": size, "config": "", "note": "rows are pictures"}
         self.network.tuning += [
-            {**shared, "path": path, "us": us, "difference": apart, "chosen": chosen}
-            for path, us, apart, chosen in zip(
-                ("in turn", "ahead"), times, (0.0, difference), (not wins, wins), strict=True
-            )
+            {**shared, "path": f"until then, against {way}", "us": times[0], "difference": 0.0, "chosen": False},
+            {**shared, "path": way, "us": times[1], "difference": difference, "chosen": wins},
         ]
         return wins
+
+    def _unchoose(self, size: int) -> None:
+        """No path of a quantized layer is taken at this batch size any more, nor another way for all blocks."""
+        own = {size * m.rows_per_picture for m in self.network.blocks.modules() if isinstance(m, linears.Linear)}
+        for row in self.network.tuning:
+            whole = row["layer"] == "all blocks" and row["rows"] == size
+            row["chosen"] &= not (whole or (row["layer"] not in ("Dense", "all blocks") and row["rows"] in own))
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from vitlib import attention, kernels, linears, quantize
-from vitlib.ahead import Ahead
+from vitlib.ahead import Ahead, BlockWeights, can_run
 from vitlib.linears import Linear, Quantized, Step, tune, tuning_table
 from vitlib.models import Loaded
 
@@ -230,6 +230,9 @@ class FusedViT(nn.Module):
             )
             for number, layer in enumerate(vit.layers)
         )
+        layers = [block.layers() for block in self.blocks]
+        # Before anything is captured: the layers' tensors are moved.
+        self.block_weights = [BlockWeights(own) for own in layers] if all(map(can_run, layers)) else []
         self.ahead: Ahead | None = None
         self.classifier = linears.Dense(model.classifier.weight, model.classifier.bias)
         self.eval()
@@ -249,13 +252,6 @@ class FusedViT(nn.Module):
                 with ahead.block(number):
                     stream, normed = block(stream, normed, count)
         return self.classifier(normed)
-
-    def can_dequantize_ahead(self) -> bool:
-        """Whether the weights of its blocks can be dequantized on a second stream (see `ahead`)."""
-        layers = [layer for block in self.blocks for layer in block.layers()]
-        return all(isinstance(layer, linears.NF4) and layer.repacked for layer in layers) or all(
-            isinstance(layer, linears.Int8WeightOnly) and linears.use_kernels(layer.rows.device) for layer in layers
-        )
 
     @property
     def scales_extra_mb(self) -> float:

@@ -513,6 +513,31 @@ def _dequantize_int8_kernel(weights, scale, out, K: tl.constexpr, BK: tl.constex
 
 
 @jit
+def _nf4_run_kernel(packed, scales, table, out, groups, BG: tl.constexpr):
+    group, j = tl.program_id(0) * BG + tl.arange(0, BG), tl.arange(0, 64)
+    mask = group < groups
+    both = mask[:, None] & (j >= 0)[None, :]
+    codes = tl.load(packed + group[:, None] * 64 + j[None, :], mask=both, other=0)
+    s_high = tl.load(scales + 2 * group, mask=mask, other=0.0).to(tl.float32)
+    s_low = tl.load(scales + 2 * group + 1, mask=mask, other=0.0).to(tl.float32)
+    high, low = _decode_nf4(codes, table, "")
+    at = out + group[:, None] * 128 + j[None, :]
+    tl.store(at, (high * s_high[:, None]).to(out.dtype.element_ty), mask=both)
+    tl.store(at + 64, (low * s_low[:, None]).to(out.dtype.element_ty), mask=both)
+
+
+@jit
+def _int8_run_kernel(weights, scales, out, chunks, CHUNK: tl.constexpr, BC: tl.constexpr):
+    chunk, j = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, CHUNK)
+    mask = chunk < chunks
+    both = mask[:, None] & (j >= 0)[None, :]
+    at = chunk[:, None] * CHUNK + j[None, :]
+    values = tl.load(weights + at, mask=both, other=0).to(tl.float32)
+    values *= tl.load(scales + chunk, mask=mask, other=0.0)[:, None]
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=both)
+
+
+@jit
 def _quantize_kernel(x, q, q_scale, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BK)
     values = tl.load(x + row * K + cols, mask=cols < K, other=0.0).to(tl.float32)
@@ -823,6 +848,50 @@ def dequantize_int8(
     with torch.cuda.device_of(out):
         _dequantize_int8_kernel[(n, math.ceil(k / block))](rows, scale, out, K=k, BK=block, num_warps=4)
     return out
+
+
+def dequantize_nf4_run(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` (128 G,), filled with the weights of G repacked groups that lie side by side, of whatever matrices.
+
+    `packed` (64 G,) uint8; `scales` (2 G,) row by row, not column by column as `repack_nf4` lays them. A matrix is a
+    run of its groups, so one call dequantizes several. Products in fp32, rounded once. ValueError where sizes differ.
+    """
+    groups = packed.numel() // 64
+    if packed.numel() % 64 or scales.numel() != 2 * groups or out.numel() != GROUP * groups:
+        raise ValueError(f"{packed.numel()} bytes, {scales.numel()} scales and {out.numel()} weights do not fit")
+    _check_run(packed, scales, out)
+    if missing_triton(packed.device):
+        codes = torch.stack([packed.view(groups, BLOCK) >> 4, packed.view(groups, BLOCK) & 15], dim=1)
+        values = _table(torch.float32, packed.device)[codes.long()] * scales.view(groups, 2, 1).float()
+        return out.copy_(values.view(-1))
+    with torch.cuda.device_of(out):
+        table = _table(torch.float32, packed.device)
+        _nf4_run_kernel[(math.ceil(groups / 64),)](packed, scales, table, out, groups, BG=64, num_warps=8)
+    return out
+
+
+def dequantize_int8_run(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` (L,), filled with int8 `rows` (L,) times `scales` (L / C,) fp32, one for each C numbers in a row.
+
+    A matrix whose rows are a multiple of C long is such a run. ValueError where C is no power of two or sizes differ.
+    """
+    chunk = rows.numel() // max(scales.numel(), 1)
+    if chunk * scales.numel() != rows.numel() or chunk & (chunk - 1) or out.numel() != rows.numel():
+        raise ValueError(f"{rows.numel()} rows, {scales.numel()} scales and {out.numel()} weights do not fit")
+    _check_run(rows, scales, out)
+    if missing_triton(rows.device):
+        return out.copy_((rows.view(-1, chunk).float() * scales[:, None]).view(-1))
+    height = max(1, 8192 // chunk)
+    with torch.cuda.device_of(out):
+        _int8_run_kernel[(math.ceil(scales.numel() / height),)](
+            rows, scales, out, scales.numel(), CHUNK=chunk, BC=height, num_warps=8
+        )
+    return out
+
+
+def _check_run(*tensors: torch.Tensor) -> None:
+    if any(tensor.ndim != 1 or not tensor.is_contiguous() or tensor.numel() >= 2**31 for tensor in tensors):
+        raise ValueError("a run is contiguous in one dimension and shorter than 2 ** 31")
 
 
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -185,7 +185,7 @@ class Linear(nn.Module):
         self.usual_gelu: str | None = None  # the one that it is called with, so that tuning times the same work
         self.dtype = torch.float16 if bias is None else bias.dtype  # of inputs and outputs
         self.norm_quantizes = False  # whether its input comes as `Quantized`
-        self.ahead: torch.Tensor | None = None  # the weight in 16 bit, where another stream dequantizes it in time
+        self.ahead: torch.Tensor | None = None  # the weight in 16 bit, where it was dequantized with its block
         self.choices: dict[int, str] = {}
         self.configs: dict[int, str] = {}
 
@@ -221,10 +221,6 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def dequantize_into(self, out: torch.Tensor) -> None:
-        """The weight (N, K) in the dtype of `out`, written there; formats without a 16-bit weight have none."""
-        raise NotImplementedError
 
     def _with_fused(self, *paths: str) -> tuple[str, ...]:
         return (*paths, "fused") if use_kernels(self._device()) else paths
@@ -300,10 +296,6 @@ class NF4(Linear):
         shape = [self.out_features, self.in_features]
         return torch.ops.bitsandbytes.dequantize_4bit.default(self.packed, self.scales(), BLOCK, "nf4", shape, dtype)
 
-    def dequantize_into(self, out: torch.Tensor) -> None:
-        """The weight (N, K) in the dtype of `out`, written there. Only where this project's kernels run."""
-        kernels.dequantize_nf4(self.packed, self.absmax, out.dtype, out)
-
     def paths(self, rows: int) -> tuple[str, ...]:
         if self.repacked:
             return ("dequantize", "fused")
@@ -341,10 +333,6 @@ class Int8WeightOnly(Linear):
         # One pass: int8 times fp32 is computed in fp32 and rounded once, into the output.
         out = torch.empty_like(self.rows, dtype=dtype)
         return torch.mul(self.rows, self.scales[:, None], out=out)
-
-    def dequantize_into(self, out: torch.Tensor) -> None:
-        """The weight (N, K) in the dtype of `out`, written there."""
-        kernels.dequantize_int8(self.rows, self.scales, out.dtype, out)
 
     def paths(self, rows: int) -> tuple[str, ...]:
         return self._with_fused("dequantize")
