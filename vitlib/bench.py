@@ -75,6 +75,8 @@ def steps(device: torch.device) -> list[Step]:
 
 
 GELUS = ("checkpoint", "tanh")
+# Ratios within one run need fewer rounds than a study's tables, and there are more rows here.
+BUDGET = {"rounds": 8, "samples": 40, "round_seconds": 0.1}
 
 
 # ------------------------------------------------------------------------------------------------------------ engine
@@ -382,12 +384,12 @@ def random_study(settings: Parameters, folder: Path, dataset: data.Dataset) -> P
 def default_settings(device: torch.device) -> Parameters:
     """What `make bench` measures without a study: ViT-L/16 on a GPU, a small network on a CPU."""
     flowers = records.resolve("data/flowers102")
-    common = {"study": "bench", "data_source": "data/flowers102" if flowers.is_dir() else "synthetic", "rounds": 8}
+    common = {"study": "bench", "data_source": "data/flowers102" if flowers.is_dir() else "synthetic", **BUDGET}
     if device.type == "cpu":
-        small = {"architecture": "vit-mini", "image_size": 96, "batch_sizes": [1, 8], "round_seconds": 0.1}
+        small = {"architecture": "vit-mini", "image_size": 96, "batch_sizes": [1, 8]}
         return params.check({**common, **small, "limit": 96, "ablation_pictures": 32, "eval_batch_size": 8})
-    large = {"architecture": "vit-large", "image_size": 224, "batch_sizes": [1, 8, 32, 128], "round_seconds": 0.15}
-    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": 16, "samples": 40}
+    large = {"architecture": "vit-large", "image_size": 224, "batch_sizes": [1, 8, 32, 128]}
+    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": 16}
     return params.check({**common, **large, **sizes, "ablation_pictures": 0})
 
 
@@ -437,7 +439,7 @@ def main() -> None:
     checkpoints, settings = None, default_settings(models.pick_device("auto"))
     if options.study:
         values = params.load(records.project_root() / "params" / f"{options.study}.yaml")
-        settings = params.check(values)
+        settings = params.check({**values, **BUDGET})
         checkpoints = records.study_folder(settings.study) / "checkpoints"
         models.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
     frame = run(settings, tuple(options.parts), checkpoints)

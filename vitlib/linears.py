@@ -495,14 +495,15 @@ def of(layers: list[nn.Linear], weights: str | None = None, *, scales: str = "ex
 
 
 @torch.inference_mode()
-def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int = 3) -> pd.DataFrame:
+def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int = 2) -> pd.DataFrame:
     """Time the paths of every linear of `module` for the rows of each batch size, and choose the fastest.
 
     On CUDA the layers of one shape run one after another inside a captured graph, each with its own weights, as they
     do in a pass; small ones may stay in the GPU's cache all the same. On a CPU the first path is taken. A path is left
     for another that is faster by more than 3 %, which is beyond the noise of ten replays. One that fails here or
-    differs from the first by more than 2 % is not chosen. Of a kernel the first `configurations` are tried; each is
-    compiled once a shape, which takes seconds. Returns `tuning_table(module)`.
+    differs from the first by more than 2 % is not chosen. Of a kernel the first `configurations` are tried, of layers
+    that no other is like only one: each is compiled once a shape, which takes a second or two. Returns
+    `tuning_table(module)`.
     """
     groups: dict[tuple, list[Linear]] = defaultdict(list)
     for layer in module.modules():
@@ -520,7 +521,7 @@ def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int =
 
 
 def _tune_group(layers: list[Linear], rows: int, limit: int) -> list[dict[str, object]]:
-    first = layers[0]
+    first, limit = layers[0], limit if len(layers) > 1 else 1
     candidates = [(path, config) for path in first.paths(rows) for config in first.configurations(rows, path)[:limit]]
     found = [_measured(layers, rows, path, config) for path, config in candidates]
     usable = [row for row in found if not row["note"]]
