@@ -6,6 +6,7 @@ other only within one run.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -389,7 +390,7 @@ def default_settings(device: torch.device) -> Parameters:
         small = {"architecture": "vit-mini", "image_size": 96, "batch_sizes": [1, 8]}
         return params.check({**common, **small, "limit": 96, "ablation_pictures": 32, "eval_batch_size": 8})
     large = {"architecture": "vit-large", "image_size": 224, "batch_sizes": [1, 8, 32, 128]}
-    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": 16}
+    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": os.cpu_count() or 2}
     return params.check({**common, **large, **sizes, "ablation_pictures": 0})
 
 
