@@ -335,6 +335,7 @@ def test_weights_of_a_block_are_dequantized_in_time_and_not_overwritten_in_use(
 ):
     fast = Engine(loaded_as(checkpoints, weights), "fused", (3,))
     network, main = fast.network, FakeStream()
+    network.lay_side_by_side()
     in_turn, queue = engine.logits(fast, five[:3], 3), [main]
 
     @contextlib.contextmanager
@@ -380,17 +381,37 @@ def test_weights_of_a_block_are_dequantized_in_time_and_not_overwritten_in_use(
     assert all(layer.ahead is None for block in blocks for layer in block.layers)
 
 
-def test_layers_keep_views_of_weights_that_lie_side_by_side(checkpoints, kernel_paths):
-    network = Engine(loaded_as(checkpoints, "nf4"), "fused", (1,)).network
-    block = network.block_weights[0]
-    start, end = block.codes.data_ptr(), block.codes.data_ptr() + block.codes.nbytes
-    assert all(start <= layer.packed.data_ptr() < end for layer in block.layers)
-    stored = quantize.model_mb(plain(checkpoints, "nf4").model)
-    assert quantize.model_mb(network) == pytest.approx(stored + network.scales_extra_mb, rel=0.01)
+@pytest.mark.parametrize(("weights", "codes"), [("nf4", "packed"), ("w8a16", "rows")])
+def test_layers_keep_views_of_weights_that_lie_side_by_side(checkpoints, weights, codes, kernel_paths):
+    apart = fused.fused_loaded(loaded_as(checkpoints, weights))
+    network = fused.fused_loaded(loaded_as(checkpoints, weights), side_by_side=True)
+    for block in network.model.block_weights:
+        start, end = block.codes.data_ptr(), block.codes.data_ptr() + block.codes.nbytes
+        assert all(start <= getattr(layer, codes).data_ptr() < end for layer in block.layers)
+    # The scales of int8 rows are there once more, and counted.
+    repeated = sum(block.scales.nbytes for block in network.model.block_weights) / 2**20 if weights == "w8a16" else 0.0
+    assert network.weights_mb == pytest.approx(apart.weights_mb + repeated, abs=1e-6)
+
+
+def test_layers_that_get_other_inputs_are_tuned_apart(checkpoints, kernel_paths, monkeypatch):
+    network = fused.fused_loaded(loaded_as(checkpoints, "w8a8")).model
+    first, second = network.blocks[0].attention.qkv, network.blocks[1].attention.qkv
+    assert (first.norm_quantizes, second.norm_quantizes) == (False, True)  # nothing is added before the first norm
+    measured, groups = linears._measured, []
+    monkeypatch.setattr(linears, "_measured", lambda layers, *way: (groups.append(layers), measured(layers, *way))[1])
+    linears.tune(network, [3])
+    assert groups and all(len({layer.norm_quantizes for layer in layers}) == 1 for layers in groups)
+
+
+def test_tuning_again_replaces_what_was_found(checkpoints):
+    network = fused.fused_loaded(loaded_as(checkpoints, "nf4")).model
+    once = linears.tune(network, [1, 3])
+    assert len(linears.tune(network, [3])) == len(once)
+    assert once["chosen"].all() and set(once["batch"]) == {1, 3}
 
 
 def test_dense_weights_have_nothing_to_dequantize_ahead(checkpoints):
-    assert not Engine(loaded_as(checkpoints, "fp16"), "fused", (1,)).network.block_weights
+    assert not fused.fused_loaded(loaded_as(checkpoints, "fp16"), side_by_side=True).model.block_weights
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
@@ -406,11 +427,8 @@ def test_graphs_give_the_logits_of_the_plain_network(checkpoints, five, expected
 @pytest.mark.parametrize("weights", ["nf4", "w8a16"])
 def test_a_second_stream_changes_no_logit(checkpoints, weights):
     loaded = models.load(checkpoints, Variant(weights, "direct", "fused"), torch.device("cuda"))
-    network = Engine(loaded, "fused", (64,)).network
+    network = fused.fused_loaded(loaded, side_by_side=True).model
     pixels = torch.randn(64, 3, 32, 32, device="cuda", dtype=torch.float16)
-    for layer in network.modules():
-        if isinstance(layer, linears.Linear):
-            layer.choices.clear()  # the first path dequantizes, as the second stream does
     with torch.inference_mode():
         in_turn = network(pixels)
         for depth in WAYS.values():

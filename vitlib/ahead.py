@@ -23,13 +23,13 @@ WAYS = {"by block": 1, "ahead": 2}
 class BlockWeights:
     """The quantized weights of a block's layers, moved side by side; the layers keep views of their parts.
 
-    Make it before any graph is captured: the layers' own tensors are replaced.
+    Make it before any graph is captured: the layers' own tensors are replaced. `scales` of int8 rows are repeated for
+    each part of a row; NF4's lie row by row, which the products that decode them read less well than column by column.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self.layers = layers
         self.counts = [layer.out_features * layer.in_features for layer in layers]
-        self.extra_mb = 0.0
         if isinstance(layers[0], NF4):
             self.codes = _side_by_side(layers, "packed")
             self.scales = _side_by_side(layers, "absmax")
@@ -38,7 +38,6 @@ class BlockWeights:
             length = math.gcd(*(layer.in_features for layer in layers))
             chunk = length & -length  # the largest power of two that divides all rows
             self.scales = torch.cat([layer.scales.repeat_interleave(layer.in_features // chunk) for layer in layers])
-            self.extra_mb = self.scales.nbytes / 2**20  # each row's scale once more for every `chunk` of its weights
 
     def dequantize_into(self, buffer: torch.Tensor) -> None:
         """All weights of the block, one matrix behind the other, at the beginning of `buffer`."""
@@ -71,7 +70,7 @@ def can_run(layers: Sequence[Linear]) -> bool:
 class Ahead:
     """`with ahead.running():` around a pass, and in it `with ahead.block(i):` around each block.
 
-    `depth` is the number of buffers of `dtype`, see `WAYS`. `megabytes` is what they and repeated scales of rows weigh.
+    `depth` is the number of buffers of `dtype`, see `WAYS`; `megabytes` is what they weigh.
     """
 
     def __init__(self, blocks: Sequence[BlockWeights], dtype: torch.dtype, device: torch.device, depth: int) -> None:
@@ -85,7 +84,7 @@ class Ahead:
 
     @property
     def megabytes(self) -> float:
-        return sum(buffer.nbytes for buffer in self.buffers) / 2**20 + sum(block.extra_mb for block in self.blocks)
+        return sum(buffer.nbytes for buffer in self.buffers) / 2**20
 
     @contextmanager
     def running(self) -> Iterator[None]:

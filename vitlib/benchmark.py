@@ -69,7 +69,7 @@ def device_time(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.Da
                 "variant": variant.name,
                 "profiled_batch": size,
                 # graph and compiled rows too: only modules have parts
-                "profiled_execution": "fused" if variant.fused else "eager",
+                "profiled_execution": _profiled_execution(variant, bench.engines[variant.name], size),
                 "device_time_us": frame.attrs["total_us"],
                 "attention_device_time_us": profile.attention_time_us(frame),
                 "attention_kernel": profile.attention_kernel(frame),
@@ -81,6 +81,13 @@ def device_time(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.Da
     kernels = pd.concat(frames, ignore_index=True)
     records.write_table(kernels, folder / "kernels.csv")
     return kernels, pd.DataFrame(rows)
+
+
+def _profiled_execution(variant: Variant, runner: Engine, size: int) -> str:
+    """What was profiled; also of graphs and compiled code it is the network's modules, launched one by one."""
+    if not variant.fused:
+        return "eager"
+    return "fused" + ("; its graph dequantizes whole blocks at once" if runner.by_block(size) else "")
 
 
 def _refuse(bench: Bench, variant: Variant, fault: str) -> None:

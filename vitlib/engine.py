@@ -70,7 +70,8 @@ class Engine:
         return fused.tuning_table(self.network)
 
     def _transformed(self, loaded: Loaded, gelu: str, scales: str) -> Loaded:
-        result = fused.fused_loaded(loaded, gelu=gelu, scales=scales)
+        graphs = self.execution == "fused-graph"
+        result = fused.fused_loaded(loaded, gelu=gelu, scales=scales, side_by_side=graphs)
         if loaded.variant is not None:
             models.verify(result.model, loaded.variant)
         start = time.perf_counter()
@@ -93,18 +94,27 @@ class Engine:
     @torch.inference_mode()
     def _try_ahead(self, way: str, depth: int) -> None:
         """Capture each size once more with the weights of whole blocks dequantized at once; keep what is faster."""
-        network = self.network
-        network.ahead = ahead = Ahead(network.block_weights, self.loaded.dtype, self.device, depth)
+        network, failed = self.network, ""
         try:
+            network.ahead = ahead = Ahead(network.block_weights, self.loaded.dtype, self.device, depth)
             for size in self.sizes:
                 other, pool = self._capture(size)
                 if self._compare(size, other, way):
                     self._graphs[size], self.pool_mb[size] = other, pool + ahead.megabytes
                     self._aheads[size] = ahead  # its buffers live as long as the graph
-        except torch.OutOfMemoryError:  # what was captured before goes on as it is
-            torch.cuda.empty_cache()
+                other = None  # before the next is captured
+        except linears.FAILURES as error:  # no memory, or a kernel that does not compile: what works goes on as it is
+            failed = (str(error).splitlines() or [type(error).__name__])[0]
         finally:
             network.ahead = None
+        if failed:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            network.tuning += [{"layer": "all blocks", "path": way, "batch": 0, "chosen": False, "note": failed}]
+
+    def by_block(self, size: int) -> bool:
+        """Whether the graph of this batch size dequantizes the weights of whole blocks, and not of each layer."""
+        return size in self._aheads
 
     @property
     def buffers_mb(self) -> float:
@@ -119,11 +129,12 @@ class Engine:
             graph.inputs.copy_(pixel_values)
             graph.graph.replay()
         difference = ((other.outputs - graphs[0].outputs).norm() / graphs[0].outputs.norm()).item()
-        times = [linears.replay_us(graph.graph) for graph in graphs]
+        turns = [[linears.replay_us(graph.graph, 4) for graph in graphs] for _ in range(7)]  # clocks drift under both
+        times = [sorted(turn[k] for turn in turns)[3] for k in (0, 1)]
         wins = difference <= linears.AGREES and times[1] < linears.FASTER * times[0]
         if wins:
             self._unchoose(size)
-        shared = {"layer": "all blocks", "shape": "", "rows": size, "config": "", "note": "rows are pictures"}
+        shared = {"layer": "all blocks", "shape": "", "batch": size, "rows": size, "config": "", "note": ""}
         self.network.tuning += [
             {**shared, "path": f"until then, against {way}", "us": times[0], "difference": 0.0, "chosen": False},
             {**shared, "path": way, "us": times[1], "difference": difference, "chosen": wins},
@@ -132,10 +143,8 @@ class Engine:
 
     def _unchoose(self, size: int) -> None:
         """No path of a quantized layer is taken at this batch size any more, nor another way for all blocks."""
-        own = {size * m.rows_per_picture for m in self.network.blocks.modules() if isinstance(m, linears.Linear)}
         for row in self.network.tuning:
-            whole = row["layer"] == "all blocks" and row["rows"] == size
-            row["chosen"] &= not (whole or (row["layer"] not in ("Dense", "all blocks") and row["rows"] in own))
+            row["chosen"] &= row["batch"] != size or row["layer"] == "Dense"
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +160,7 @@ class Engine:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         inputs = torch.zeros(size, 3, *self.loaded.preprocess.side, dtype=self.loaded.dtype, device=self.device)
-        graph, outputs = linears.captured(lambda: self._forward(inputs))
+        graph, outputs = linears.captured(lambda: self._forward(inputs), self.device)
         torch.cuda.empty_cache()
         return Graph(graph, inputs, outputs), (torch.cuda.memory_reserved(self.device) - before) / 2**20
 

@@ -230,9 +230,7 @@ class FusedViT(nn.Module):
             )
             for number, layer in enumerate(vit.layers)
         )
-        layers = [block.layers() for block in self.blocks]
-        # Before anything is captured: the layers' tensors are moved.
-        self.block_weights = [BlockWeights(own) for own in layers] if all(map(can_run, layers)) else []
+        self.block_weights: list[BlockWeights] = []
         self.ahead: Ahead | None = None
         self.classifier = linears.Dense(model.classifier.weight, model.classifier.bias)
         self.eval()
@@ -252,6 +250,18 @@ class FusedViT(nn.Module):
                 with ahead.block(number):
                     stream, normed = block(stream, normed, count)
         return self.classifier(normed)
+
+    def lay_side_by_side(self) -> None:
+        """Move the quantized weights of each block together, where that lets one kernel dequantize them (`ahead`).
+
+        Before anything is captured. What a network that was loaded plainly shares with it is copied then.
+        """
+        layers = [block.layers() for block in self.blocks]
+        if all(map(can_run, layers)):
+            self.block_weights = [BlockWeights(own) for own in layers]
+            for block, weights in zip(self.blocks, self.block_weights, strict=True):
+                if isinstance(weights.layers[0], linears.Int8WeightOnly):  # NF4's are the layers' own
+                    block.register_buffer("repeated_scales", weights.scales)
 
     @property
     def scales_extra_mb(self) -> float:
@@ -308,12 +318,16 @@ def fuse(loaded: Loaded, *, gelu: str = "checkpoint", scales: str = "expanded", 
         return FusedViT(model, weights=weights, name=name, gelu=_activation(model.config, gelu), scales=scales)
 
 
-def fused_loaded(loaded: Loaded, *, gelu: str = "checkpoint", scales: str = "expanded") -> Loaded:
-    """`loaded` with the fused network in place of the plain one and its weight in MB.
+def fused_loaded(
+    loaded: Loaded, *, gelu: str = "checkpoint", scales: str = "expanded", side_by_side: bool = False
+) -> Loaded:
+    """`loaded` with the fused network in place of the plain one and its weight in MB; see `lay_side_by_side`.
 
     The plain network's query, key and value weights are freed once the caller drops `loaded` too.
     """
     network = fuse(loaded, gelu=gelu, scales=scales)
+    if side_by_side:
+        network.lay_side_by_side()
     return replace(loaded, model=network, weights_mb=quantize.model_mb(network))
 
 

@@ -29,7 +29,7 @@ try:
 except ImportError:
     TritonError = RuntimeError
 
-_FAILURES = (RuntimeError, ValueError, NotImplementedError, AssertionError, TritonError)  # of a path that is tried
+FAILURES = (RuntimeError, ValueError, NotImplementedError, AssertionError, TritonError)  # of a path that is tried
 BLOCK = 64  # weights that share a scale in NF4
 NESTED_BLOCK = 256  # scales that share a scale of their own
 INT8_MAX = 127.0
@@ -37,7 +37,7 @@ DECODING_PAYS = 2048  # rows: each tile of rows decodes all weights again, so be
 FASTER = 0.97  # of the time of a path, at most, for another to be taken instead
 CALLS = 24  # of a layer's product at least in a timed graph: a graph of one kernel times its launch
 AGREES = 0.02  # relative difference at most between two paths of a layer
-TUNING_COLUMNS = ("layer", "shape", "rows", "path", "config", "us", "difference", "chosen", "note")
+TUNING_COLUMNS = ("layer", "shape", "batch", "rows", "path", "config", "us", "difference", "chosen", "note")
 
 
 def use_kernels(device: torch.device, *, fp8: bool = False) -> bool:
@@ -509,21 +509,28 @@ def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int =
     for layer in module.modules():
         if isinstance(layer, Linear):
             sizes = layer.out_features, layer.in_features, layer.rows_per_picture
-            groups[type(layer), *sizes, layer.usual_gelu].append(layer)
-    rows = []
+            groups[type(layer), *sizes, layer.usual_gelu, layer.norm_quantizes].append(layer)
+    rows, sizes = [], sorted(set(batch_sizes))
     for layers in groups.values():
-        for size in sorted(set(batch_sizes)):
-            rows += _tune_group(layers, size * layers[0].rows_per_picture, configurations)
+        for size in sizes:
+            found = _tune_group(layers, size * layers[0].rows_per_picture, configurations)
+            rows += [{**row, "batch": size} for row in found]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the timed graphs had allocated
-    module.tuning = [*getattr(module, "tuning", []), *rows]
+    before = [row for row in getattr(module, "tuning", []) if row["batch"] not in sizes]
+    module.tuning = [*before, *rows]
     return tuning_table(module)
 
 
 def _tune_group(layers: list[Linear], rows: int, limit: int) -> list[dict[str, object]]:
-    first, limit = layers[0], limit if len(layers) > 1 else 1
-    candidates = [(path, config) for path in first.paths(rows) for config in first.configurations(rows, path)[:limit]]
-    found = [_measured(layers, rows, path, config) for path, config in candidates]
+    first, found = layers[0], []
+    for path in first.paths(rows):
+        left = limit if len(layers) > 1 else 1
+        for config in first.configurations(rows, path):
+            found.append(_measured(layers, rows, path, config))
+            left -= not found[-1]["note"]  # one that does not run here leaves its turn to the next
+            if not left:
+                break
     usable = [row for row in found if not row["note"]]
     if not usable:
         raise RuntimeError(f"no path of {type(first).__name__} runs for {rows} rows: {found[0]['note']}")
@@ -553,8 +560,9 @@ def _measured(layers: list[Linear], rows: int, path: str, config: str) -> dict[s
         row["difference"] = ((found - expected).norm() / expected.norm()).item()
         if not row["difference"] <= AGREES:
             return row | {"note": "differs from the reference"}
-        row["us"] = _graph_us(lambda: _each(layers * times, path, config, x)) / (times * len(layers))
-    except _FAILURES as error:
+        graph, _ = captured(lambda: _each(layers * times, path, config, x), device)
+        row["us"] = replay_us(graph) / (times * len(layers))
+    except FAILURES as error:
         row["note"] = (str(error).splitlines() or [type(error).__name__])[0]
     return row
 
@@ -562,11 +570,6 @@ def _measured(layers: list[Linear], rows: int, path: str, config: str) -> dict[s
 def _each(layers: list[Linear], path: str, config: str, x: torch.Tensor) -> None:
     for layer in layers:  # results are dropped at once: their memory is used again, as in a pass
         layer.run(path, config, x, layer.usual_gelu)
-
-
-def _graph_us(call: Callable[[], object], repeats: int = 10) -> float:
-    """Median microseconds of `call` replayed from a CUDA graph."""
-    return replay_us(captured(call)[0], repeats)
 
 
 @functools.cache
@@ -578,9 +581,9 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def captured(call: Callable[[], object]) -> tuple["torch.cuda.CUDAGraph", object]:
-    """`call` as a CUDA graph on the current device, and what it returned: the tensors that a replay writes."""
-    stream = capture_stream(torch.device("cuda", torch.cuda.current_device()))
+def captured(call: Callable[[], object], device: torch.device) -> tuple["torch.cuda.CUDAGraph", object]:
+    """`call` as a CUDA graph on `device`, and what it returned: the tensors that a replay writes."""
+    stream = capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # lazy handles and workspaces must not be made while capturing
         for _ in range(2):
@@ -607,7 +610,7 @@ def replay_us(graph: "torch.cuda.CUDAGraph", repeats: int = 10) -> float:
 def tuning_table(module: nn.Module) -> pd.DataFrame:
     """What `tune` found, a row a layer shape, number of rows and path.
 
-    Columns: layer (format), shape, rows, path, us (microseconds of one call; missing on a CPU), difference (relative,
-    to the first path), chosen, note.
+    Columns: layer (format), shape, batch (pictures), rows, path, us (microseconds of one call; missing on a CPU),
+    difference (relative, to the first path), chosen, note.
     """
     return pd.DataFrame(getattr(module, "tuning", []), columns=list(TUNING_COLUMNS))
