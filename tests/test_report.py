@@ -406,7 +406,9 @@ def test_a_copied_study_keeps_its_name(study, project):
         json.dumps({"base": "x", "kind": "stand-in", "origin": "trained here"})
     )
     study.rename(project / "outputs" / "copy")
-    text = BeautifulSoup(frontpage.index(project / "outputs" / "copy").read_text(), "html.parser").get_text()
+    soup = BeautifulSoup(frontpage.index(project / "outputs" / "copy").read_text(), "html.parser")
+    text = soup.get_text()
+    assert "no pretrained network" not in " ".join(hidden.get_text() for hidden in soup("details"))
     assert "Study h200" in text and "params/h200.yaml" in text and "Study copy" not in text
     assert "seed = 0" in text and "image_size" not in text  # of synthetic pictures, and these are none
     assert "no pretrained network: it was trained here" in text
