@@ -86,7 +86,7 @@ BUDGET = {"rounds": 8, "samples": 40, "round_seconds": 0.1}
 def measure_engines(
     settings: Parameters, checkpoints: Path, pixels: torch.Tensor, wanted: list[Step] | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of `bench.csv` for the engine, and the tuning table of the fused networks (`records/tuning.csv`).
+    """Rows of `bench.csv` for the engine, and the tuning table of the fused networks (`records/bench_tuning.csv`).
 
     Columns used: step, batch, gelu, ms (median latency), times_baseline (of the first step's latency) and of_best_fp16
     (share of the fastest fp16 latency with the same GELU) with their bounds, images_per_s (queued calls),
@@ -111,8 +111,7 @@ def measure_engines(
     about["prepare_s"] = [_prepare_s(engines[step.name]) for step in ran]
     frame = _compared(rounds, ran).merge(rates, on=["step", "batch"]).merge(about, on="step")
     frame = pd.concat([frame, pd.DataFrame(reasons, columns=["step", "note"])], ignore_index=True)
-    tunings = [runner.tuning.assign(step=name) for name, runner in engines.items() if len(runner.tuning)]
-    return frame.assign(part="engine"), pd.concat(tunings, ignore_index=True) if tunings else pd.DataFrame()
+    return frame.assign(part="engine"), engine.tunings(engines, "step")
 
 
 def _prepared(
@@ -142,11 +141,7 @@ def _timed(
     engines: Mapping[str, Engine], pixels: torch.Tensor, settings: Parameters, device: torch.device
 ) -> tuple[Rounds, pd.DataFrame]:
     """Latencies, and throughput in images/s, of every engine and batch size, in rounds of shuffled order."""
-    calls = {
-        (name, size): benchmark.rotating_calls(runner, pixels, size)
-        for name, runner in engines.items()
-        for size in settings.batch_sizes
-    }
+    calls = benchmark.every_call(engines, pixels, settings.batch_sizes)
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
     latencies = timing.latency(calls, device, budget, settings.seed)
     rates = timing.throughput(calls, {key: key[1] for key in calls}, device, budget, settings.seed)
@@ -291,6 +286,11 @@ def _engine(
     return find
 
 
+def _exactly(value: float) -> stats.Interval:
+    """What was counted and not timed has no bounds but itself."""
+    return stats.Interval(value, value, value)
+
+
 def _value(part: str, column: str, step: str = "", by: str = "") -> Callable[[pd.DataFrame], stats.Interval | None]:
     """`column` of the row of a part whose step begins with `step`: the one with the largest `by`, else the first."""
 
@@ -298,8 +298,7 @@ def _value(part: str, column: str, step: str = "", by: str = "") -> Callable[[pd
         own = frame[(frame["part"] == part) & frame["step"].astype(str).str.startswith(step)].dropna(subset=[column])
         if own.empty:
             return None
-        value = float(own.loc[own[by].idxmax() if by else own.index[0], column])
-        return stats.Interval(value, value, value)
+        return _exactly(float(own.loc[own[by].idxmax() if by else own.index[0], column]))
 
     return find
 
@@ -312,8 +311,7 @@ def _bytes(weights: str, plain: str) -> Callable[[pd.DataFrame], stats.Interval 
         own = frame.loc[frame["step"] == plain, "model_mb"].dropna()
         if held.empty or own.empty:
             return None
-        value = float(held.max() / own.iloc[0])
-        return stats.Interval(value, value, value)
+        return _exactly(float(held.max() / own.iloc[0]))
 
     return find
 
@@ -326,8 +324,7 @@ def _worst(column: str, largest: bool) -> Callable[[pd.DataFrame], stats.Interva
         values = frame.loc[(frame["part"] == "engine") & ~others & (frame["gelu"] == "checkpoint"), column].dropna()
         if values.empty:
             return None
-        value = float(values.max() if largest else values.min())
-        return stats.Interval(value, value, value)
+        return _exactly(float(values.max() if largest else values.min()))
 
     return find
 
@@ -395,7 +392,7 @@ def default_settings(device: torch.device) -> Parameters:
 
 
 def run(settings: Parameters, parts: tuple[str, ...], checkpoints: Path | None) -> pd.DataFrame:
-    """Measure `parts` and write `bench.csv`, `targets.csv`, `tuning.csv` and `bench.json`, the environment."""
+    """Measure `parts` and write `bench.csv`, `targets.csv`, `bench_tuning.csv` and `bench.json`, the environment."""
     dataset, device = data.load(settings), models.pick_device(settings.device)
     folder = records.study_folder(settings.study) / "records"
     with tempfile.TemporaryDirectory() as scratch:
@@ -420,7 +417,7 @@ def _measured(
     if "engine" in parts:
         found, tuning = measure_engines(settings, checkpoints, valid.pixels)
         if len(tuning):
-            records.write_table(tuning, records.study_folder(settings.study) / "records" / "tuning.csv")
+            records.write_table(tuning, records.study_folder(settings.study) / "records" / "bench_tuning.csv")
         yield found
     if "pipeline" in parts:
         yield measure_pipeline(settings, checkpoints, dataset.splits["valid"], device)
@@ -433,6 +430,7 @@ def _measured(
 
 
 def main() -> None:
+    """Measure what the command line asks for, and print both tables."""
     parser = argparse.ArgumentParser(prog="python -m vitlib.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--study", help="take the checkpoints and parameters of this study (params/<study>.yaml)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

@@ -1,6 +1,6 @@
 """Speed and memory of every variant of a bench, behind a gate that lets nothing through under a wrong name. Level 3."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +30,13 @@ SIMULATED = 100
 
 class GateError(RuntimeError):
     """The baseline is not what it is called, or the instruments do not agree; nothing may be compared with it."""
+
+
+def every_call(
+    engines: Mapping[str, Engine], pixels: torch.Tensor, batch_sizes: Iterable[int]
+) -> dict[tuple[str, int], Callable[[int], torch.Tensor]]:
+    """`rotating_calls` of each engine and batch size, by both."""
+    return {(name, size): rotating_calls(run, pixels, size) for name, run in engines.items() for size in batch_sizes}
 
 
 def rotating_calls(engine: Engine, pixels: torch.Tensor, size: int) -> Callable[[int], torch.Tensor]:
@@ -177,11 +184,7 @@ def measure(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.DataFr
     throughput_img_s. Both are written to `records/latency.csv` and `records/throughput.csv`.
     """
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
-    calls = {
-        (name, size): rotating_calls(engine, bench.valid.pixels, size)
-        for name, engine in bench.engines.items()
-        for size in settings.batch_sizes
-    }
+    calls = every_call(bench.engines, bench.valid.pixels, settings.batch_sizes)
     sizes = {key: key[1] for key in calls}
     folder, frames = records.study_folder(settings.study) / "records", []
     with Monitor(seconds=2.0) as clocks:

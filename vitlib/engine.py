@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -204,6 +205,12 @@ class Graph(NamedTuple):
 def _logits(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     out = network(pixel_values)
     return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def tunings(engines: Mapping[str, Engine], name: str) -> pd.DataFrame:
+    """The tuning tables of all fused engines in one, whose column `name` says whose row it is; empty without any."""
+    tables = [table.assign(**{name: key}) for key, engine in engines.items() if len(table := engine.tuning)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 @torch.inference_mode()

@@ -104,10 +104,9 @@ def tuning(bench: Bench, settings: Parameters) -> pd.DataFrame:
 
     `choices` counts the pairs of layer shape and number of rows that took the path, `µs` is the median of their times.
     """
-    parts = [part.assign(variant=name) for name, run in bench.engines.items() if len(part := run.tuning)]
-    if not parts:
-        return pd.DataFrame()
-    frame = pd.concat(parts, ignore_index=True)
+    frame = engine.tunings(bench.engines, "variant")
+    if frame.empty:
+        return frame
     records.write_table(frame, records.study_folder(settings.study) / "records" / "tuning.csv")
     taken = frame[frame["chosen"]].groupby(["variant", "layer", "path"], sort=False)["us"]
     return (

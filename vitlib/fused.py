@@ -85,6 +85,7 @@ class Embedding(nn.Module):
         self.register_buffer("positions", embeddings.position_embeddings.detach())
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Tokens (n, 1 + patches, H). ValueError for pictures of another size."""
         count, channels, height, width = pixel_values.shape
         if (height, width) != self.side:
             raise ValueError(f"pictures are {height}×{width}, the network takes {self.side[0]}×{self.side[1]}")
@@ -236,6 +237,7 @@ class FusedViT(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits (n, classes) of normalised `pixel_values` (n, 3, h, w)."""
         tokens = self.embedding(pixel_values)
         count = tokens.shape[0]
         stream = tokens.view(-1, tokens.shape[-1])

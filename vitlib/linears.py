@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitlib import kernels
+from vitlib.kernels import BLOCK
 
 try:
     from triton.errors import TritonError  # does not compile, or needs more shared memory than there is
@@ -30,7 +31,6 @@ except ImportError:
     TritonError = RuntimeError
 
 FAILURES = (RuntimeError, ValueError, NotImplementedError, AssertionError, TritonError)  # of a path that is tried
-BLOCK = 64  # weights that share a scale in NF4
 NESTED_BLOCK = 256  # scales that share a scale of their own
 INT8_MAX = 127.0
 DECODING_PAYS = 2048  # rows: each tile of rows decodes all weights again, so beyond it unpacking them once is faster
