@@ -115,3 +115,13 @@ def test_random_checkpoints_are_those_of_a_study(tmp_path):
     settings = params.check({"study": "bench", **SMALL, **small})
     folder = bench.random_study(settings, tmp_path / "checkpoints", data.load(settings))
     assert {path.name for path in folder.iterdir()} == {"merged", "nf4", "int8"}
+
+
+def test_the_study_keeps_its_own_tuning_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "study_folder", lambda study: tmp_path / study)
+    kept = tmp_path / "bench" / "records" / "tuning.csv"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of notebook 2\n")
+    small = {"architecture": "vit-micro", "image_size": 32, "pictures_per_class": 4, "limit": 30}
+    bench.run(params.check({"study": "bench", **SMALL, **small}), ("engine",), None)
+    assert kept.read_text() == "of notebook 2\n" and kept.with_name("bench_tuning.csv").is_file()
