@@ -98,11 +98,12 @@ def measure_engines(
     device = models.pick_device(settings.device)
     wanted = wanted or steps(device)
     engines, reasons = _prepared(wanted, settings, checkpoints, device)
-    outputs = {name: engine.logits(runner, pixels, settings.eval_batch_size) for name, runner in engines.items()}
+    batch = max(settings.batch_sizes)
+    outputs = {name: engine.logits(runner, pixels, batch) for name, runner in engines.items()}
     if any(step.variant.weights == "w8a16" for step in wanted):
         loaded = models.load(checkpoints, Variant("int8"), device)
         plain = Engine(replace(loaded, model=quantize.dequantize_int8(loaded.model), variant=None))
-        outputs[_DEQUANTIZED] = engine.logits(plain, pixels, settings.eval_batch_size)
+        outputs[_DEQUANTIZED] = engine.logits(plain, pixels, batch)
     ran = [step for step in wanted if step.name in engines]
     rounds, rates = _timed(engines, pixels, settings, device)
     about = pd.DataFrame([{"step": step.name, "gelu": step.gelu, **_quality(step, outputs)} for step in ran])
@@ -120,11 +121,10 @@ def _prepared(
     """The engines that run here, and of the others the reason."""
     models.quiet_libraries()
     engines, reasons = {}, []
-    sizes = tuple(sorted({*settings.batch_sizes, settings.eval_batch_size}))
     for step in wanted:
         try:
             loaded = models.load(checkpoints, step.variant, device)
-            engines[step.name] = Engine(loaded, step.variant.execution, sizes, gelu=step.gelu)
+            engines[step.name] = Engine(loaded, step.variant.execution, tuple(settings.batch_sizes), gelu=step.gelu)
         except (NotRun, RuntimeError) as reason:  # a kernel that a card lacks: the row says so, the others go on
             if step is wanted[0]:
                 raise
@@ -434,6 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vitlib.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--study", help="take the checkpoints and parameters of this study (params/<study>.yaml)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="instead of the study's")
     options = parser.parse_args()
     checkpoints, settings = None, default_settings(models.pick_device("auto"))
     if options.study:
@@ -441,6 +442,8 @@ def main() -> None:
         settings = params.check({**values, **BUDGET})
         checkpoints = records.study_folder(settings.study) / "checkpoints"
         models.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
+    if options.batch_sizes:
+        settings = params.check({**settings.model_dump(), "batch_sizes": options.batch_sizes})
     frame = run(settings, tuple(options.parts), checkpoints)
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 60):
         print(
