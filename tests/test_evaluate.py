@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -218,15 +217,3 @@ def test_data_checksum_changes_with_a_label(bench):
     changed = [*bench.valid.pictures[:-1], Picture(bench.valid.pictures[-1].file, "2", None)]
     other = evaluate.Bench(**{**vars(bench), "valid": data.Decoded(bench.valid.pixels, changed, [])})
     assert evaluate.data_checksum(other) != before
-
-
-def test_the_table_of_paths_names_whose_product_it_is(settings, tmp_path, monkeypatch):
-    """A library's path with a configuration is this project's kernel, which must not go by the library's name."""
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
-    shared = {"layer": "Dense", "shape": "8 → 8", "batch": 1, "difference": 0.0, "note": "", "path": "library"}
-    ways = [("", True), ("[64]", True), ("", False)]
-    rows = [{**shared, "rows": k, "config": way, "us": 1.0, "chosen": taken} for k, (way, taken) in enumerate(ways)]
-    made = SimpleNamespace(engines={"fp16-direct-fused-graph": SimpleNamespace(tuning=pd.DataFrame(rows))})
-    found = evaluate.tuning(made, settings)
-    assert found["path taken"].tolist() == ["library", "library, product and exact GELU in one kernel"]
-    assert found["choices"].tolist() == [1, 1]

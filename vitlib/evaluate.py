@@ -108,10 +108,7 @@ def tuning(bench: Bench, settings: Parameters) -> pd.DataFrame:
     if frame.empty:
         return frame
     records.write_table(frame, records.study_folder(settings.study) / "records" / "tuning.csv")
-    taken = frame[frame["chosen"]].copy()
-    own = taken["config"].ne("") & taken["path"].ne("fused")  # else the library multiplies
-    taken.loc[own, "path"] += ", product and exact GELU in one kernel"
-    taken = taken.groupby(["variant", "layer", "path"], sort=False)["us"]
+    taken = frame[frame["chosen"]].groupby(["variant", "layer", "path"], sort=False)["us"]
     return (
         taken.agg(choices="size", µs="median").reset_index().rename(columns={"layer": "layers", "path": "path taken"})
     )

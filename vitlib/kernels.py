@@ -63,34 +63,12 @@ class Config(NamedTuple):
 
     def shared_bytes(self, kind: str) -> int:
         """Estimate of the shared memory that the pipeline's buffers take."""
-        weights, activations = {"dense": (2, 2), "nf4": (0.5, 2), "int8": (1, 2), "w8a8": (1, 1)}[kind]
+        weights, activations = {"nf4": (0.5, 2), "int8": (1, 2), "w8a8": (1, 1)}[kind]
         return int(self.stages * self.bk * (self.bn * weights + self.bm * activations)) + 1024
 
 
 # By the number of rows M: one or two images, a few, many. The first that fits is the default; none is specific to M.
 CANDIDATES = {
-    "dense": {
-        512: (
-            Config(64, 128, 64, 1, 4, 4),
-            Config(128, 64, 64, 1, 4, 4),
-            Config(64, 64, 64, 1, 4, 5),
-            Config(64, 128, 128, 1, 4, 3),
-            Config(128, 128, 64, 1, 8, 4),
-            Config(64, 64, 128, 1, 4, 4),
-            Config(32, 128, 64, 1, 4, 5),
-            Config(32, 64, 64, 1, 4, 4),
-        ),
-        None: (
-            Config(128, 256, 64, 1, 8, 3),
-            Config(128, 256, 64, 1, 8, 4),
-            Config(128, 128, 64, 1, 4, 3),
-            Config(128, 128, 64, 1, 8, 3),
-            Config(256, 128, 64, 1, 8, 3),
-            Config(128, 128, 32, 1, 4, 4),
-            Config(64, 256, 64, 1, 4, 3),
-            Config(64, 64, 64, 1, 4, 3),
-        ),
-    },
     "nf4": {
         512: (
             Config(64, 128, 128, 0, 4, 3, "asm"),
@@ -154,7 +132,7 @@ CANDIDATES = {
 
 
 def configs(kind: str, m: int, n: int, k: int, shared_bytes: int = 227 * 1024, processors: int = 132) -> list[Config]:
-    """Up to 8 configurations worth timing for a (m, k) × (n, k)ᵀ product of a `kind` in `CANDIDATES`.
+    """Up to 8 configurations worth timing for a (m, k) × (n, k)ᵀ product of `kind` "nf4", "int8" or "w8a8".
 
     `shared_bytes` is what one program may use and `processors` how many the device has (the defaults: Hopper).
     Where a product has few tiles the sum is cut in up to 8 parts, so that every processor gets one.
@@ -440,9 +418,9 @@ def _int8_kernel(
 
 
 @jit(do_not_specialize=["m"])
-def _product_kernel(
-    x,
-    x_scale,
+def _w8a8_kernel(
+    q,
+    q_scale,
     weights,
     scale,
     bias,
@@ -458,8 +436,6 @@ def _product_kernel(
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
     SUM: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     tile_m, tile_n = _place(tl.program_id(0), m, N, BM, BN)
     part = tl.program_id(1)
@@ -467,22 +443,18 @@ def _product_kernel(
     safe_rows, safe_cols = tl.minimum(rows, m - 1), cols
     if N % BN != 0:
         safe_cols = tl.minimum(cols, N - 1)
-    x_at = x + safe_rows[:, None] * K + j[None, :]
+    q_at = q + safe_rows[:, None] * K + j[None, :]
     w_at = weights + safe_cols[None, :] * K + j[:, None]
     acc = tl.zeros((BM, BN), dtype=SUM)
     for step in range(part * STEPS, tl.minimum(part * STEPS + STEPS, (K + BK - 1) // BK)):
         k = step * BK
         if K % BK == 0:
-            a, b = tl.load(x_at + k), tl.load(w_at + k)
+            a, b = tl.load(q_at + k), tl.load(w_at + k)
         else:
-            a = tl.load(x_at + k, mask=(k + j)[None, :] < K, other=0.0)
+            a = tl.load(q_at + k, mask=(k + j)[None, :] < K, other=0.0)
             b = tl.load(w_at + k, mask=(k + j)[:, None] < K, other=0.0)
-        if WIDE:  # the interpreter computes with the bit patterns of bf16
-            a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, out_dtype=SUM)
-    y = acc.to(tl.float32)
-    if SCALED:
-        y *= tl.load(x_scale + safe_rows)[:, None] * tl.load(scale + safe_cols)[None, :]
+    y = acc.to(tl.float32) * tl.load(q_scale + safe_rows)[:, None] * tl.load(scale + safe_cols)[None, :]
     _store_tile(y, out, bias, rows, cols, part, m, N, PARTIALS, BIAS, GELU)
 
 
@@ -686,7 +658,7 @@ def _plain_quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Ten
 
 
 class _Launch:
-    """What the products share: the grid, the output or the workspace for parts of it, and their sum."""
+    """What the three products share: the grid, the output or the workspace for parts of it, and their sum."""
 
     def __init__(self, kind: str, m: int, n: int, k: int, x: torch.Tensor, config: Config | None) -> None:
         self.config = config or default_config(kind, m, n, k, x.device)
@@ -735,31 +707,6 @@ def reduce_partials(
             num_warps=4,
         )
     return out
-
-
-def linear_dense(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    gelu: str | bool = False,
-    config: Config | None = None,
-    partials: bool = False,
-) -> torch.Tensor:
-    """(M, N) in x's dtype: x (M, K) times weight (N, K) of the same dtype, plus `bias` (N,), through GELU where asked.
-
-    For the exact GELU ("erf"), which cuBLASLt's epilogues lack: what is stored between product and GELU by a library
-    stays in registers here. `gelu` and `partials` are those of `linear_nf4`. ValueError for a strided x or weight, and
-    where sizes or dtypes disagree.
-    """
-    _check_matrix("x", x, dtypes=FLOATS)
-    _check_matrix("weight", weight, x.shape[1], (x.dtype,))
-    gelu = _check_gelu(gelu)
-    if not _uses_kernels(x):
-        return _plain_linear(x, weight, bias, gelu, partials)
-    launch = _Launch("dense", x.shape[0], *weight.shape, x, config)
-    settings = {"K": weight.shape[1], "BK": launch.config.bk, "SUM": tl.float32}
-    settings |= {"SCALED": False, "WIDE": _interpreted()}
-    return launch.run(_product_kernel, (x, x, weight, weight), bias, gelu, x.dtype, partials, **settings)
 
 
 def repack_nf4(
@@ -999,8 +946,7 @@ def linear_w8a8(
         return y if partials else y.to(out_dtype)
     launch = _Launch("w8a8", q.shape[0], *rows.shape, q, config)
     settings = {"K": rows.shape[1], "BK": launch.config.bk, "SUM": tl.int32 if integer else tl.float32}
-    settings |= {"SCALED": True, "WIDE": False}
-    return launch.run(_product_kernel, (q, q_scale, rows, scale), bias, gelu, out_dtype, partials, **settings)
+    return launch.run(_w8a8_kernel, (q, q_scale, rows, scale), bias, gelu, out_dtype, partials, **settings)
 
 
 # --------------------------------------------------------------------------------------------------------------- norms

@@ -66,12 +66,6 @@ def _operator(name: str, schema: str, function: Callable, fake: Callable) -> Cal
     return operator
 
 
-_linear_dense = _operator(
-    "linear_dense",
-    f"(Tensor x, Tensor weight, {_CONFIGURED}) -> Tensor",
-    lambda x, weight, bias, gelu, config: kernels.linear_dense(x, weight, bias, gelu or False, _config(config)),
-    lambda x, weight, bias, gelu, config: x.new_empty(x.shape[0], weight.shape[0]),
-)
 _linear_nf4 = _operator(
     "linear_nf4",
     f"(Tensor x, Tensor packed, Tensor absmax, {_CONFIGURED}) -> Tensor",
@@ -144,16 +138,12 @@ def gelu_of(values: torch.Tensor, gelu: str | None) -> torch.Tensor:
     return F.gelu(values, approximate="none" if gelu == "erf" else "tanh")
 
 
-def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None, config: str = ""
-) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> torch.Tensor:
     """GELU(x weightᵀ + bias), with bias and tanh GELU in the product's epilogue where there is one.
 
     The epilogue of cuBLASLt computes the tanh form; the CPU's version of the same function computes the exact one, so
-    it is used for that form only. With a `config` this project's kernel runs, whose epilogue knows both.
+    it is used for that form only.
     """
-    if config:
-        return _linear_dense(x.contiguous(), weight, bias, gelu or "", config)
     if bias is not None and gelu == ("tanh" if x.is_cuda else "erf"):
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
     return gelu_of(F.linear(x, weight, bias), gelu)
@@ -188,8 +178,6 @@ class Linear(nn.Module):
     `rows_per_picture` says how many rows a picture brings: patches and class token, or the class token alone.
     """
 
-    in_16_bit: str | None = None  # the path, if any, that multiplies by the weight itself in the dtype of the input
-
     def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features, self.rows_per_picture = out_features, in_features, 1
@@ -200,27 +188,18 @@ class Linear(nn.Module):
         self.ahead: torch.Tensor | None = None  # the weight in 16 bit, where it was dequantized with its block
         self.choices: dict[int, str] = {}
         self.configs: dict[int, str] = {}
-        self.configs_in_16_bit: dict[int, str] = {}  # of that path, whether it was chosen or not
 
     def paths(self, rows: int) -> tuple[str, ...]:
         """The implementations that could run for `rows` rows on this device; the first is the reference."""
         raise NotImplementedError
 
     def configurations(self, rows: int, path: str) -> tuple[str, ...]:
-        """The configurations of `path` worth timing for `rows` rows; '' is that of a library's product.
-
-        Where the library would need a pass of its own for the exact GELU, this project's kernel is one too.
-        """
-        if path == "fused":
-            pays = self.kernel == "w8a8" or rows <= DECODING_PAYS
-            return self._kernel_configurations(self.kernel, rows) if pays else ()
-        exact = path == self.in_16_bit and self.usual_gelu == "erf" and self.dtype in (torch.float16, torch.bfloat16)
-        if exact and use_kernels(self._device()):
-            return ("", *self._kernel_configurations("dense", rows))
-        return ("",)
-
-    def _kernel_configurations(self, kind: str, rows: int) -> tuple[str, ...]:
-        found = kernels.configs_for(kind, rows, self.out_features, self.in_features, self._device())
+        """The configurations of `path` worth timing for `rows` rows; '' is the only one of a library's product."""
+        if path != "fused":
+            return ("",)
+        if self.kernel != "w8a8" and rows > DECODING_PAYS:
+            return ()
+        found = kernels.configs_for(self.kernel, rows, self.out_features, self.in_features, self._device())
         return tuple(_config_text(config) for config in found)
 
     def choose(self, rows: int, path: str, config: str = "") -> None:
@@ -232,14 +211,13 @@ class Linear(nn.Module):
     def forward(self, x: "torch.Tensor | Quantized", gelu: str | None = None) -> torch.Tensor:
         rows = x.shape[0]
         if self.ahead is not None:
-            return product(x, self.ahead, self.bias, gelu, self.configs_in_16_bit.get(rows, ""))
+            return product(x, self.ahead, self.bias, gelu)
         path = self.choices.get(rows) or self.paths(rows)[0]
         return self.run(path, self.configs.get(rows, ""), x, gelu)
 
     def run(self, path: str, config: str, x: torch.Tensor, gelu: str | None = None) -> torch.Tensor:
         """(M, N) of x (M, K) through one path, whatever was chosen."""
-        configured = (config,) if path in ("fused", self.in_16_bit) else ()
-        return getattr(self, "_" + path)(x, gelu, *configured)
+        return self._fused(x, gelu, config) if path == "fused" else getattr(self, "_" + path)(x, gelu)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -254,8 +232,6 @@ class Linear(nn.Module):
 class Dense(Linear):
     """Weights (N, K) in the dtype of the input."""
 
-    in_16_bit = "library"
-
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*weight.shape, bias)
         self.dtype = weight.dtype
@@ -264,8 +240,8 @@ class Dense(Linear):
     def paths(self, rows: int) -> tuple[str, ...]:
         return ("library",)
 
-    def _library(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
-        return product(x, self.weight, self.bias, gelu, config)
+    def _library(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
+        return product(x, self.weight, self.bias, gelu)
 
 
 class NF4(Linear):
@@ -276,7 +252,7 @@ class NF4(Linear):
     project's kernels run, the codes are kept in their order instead of bitsandbytes', which rules out its product.
     """
 
-    kernel, in_16_bit = "nf4", "dequantize"
+    kernel = "nf4"
 
     def __init__(self, parts: list[bnb.nn.Params4bit], bias: torch.Tensor | None, *, scales: str = "expanded") -> None:
         states = [part.quant_state for part in parts]
@@ -326,8 +302,8 @@ class NF4(Linear):
         # On a CPU bitsandbytes multiplies by dequantizing too.
         return ("dequantize", "bitsandbytes") if self.packed.is_cuda else ("dequantize",)
 
-    def _dequantize(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
-        return product(x, self.dequantized(x.dtype), self.bias, gelu, config)
+    def _dequantize(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
+        return product(x, self.dequantized(x.dtype), self.bias, gelu)
 
     def _bitsandbytes(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
         shape = [self.out_features, self.in_features]
@@ -343,7 +319,7 @@ class NF4(Linear):
 class Int8WeightOnly(Linear):
     """int8 rows (N, K) with a fp32 scale a row: weight = rows · scales / 127, multiplied in the input's dtype."""
 
-    kernel, in_16_bit = "int8", "dequantize"
+    kernel = "int8"
 
     def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*rows.shape, bias)
@@ -361,8 +337,8 @@ class Int8WeightOnly(Linear):
     def paths(self, rows: int) -> tuple[str, ...]:
         return self._with_fused("dequantize")
 
-    def _dequantize(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
-        return product(x, self.dequantized(x.dtype), self.bias, gelu, config)
+    def _dequantize(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
+        return product(x, self.dequantized(x.dtype), self.bias, gelu)
 
     def _fused(self, x: torch.Tensor, gelu: str | None, config: str) -> torch.Tensor:
         return _linear_int8(x.contiguous(), self.rows, self.scales, self.bias, gelu or "", config)
@@ -552,26 +528,19 @@ def _tune_group(layers: list[Linear], rows: int, limit: int) -> list[dict[str, o
         left = limit if len(layers) > 1 else 1
         for config in first.configurations(rows, path):
             found.append(_measured(layers, rows, path, config))
-            left -= bool(config) and not found[-1]["note"]  # one that does not run here leaves its turn to the next
+            left -= not found[-1]["note"]  # one that does not run here leaves its turn to the next
             if not left:
                 break
     usable = [row for row in found if not row["note"]]
     if not usable:
         raise RuntimeError(f"no path of {type(first).__name__} runs for {rows} rows: {found[0]['note']}")
-    best, in_16_bit = _fastest(usable), _fastest([row for row in usable if row["path"] == first.in_16_bit])
+    best = usable[0]
+    for row in usable[1:]:  # comparisons with the missing times of a CPU are false
+        best = row if row["us"] < FASTER * best["us"] else best
     for layer in layers:
         layer.choose(rows, best["path"], best["config"])
-        layer.configs_in_16_bit[rows] = in_16_bit["config"] if in_16_bit else ""
     shape = f"{first.in_features} → {first.out_features}"
     return [{"layer": type(first).__name__, "shape": shape, "rows": rows, **r, "chosen": r is best} for r in found]
-
-
-def _fastest(measured: list[dict[str, object]]) -> dict[str, object] | None:
-    """The row to take: the first, until another needs less than `FASTER` of the time of the one taken so far."""
-    best = measured[0] if measured else None
-    for row in measured[1:]:  # comparisons with the missing times of a CPU are false
-        best = row if row["us"] < FASTER * best["us"] else best
-    return best
 
 
 def _measured(layers: list[Linear], rows: int, path: str, config: str) -> dict[str, object]:
