@@ -388,6 +388,7 @@ def test_layers_keep_views_of_weights_that_lie_side_by_side(checkpoints, weights
     for block in network.model.block_weights:
         start, end = block.codes.data_ptr(), block.codes.data_ptr() + block.codes.nbytes
         assert all(start <= getattr(layer, codes).data_ptr() < end for layer in block.layers)
+    models.verify(network.model, Variant(weights, "direct", "fused-graph"))
     # The scales of int8 rows are there once more, and counted.
     repeated = sum(block.scales.nbytes for block in network.model.block_weights) / 2**20 if weights == "w8a16" else 0.0
     assert network.weights_mb == pytest.approx(apart.weights_mb + repeated, abs=1e-6)

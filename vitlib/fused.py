@@ -276,7 +276,8 @@ class FusedViT(nn.Module):
         other = []
         for module in self.modules():
             held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-            quantized = isinstance(module, Linear) and not isinstance(module, linears.Dense)
+            # What a block itself holds are scales of its quantized weights (`lay_side_by_side`).
+            quantized = isinstance(module, (Block, Linear)) and not isinstance(module, linears.Dense)
             other += [tensor for name, tensor in held.items() if name == "bias" or not quantized]
         return {
             "encoder_linears": dict(Counter(type(layer).__name__ for layer in inside)),
