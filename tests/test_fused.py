@@ -1,7 +1,9 @@
 """The fused network against the plain one it is made from: the same function, in every weight format."""
 
 import contextlib
+import functools
 import gc
+import warnings
 import weakref
 
 import bitsandbytes as bnb
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitlib import attention, engine, fused, linears, models, profile, quantize
+from vitlib import attention, engine, fused, kernels, linears, models, profile, quantize
 from vitlib.ahead import WAYS, Ahead, BlockWeights
 from vitlib.engine import Engine
 from vitlib.variants import Variant
@@ -267,6 +269,14 @@ def test_a_batch_size_is_compiled_once(checkpoints, five, expected, execution):
     assert counters["stats"]["unique_graphs"] == graphs == 1
     assert not counters["graph_break"]
     assert list(fast.compile_s) == [3]
+
+
+def test_the_compiler_does_not_trace_the_question_whether_kernels_run(monkeypatch):
+    monkeypatch.setattr(kernels, "missing_products", functools.cache(lambda device: ""))
+    asked = torch.compile(lambda x: x + linears.use_kernels(torch.device("cuda")), backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert asked(torch.zeros(1)).item() == 1
 
 
 @pytest.mark.parametrize("weights", ["nf4", "w8a8"])

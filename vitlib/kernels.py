@@ -36,6 +36,7 @@ except ImportError:  # the plain forms remain
 GROUP = 128  # columns of one repacked NF4 group: two blocks of 64, each with one scale a row
 BLOCK = 64  # weights that share an NF4 scale
 ROW_LIMIT = 4096  # longest row that one program normalises or quantizes
+RUN_TILES = {"nf4": (64, 8), "int8": (8192, 8)}  # of runs: groups, or numbers, of a program, and its warps
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-30  # a row whose largest value is smaller quantizes to zeros
 
@@ -864,8 +865,8 @@ def dequantize_nf4_run(packed: torch.Tensor, scales: torch.Tensor, out: torch.Te
         values = _table(torch.float32, packed.device)[codes.long()] * scales.view(groups, 2, 1).float()
         return out.copy_(values.view(-1))
     with torch.cuda.device_of(out):
-        table = _table(torch.float32, packed.device)
-        _nf4_run_kernel[(math.ceil(groups / 64),)](packed, scales, table, out, groups, BG=64, num_warps=8)
+        table, (tile, warps) = _table(torch.float32, packed.device), RUN_TILES["nf4"]
+        _nf4_run_kernel[(math.ceil(groups / tile),)](packed, scales, table, out, groups, BG=tile, num_warps=warps)
     return out
 
 
@@ -880,10 +881,11 @@ def dequantize_int8_run(rows: torch.Tensor, scales: torch.Tensor, out: torch.Ten
     _check_run(rows, scales, out)
     if missing_triton(rows.device):
         return out.copy_((rows.view(-1, chunk).float() * scales[:, None]).view(-1))
-    height = max(1, 8192 // chunk)
+    numbers, warps = RUN_TILES["int8"]
+    height = max(1, numbers // chunk)
     with torch.cuda.device_of(out):
         _int8_run_kernel[(math.ceil(scales.numel() / height),)](
-            rows, scales, out, scales.numel(), CHUNK=chunk, BC=height, num_warps=8
+            rows, scales, out, scales.numel(), CHUNK=chunk, BC=height, num_warps=warps
         )
     return out
 

@@ -40,6 +40,7 @@ AGREES = 0.02  # relative difference at most between two paths of a layer
 TUNING_COLUMNS = ("layer", "shape", "batch", "rows", "path", "config", "us", "difference", "chosen", "note")
 
 
+@torch.compiler.assume_constant_result  # the compiler warns of cached functions that it traces into
 def use_kernels(device: torch.device, *, fp8: bool = False) -> bool:
     """Whether this project's Triton kernels, or those of 8-bit floating point, pay on `device`: not on a T4."""
     return device.type == "cuda" and not (kernels.missing_fp8 if fp8 else kernels.missing_products)(device)
