@@ -36,7 +36,7 @@ except ImportError:  # the plain forms remain
 GROUP = 128  # columns of one repacked NF4 group: two blocks of 64, each with one scale a row
 BLOCK = 64  # weights that share an NF4 scale
 ROW_LIMIT = 4096  # longest row that one program normalises or quantizes
-RUN_TILES = {"nf4": (64, 8), "int8": (8192, 8)}  # of runs: groups, or numbers, of a program, and its warps
+RUN_TILES = {"nf4": (32, 4), "int8": (8192, 4)}  # of runs: groups, or numbers, of a program, and its warps
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-30  # a row whose largest value is smaller quantizes to zeros
 
