@@ -8,6 +8,9 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
+# The study that `make bench` is asked for; without one it measures random weights.
+BENCHED := $(if $(filter-out file default,$(origin STUDY)),$(STUDY))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup study bench test lab sync clean
 
@@ -29,7 +32,8 @@ study: setup  ## run the notebooks of STUDY that are out of date, then print the
 	@$(BIN)/python -m vitlib.report summary --study $(STUDY)
 
 bench: setup  ## measure what each step towards speed brings; with STUDY=<name> on its checkpoints, else on random weights
-	$(BIN)/python -m vitlib.bench $(if $(filter-out file default,$(origin STUDY)),--study $(STUDY))
+	$(BIN)/python -m vitlib.bench $(if $(BENCHED),--study $(BENCHED))
+	$(BIN)/python -m vitlib.report run notebooks/6_speed.ipynb --study $(or $(BENCHED),bench) --params params/$(STUDY).yaml
 
 test: setup  ## linter and tests; those of one file share a process, as the notebooks' share a folder
 	$(BIN)/ruff check .

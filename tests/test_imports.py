@@ -21,7 +21,7 @@ LEVELS = {
     2: {"models", "fused", "engine", "pipeline", "training"},
     3: {
         *("finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"),
-        *("trainspeed", "bench"),
+        *("trainspeed", "bench", "speed"),
     },
     4: {"plots", "report", "frontpage", "publish"},
 }

@@ -225,8 +225,7 @@ def test_a_missing_record_names_its_notebook(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(ValueError, match="empty: run 2_evaluate again"):
         records.read_table(path)
-    # `make bench` writes its own; a missing one needs no notebook.
-    assert set(records.NOTEBOOKS) - {"bench"} == {*records.COLUMNS, "environment", "base"} - {"bench"}
+    assert set(records.NOTEBOOKS) == {*records.COLUMNS, "environment", "base", "targets"}
 
 
 def test_twice_the_same_column_is_refused(tmp_path: Path) -> None:

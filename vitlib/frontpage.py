@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlib import origin, publish, records
+from vitlib.params import NOTEBOOKS, STUDY
 
 TEMPLATES = Path(__file__).parent / "templates"
 # The last line of defence: a script that got into a page is not run by a browser, and nothing is fetched.
@@ -29,9 +30,14 @@ COLUMNS = {
 
 
 def reports(folder: str | Path) -> list[tuple[str, str]]:
-    """The study's reports in order, each with its status: done, failed (the newest run was) or missing."""
+    """The study's reports in order, each with its status: done, failed (the newest run was) or missing.
+
+    A notebook that `make study` does not run is no missing one.
+    """
     folder = Path(folder)
-    found = [*(records.project_root() / "notebooks").glob("[0-9]*_*.ipynb"), *folder.glob("[0-9]*_*.html")]
+    apart = set(NOTEBOOKS) - set(STUDY)
+    found = [path for path in (records.project_root() / "notebooks").glob("[0-9]*_*.ipynb") if path.stem not in apart]
+    found += folder.glob("[0-9]*_*.html")
     stems = {path.stem.removesuffix(".failed") for path in found}
 
     def status(stem: str) -> str:

@@ -19,7 +19,9 @@ from vitlib import records
 from vitlib import variants as variant_table
 from vitlib.variants import nearest
 
-NOTEBOOKS = ("1_finetune", "2_evaluate", "3_ablation", "4_inference", "5_claims")
+STUDY = ("1_finetune", "2_evaluate", "3_ablation", "4_inference", "5_claims")
+NOTEBOOKS = (*STUDY, "6_speed")
+"""Of a study, in their order; and the one that reads what `make bench` measured."""
 
 
 class ParameterError(ValueError):
@@ -27,8 +29,8 @@ class ParameterError(ValueError):
 
 
 def _parameter(default: Any, meaning: str, *notebooks: int, **limits: Any) -> Any:
-    """A field used by the notebooks with these numbers (none given: by all)."""
-    used_by = [name for name in NOTEBOOKS if not notebooks or int(name[0]) in notebooks]
+    """A field used by the notebooks with these numbers (none given: by all of a study)."""
+    used_by = [name for name in NOTEBOOKS if (int(name[0]) in notebooks if notebooks else name in STUDY)]
     return Field(default, description=meaning, json_schema_extra={"notebooks": used_by}, **limits)
 
 
@@ -37,7 +39,9 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    study: str = _parameter("demo", "results go to outputs/<study>/", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    study: str = _parameter(
+        "demo", "results go to outputs/<study>/", *range(1, 7), pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     data_source: str = _parameter(
         "synthetic", "synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>"
     )

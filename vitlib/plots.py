@@ -154,6 +154,27 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
     return figure
 
 
+def steps(engine: pd.DataFrame) -> Figure:
+    """Median latency of each step of the bench with its bounds, log scale, a panel a batch size, a colour a format."""
+    sizes, names = sorted(engine["batch"].unique()), list(dict.fromkeys(engine["step"]))
+    figure, axes = _axes(len(sizes), width=4.2 + 3.6 * len(sizes), height=0.27 * len(names) + 1.2)
+    colours = _colours(list(dict.fromkeys(engine["weights"])))
+    for axis, size in zip(axes, sizes, strict=True):
+        rows = engine[engine["batch"] == size].set_index("step").reindex(names)
+        for number, row in enumerate(rows.itertuples()):
+            error = [[row.ms - row.ms_low], [row.ms_high - row.ms]]
+            axis.errorbar(row.ms, number, xerr=error, fmt="o", capsize=3, color=colours.get(row.weights, "grey"))
+        axis.set(xscale="log", xlabel="median latency (ms, log scale)", title=f"batch {size}")
+        axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(
+            plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}".strip("0.")[:1] in "25" else "")
+        )
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.tick_params(axis="y", labelleft=axis is axes[0])
+        axis.invert_yaxis()
+    return figure
+
+
 def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
     """By block: the share of the quantization error (KL) that goes away when this block stays in 16 bit."""
     bits = sorted(blocks["bits"].unique())

@@ -79,8 +79,9 @@ NOTEBOOKS: dict[str, str] = {
     "claims": "5_claims",
     "environment": "2_evaluate",
     **dict.fromkeys(("accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
+    **dict.fromkeys(("bench", "targets"), "`make bench` with this STUDY"),
 }
-"""The notebook that writes a record, for the message when it is missing."""
+"""The notebook, or the command, that writes a record, for the message when it is missing."""
 
 PACKAGES = (
     *(

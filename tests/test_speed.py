@@ -1,0 +1,70 @@
+"""The page of what `make bench` measured: from its records alone, and nothing left out."""
+
+import pandas as pd
+import pytest
+
+from vitlib import bench, plots, records, speed
+
+SHARED = {"part": "engine", "gelu": "checkpoint", "reference": "fp32-sdpa", "relative_error": 1e-3, "agreement": 1.0}
+
+
+def engine_row(step: str, batch: int, ms: float, **columns) -> dict:
+    row = SHARED | {"step": step, "batch": batch, "ms": ms, "ms_low": 0.9 * ms, "ms_high": 1.1 * ms}
+    for name in ("times_baseline", "of_best_fp16"):
+        row |= {name: 8 / ms, f"{name}_low": 7 / ms, f"{name}_high": 9 / ms}
+    return row | {"model_mb": 100.0, "held_mb": 110.0} | columns
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A study whose bench ran on a GPU; the engine's rows stand as `bench` writes them, plain steps first."""
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    rows = [engine_row("fp32-sdpa", 1, 8.0), engine_row("fp32-sdpa", 32, 80.0), engine_row("nf4-sdpa", 1, 20.0)]
+    rows += [engine_row("fp16-direct-fused-graph", 1, 1.0), engine_row("nf4-direct-fused-graph", 1, 1.2)]
+    rows += [engine_row("nf4-direct-fused-graph", 32, 7.0, agreement=0.99)]
+    rows += [{"part": "engine", "step": "fp16-direct_fa2-fused-graph", "note": "not run: no flash-attn"}]
+    rows += [{"part": "training", "step": "PEFT", "batch": 8, "images_per_s": 10.0, "times_baseline": 1.0}]
+    frame = pd.DataFrame(rows).reindex(columns=bench.COLUMNS).assign(weights="trained")
+    folder = records.study_folder("unit") / "records"
+    records.write_table(frame, folder / "bench.csv")
+    records.write_table(bench.targets(frame, True), folder / "targets.csv")
+    records.write_json(records.environment(parameters={"rounds": 8, "data_source": "synthetic"}), folder / "bench.json")
+    return speed.load("unit")
+
+
+def test_every_step_that_ran_has_a_row_beside_those_of_its_format(measured):
+    table = speed.ladder(measured)
+    assert table["step"].tolist() == [
+        *("fp32-sdpa", "nf4-sdpa", "nf4-direct-fused-graph", "fp16-direct-fused-graph"),
+    ]
+    assert table.loc[2, ["batch 1 (ms)", "batch 32 (ms)"]].tolist() == [1.2, 7.0]
+    assert speed.not_run(measured).to_numpy().tolist() == [["fp16-direct_fa2-fused-graph", "not run: no flash-attn"]]
+
+
+def test_quantized_rows_are_held_against_fp16_and_all_against_their_reference(measured):
+    assert speed.against_fp16(measured)["step"].tolist() == ["nf4-direct-fused-graph"]
+    assert "fp32-sdpa" not in speed.agreement(measured)["step"].tolist()
+    assert speed.sizes(measured)["step"].tolist() == ["fp32-sdpa", "nf4-sdpa", "fp16-direct-fused-graph"]
+
+
+def test_the_headline_counts_what_was_judged_and_names_what_was_missed(measured):
+    text = speed.headline(measured)
+    assert "nf4 1.2 ms, 6.67 times as fast (`nf4-direct-fused-graph`)" in text
+    judged = measured.targets[measured.targets["reached"] != "–"]
+    assert f"{(judged['reached'] == 'yes').sum()} of {len(judged)} that this run can judge" in text
+    for name in judged.loc[judged["reached"] == "no", "target"]:
+        assert name in text.split("Not reached:")[1]
+
+
+def test_what_was_not_measured_is_an_empty_table_and_no_error(measured):
+    assert speed.paths(measured).empty and speed.ablation(measured).empty and speed.pipeline(measured).empty
+    assert speed.training(measured)["images/s"].tolist() == [10.0]
+    assert "peak memory (MB)" not in speed.training(measured)
+    assert len(plots.steps(measured.engine).axes) == 2
+    assert "weights" in speed.conditions(measured)["what"].tolist()
+
+
+def test_a_study_without_a_bench_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    with pytest.raises(records.MissingRecord, match="run `make bench` with this STUDY first"):
+        speed.load("unit")
