@@ -176,3 +176,46 @@ def test_where_the_compiler_fails_auto_says_so_and_trains(examples, labels, tmp_
     assert "not compiled, backend" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="no C compiler"):
         run("always")
+
+
+def _memory_for(batches: int, monkeypatch) -> list[bool]:
+    """Memory runs out in the first batches and suffices from `batches` on; what comes back says, a call each, whether
+    activations were computed again."""
+    original, calls = training.ImageTrainer._one_batch, []
+
+    def one_batch(self):
+        calls.append(self.model.is_activation_checkpointing)
+        if len(calls) <= batches:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self)
+
+    monkeypatch.setattr(training.ImageTrainer, "_one_batch", one_batch)
+    return calls
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_batch_that_does_not_fit_is_trained_without_keeping_activations(train, method, monkeypatch, capsys):
+    expected, history = train("plain", method=method)
+    recomputed, forward = [], training.ImageTrainer.training_step
+    monkeypatch.setattr(
+        training.ImageTrainer,
+        "training_step",
+        lambda self, model, *rest: (recomputed.append(model.is_activation_checkpointing), forward(self, model, *rest))[
+            1
+        ],
+    )
+    assert _memory_for(1, monkeypatch) == []
+    network, found = train("small", method=method)
+    assert all(recomputed) and len(recomputed) == 6
+    assert "a training batch of 8 pictures does not fit" in capsys.readouterr().out
+    torch.testing.assert_close(found["train_loss"].tolist(), history["train_loss"].tolist(), rtol=1e-4, atol=0)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert not network.is_activation_checkpointing  # what comes after training keeps its speed
+
+
+def test_a_batch_that_never_fits_is_refused_with_what_to_do(train, monkeypatch):
+    calls = _memory_for(2, monkeypatch)
+    with pytest.raises(MemoryError, match="set train_batch_size to a smaller number"):
+        train()
+    assert calls == [False, True]

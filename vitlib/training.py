@@ -129,13 +129,16 @@ class ImageTrainer(Trainer):
         """Seconds in which the blocks were compiled, on the first batch; weights and random streams are as before.
 
         Where the compiler fails (Triton wants a C compiler, for one), 'auto' says so in a line and goes on without it.
+        Where memory does not suffice, activations are computed again in the backward pass instead of being kept. That
+        costs time and changes no gradient; MemoryError where it is not enough either.
         """
-        if not self.compiled:
+        cuda = self.args.device.type == "cuda"
+        if not (self.compiled or cuda):
             return 0.0
-        start, cuda = time.perf_counter(), self.args.device.type == "cuda"
+        start = time.perf_counter()
         with torch.random.fork_rng(devices=[self.args.device] if cuda else []):
             try:
-                self._one_batch()
+                self._fitting_batch()
             except torch._dynamo.exc.TorchDynamoException as error:
                 if self.recipe.compile != "auto":
                     raise
@@ -144,7 +147,27 @@ class ImageTrainer(Trainer):
             self.model_wrapped.zero_grad()
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start if self.compiled else 0.0
+
+    def _fitting_batch(self) -> None:
+        batch = f"a training batch of {self.recipe.batch_size} pictures"
+        try:
+            return self._one_batch()
+        except torch.OutOfMemoryError:
+            print(f"{batch} does not fit this device's memory: activations are not kept (activation checkpointing)")
+        self._freed()
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            return self._one_batch()
+        except torch.OutOfMemoryError:
+            self._freed()
+        raise MemoryError(f"{batch} does not fit this device's memory: set train_batch_size to a smaller number")
+
+    def _freed(self) -> None:
+        """Nothing is left of a batch that was cut off; outside of its `except`, whose traceback holds tensors."""
+        self.model_wrapped.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _one_batch(self) -> None:
         rows = range(min(self.recipe.batch_size, len(self.train_dataset)))
@@ -274,6 +297,7 @@ def train(
     autocast = precision_of(recipe.precision, device) != "fp32"
     with adapters.without_casts(model, autocast), compiled_blocks(model, backend if compiled else None):
         trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+    model.activation_checkpointing_disable()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off the model's forward
     return _history(trainer.state.log_history)
 
