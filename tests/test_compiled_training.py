@@ -1,5 +1,6 @@
 """The compiled step: compiled once, for one shape, and with the numbers of the uncompiled one."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -155,6 +156,25 @@ def test_adapters_saved_by_the_trainer_are_plain_pefts(train, tmp_path):
     train(dropout=0.0)
     names = (tmp_path / "run" / "checkpoint-6" / "adapter_config.json").read_text()
     assert adapters.SummedLinear.__name__ not in names
+
+
+def _advises(graph, inputs):
+    """A backend with the compiler's advice for fp32 weights: it has no place in a report."""
+    warnings.warn(
+        "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled", stacklevel=1
+    )
+    return graph.forward
+
+
+def test_the_compilers_advice_on_fp32_is_not_shown(examples, labels, tmp_path):
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        training.train(
+            models.new("vit-micro", image_size=32, labels=labels), examples, pre=preprocess.new(32), recipe=RECIPE,
+            folder=tmp_path, device=CPU, backend=_advises,
+        )  # fmt: skip
+    assert not [str(warning.message) for warning in shown if "TensorFloat32" in str(warning.message)]
 
 
 def _broken(*_):

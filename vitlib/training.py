@@ -14,6 +14,7 @@ import importlib.util
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,9 @@ class ImageTrainer(Trainer):
         if not (self.compiled or cuda):
             return 0.0
         start = time.perf_counter()
-        with torch.random.fork_rng(devices=[self.args.device] if cuda else []):
+        with torch.random.fork_rng(devices=[self.args.device] if cuda else []), warnings.catch_warnings():
+            # Weights that adapters are added into are fp32, their products are not.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             try:
                 self._fitting_batch()
             except torch._dynamo.exc.TorchDynamoException as error:
