@@ -1,5 +1,7 @@
 """The table of what each step brings: what it compares, and what it calls reached."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -63,14 +65,14 @@ def test_targets_say_what_was_found_and_what_was_not_measured():
     )
     found = bench.targets(frame, cuda=True).set_index("target")
     # The tanh form is another function: what it reaches does not count for the checkpoint's.
-    assert found.loc["fp16 (ms), batch 1"].tolist() == ["≤ 1.15", "1.2 (1.18 … 1.22)", "no"]
+    assert found.loc["fp16 (ms), batch 1"].tolist() == ["≤ 1.15", "1.2 (1.18 … 1.22)", "no", names[0]]
     assert found.loc["fp16 (ms), batch 1, tanh GELU", "reached"] == "yes"
     assert found.loc["NF4 of fp16's time, batch 1", "reached"] == "undecided"  # 1.25 lies within its bounds
     assert found.loc["int8 of fp16's time, batch 1", "reached"] == "yes"
-    assert found.loc["fp16 (ms), batch 32"].tolist() == ["≤ 8.5", "–", "–"]
-    assert found.loc["NF4: bytes held, of the libraries' own"].tolist() == ["≤ 1", "1.4", "no"]
+    assert found.loc["fp16 (ms), batch 32"].tolist() == ["≤ 8.5", "–", "–", ""]
+    assert found.loc["NF4: bytes held, of the libraries' own"].tolist() == ["≤ 1", "1.4", "no", names[1]]
     # w8a8 keeps no outliers in 16 bit: it is another function, and no engine path of LLM.int8.
-    assert found.loc["Top-1 agreement with the eager form, least", "found"] == "0.994"
+    assert found.loc["16 bit, same function: least Top-1 agreement with the eager form", "found"] == "0.994"
     assert len(bench.targets(frame, cuda=False)) < len(found)
 
 
@@ -105,7 +107,11 @@ def test_everything_is_measured_on_random_weights_where_there_is_no_study(tmp_pa
     shared = frame[frame["step"] == "shared"].iloc[0]
     assert shared["share"] <= 0.55 + 1 / 4  # four blocks share less than 24
     assert np.isfinite(frame.loc[frame["part"] == "training", "images_per_s"]).all()
-    assert frame.loc[frame["step"] == "overlapped, pil", "share"].iloc[0] > 0
+    overlapped = frame.set_index("step").loc["overlapped, pil"]
+    assert overlapped["share"] > 0
+    count, kinds = re.fullmatch(r"2 threads, (\d+) pictures of (\d+ × picture)", overlapped["note"]).groups()
+    assert int(count) >= bench.BATCHES * 3 and int(count) % int(kinds.split()[0]) == 0  # few are taken several times
+    assert "nvJPEG decodes on a CUDA device" in frame.set_index("step").loc["overlapped, nvjpeg", "note"]
     names = {file.name for file in (tmp_path / "bench" / "records").iterdir()}
     assert names == {"bench.csv", "targets.csv", "bench.json"}
 

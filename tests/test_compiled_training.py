@@ -198,24 +198,26 @@ def test_where_the_compiler_fails_auto_says_so_and_trains(examples, labels, tmp_
         run("always")
 
 
-def _memory_for(batches: int, monkeypatch) -> list[bool]:
-    """Memory runs out in the first batches and suffices from `batches` on; what comes back says, a call each, whether
-    activations were computed again."""
-    original, calls = training.ImageTrainer._one_batch, []
+def _first_batches(errors: list[Exception], monkeypatch) -> list[bool]:
+    """The first batches that are tried fail with `errors`; the list says, a try each, if activations are not kept."""
+    original, tried = training.ImageTrainer._one_batch, []
 
     def one_batch(self):
-        calls.append(self.model.is_activation_checkpointing)
-        if len(calls) <= batches:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        tried.append(self.model.is_activation_checkpointing)
+        if len(tried) <= len(errors):
+            raise errors[len(tried) - 1]
         return original(self)
 
     monkeypatch.setattr(training.ImageTrainer, "_one_batch", one_batch)
-    return calls
+    return tried
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_batch_that_does_not_fit_is_trained_without_keeping_activations(train, method, monkeypatch, capsys):
-    expected, history = train("plain", method=method)
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("method", "dropout"), [("lora", 0.0), ("lora", 0.1), ("full", 0.0)])
+def test_a_batch_that_does_not_fit_is_trained_without_keeping_activations(train, method, dropout, monkeypatch, capsys):
+    expected, history = train("plain", method=method, dropout=dropout)
     recomputed, forward = [], training.ImageTrainer.training_step
     monkeypatch.setattr(
         training.ImageTrainer,
@@ -224,18 +226,32 @@ def test_a_batch_that_does_not_fit_is_trained_without_keeping_activations(train,
             1
         ],
     )
-    assert _memory_for(1, monkeypatch) == []
-    network, found = train("small", method=method)
+    _first_batches([FULL], monkeypatch)
+    network, found = train("small", method=method, dropout=dropout)
     assert all(recomputed) and len(recomputed) == 6
     assert "a training batch of 8 pictures does not fit" in capsys.readouterr().out
     torch.testing.assert_close(found["train_loss"].tolist(), history["train_loss"].tolist(), rtol=1e-4, atol=0)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert found["recomputed"].all() and not history["recomputed"].any()
     assert not network.is_activation_checkpointing  # what comes after training keeps its speed
 
 
-def test_a_batch_that_never_fits_is_refused_with_what_to_do(train, monkeypatch):
-    calls = _memory_for(2, monkeypatch)
+def test_where_the_compiler_fails_too_the_plain_step_is_tried_before_training(train, monkeypatch, capsys):
+    """It keeps more than a compiled one, so that one may fit and the other not."""
+    monkeypatch.setattr(training, "compiles", lambda *_: True)
+    failed = torch._dynamo.exc.BackendCompilerFailed(_broken, RuntimeError("no C compiler"), None)
+    tried = _first_batches([failed, FULL], monkeypatch)
+    _, history = train(recipe=replace(RECIPE, compile="auto"))
+    said = capsys.readouterr().out
+    assert tried == [False, False, True] and history["recomputed"].all()
+    assert said.index("not compiled") < said.index("does not fit")
+
+
+def test_a_batch_that_never_fits_is_refused_and_the_next_try_starts_afresh(train, monkeypatch):
+    tried, network = _first_batches([FULL, FULL], monkeypatch), []
+    original = finetune.make_trainable
+    monkeypatch.setattr(finetune, "make_trainable", lambda *given: (network.append(original(*given)), network[-1])[1])
     with pytest.raises(MemoryError, match="set train_batch_size to a smaller number"):
         train()
-    assert calls == [False, True]
+    assert tried == [False, True] and not network[0].is_activation_checkpointing

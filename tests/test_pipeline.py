@@ -259,6 +259,13 @@ def test_one_picture_that_nvjpeg_refuses_does_not_take_the_others_along(torchvis
     assert passed.note.endswith("by Pillow: 1 × nvJPEG refused it: Error while decoding.")
 
 
+def test_the_speed_of_nvjpeg_is_not_that_of_pillow(torchvision, tmp_path):
+    """On files of another kind Pillow does all the work: a rate under nvJPEG's name would be a lie."""
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "a.webp")
+    with pytest.raises(models.NotRun, match="none of 1 pictures is a JPEG"):
+        pipeline.speed(tmp_path, Slow(preprocess.new(8)), batch_size=4, workers=1, decoder="nvjpeg")
+
+
 def test_nvjpeg_is_never_taken_unasked_nor_silently_replaced():
     loaded = Slow(preprocess.new(8)).loaded
     assert type(pipeline.pick_decoder("pil", loaded)) is pipeline.PilDecoder

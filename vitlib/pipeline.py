@@ -259,6 +259,7 @@ def speed(
     A row a stage (decoder, model, overlapped): decoder's name, batch, workers, pictures, images_per_s (median over
     rounds, stages in turn, after a pass that is not counted), and for `overlapped` the ratio to the slower of the other
     two. `decoder` reads, decodes, resizes and copies to the device; `model` runs on pixel values that lie there.
+    DataError where no picture can be read, NotRun where nvJPEG would leave them all to Pillow.
     Where the network runs on the CPU both want the same cores, and the ratio says how many are idle.
     """
     found = pictures if isinstance(pictures, list) else pictures_in(pictures)
@@ -266,6 +267,8 @@ def speed(
     warm = classify(found, engine, **options, progress=False)
     if not (usable := warm.pictures):
         raise data.DataError(f"none of {len(found)} pictures can be read: there is nothing to measure")
+    if warm.decoder == "nvjpeg" and not any(picture.jpeg and picture.jpeg()[0] for picture in usable):
+        raise NotRun(f"none of {len(usable)} pictures is a JPEG file that nvJPEG would decode")
     loaded = engine.loaded
     pixels = data.decode(usable[:batch_size], loaded.preprocess, workers=workers, what="one batch").pixels
     batch = loaded.preprocess.normalise(pixels.to(loaded.device), loaded.dtype)

@@ -313,7 +313,8 @@ def page_of(executed: "NotebookNode", page: Path) -> str:
     )
     # A copied study lies in a folder of any name; what the notebook was run with says whose it is.
     study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
-    siblings = [stem for stem, _ in reports(page.parent)]
+    # The pages of a study will be there; one that stands apart may be alone.
+    siblings = [stem for stem, status in reports(page.parent) if status != "missing" or name in (*params.STUDY, stem)]
     about = {"study": study, "name": name, "siblings": siblings, "policy": POLICY}
     exporter.log.setLevel(logging.ERROR)
     resources = {"metadata": {"name": f"{name} – {study}"}, "report": about}

@@ -38,9 +38,12 @@ def load(study: str) -> Bench:
     """The records of `make bench` for `study`. MissingRecord says how to make them."""
     folder = records.study_folder(study) / "records"
     tuning = folder / "bench_tuning.csv"  # a machine without fused rows leaves none
+    frame, targets = (records.read_table(folder / name) for name in ("bench.csv", "targets.csv"))
+    # Without bounds the column holds numbers alone, which a table would round to two digits.
+    targets["found"] = [f"{value:.4g}" if isinstance(value, float) else value for value in targets["found"]]
     return Bench(
-        records.read_table(folder / "bench.csv"),
-        records.read_table(folder / "targets.csv"),
+        frame,
+        targets,
         records.read_table(tuning) if tuning.is_file() else pd.DataFrame(),
         records.read_json(folder / "bench.json"),
     )

@@ -131,49 +131,55 @@ class ImageTrainer(Trainer):
 
         Where the compiler fails (Triton wants a C compiler, for one), 'auto' says so in a line and goes on without it.
         Where memory does not suffice, activations are computed again in the backward pass instead of being kept. That
-        costs time and changes no gradient; MemoryError where it is not enough either.
+        costs time and changes no gradient; MemoryError where it is not enough either. What the optimizer keeps comes
+        later: little but for the method "full".
         """
         cuda = self.args.device.type == "cuda"
         if not (self.compiled or cuda):
             return 0.0
         start = time.perf_counter()
-        with torch.random.fork_rng(devices=[self.args.device] if cuda else []), warnings.catch_warnings():
+        devices = list(range(torch.cuda.device_count())) if cuda else []
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             # Weights that adapters are added into are fp32, their products are not.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-            try:
-                self._fitting_batch()
-            except torch._dynamo.exc.TorchDynamoException as error:
-                if self.recipe.compile != "auto":
-                    raise
-                print(f"not compiled, {(str(error) or type(error).__name__).splitlines()[0]}")
+            if failed := self._fitting_batch():
+                print(f"not compiled, {failed}")
                 uncompile(self.model)
+                self._freed()
+                self._fitting_batch()  # it keeps more than a compiled one
             self.model_wrapped.zero_grad()
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start if self.compiled else 0.0
 
-    def _fitting_batch(self) -> None:
-        batch = f"a training batch of {self.recipe.batch_size} pictures"
-        try:
-            return self._one_batch()
-        except torch.OutOfMemoryError:
-            print(f"{batch} does not fit this device's memory: activations are not kept (activation checkpointing)")
-        self._freed()
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
-        try:
-            return self._one_batch()
-        except torch.OutOfMemoryError:
+    def _fitting_batch(self) -> str:
+        """One batch, without keeping activations where memory asks for it; why the compiler failed ('' if not)."""
+        batch = f"a training batch of {self.recipe.batch_size} pictures does not fit this device's memory"
+        while True:
+            try:
+                self._one_batch()
+            except torch.OutOfMemoryError:
+                pass  # nothing is freed here yet: the traceback holds tensors
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if self.recipe.compile != "auto":
+                    raise
+                return (str(error) or type(error).__name__).splitlines()[0]
+            else:
+                return ""
             self._freed()
-        raise MemoryError(f"{batch} does not fit this device's memory: set train_batch_size to a smaller number")
+            if self.model.is_activation_checkpointing:
+                raise MemoryError(f"{batch}: set train_batch_size to a smaller number")
+            print(f"{batch}: activations are not kept (activation checkpointing)")
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def _freed(self) -> None:
-        """Nothing is left of a batch that was cut off; outside of its `except`, whose traceback holds tensors."""
+        """Nothing is left on the device of a batch that was cut off."""
         self.model_wrapped.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _one_batch(self) -> None:
-        rows = range(min(self.recipe.batch_size, len(self.train_dataset)))
+        rows = range(min(self.args.train_batch_size, len(self.train_dataset)))  # of all devices together
         inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
         self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
 
@@ -254,6 +260,7 @@ class _EpochClock(TrainerCallback):
                 "images_per_s": self.pictures / seconds,
                 "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
                 "compile_s": self.compile_s,
+                "recomputed": self.trainer.model.is_activation_checkpointing,
             }
         )
         self.compile_s = 0.0
@@ -274,7 +281,8 @@ def train(
     """Train `model` in place on `examples['train']`, validate each epoch, and return a row an epoch.
 
     `folder` receives the training checkpoints of the last two epochs. With `resume` it goes on from the newest whole
-    one. Columns: those of `records/finetune.csv`, and the seconds of compilation before an epoch, by `backend`.
+    one. Columns: those of `records/finetune.csv`, the seconds of compilation before an epoch, by `backend`, and whether
+    activations were computed again instead of being kept (see `ImageTrainer.warm_up`).
     `about` holds further settings that make a run another run. Afterwards the model is in fp32 arithmetic again, on
     `device`. ResumeError where the folder holds a run of another recipe, other settings, other data or other initial
     weights.
@@ -299,8 +307,10 @@ def train(
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
     autocast = precision_of(recipe.precision, device) != "fp32"
     with adapters.without_casts(model, autocast), compiled_blocks(model, backend if compiled else None):
-        trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
-    model.activation_checkpointing_disable()
+        try:
+            trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+        finally:  # a smaller batch may be tried next, with the same network
+            model.activation_checkpointing_disable()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off the model's forward
     return _history(trainer.state.log_history)
 
@@ -466,7 +476,7 @@ def _difference(left: Mapping[str, object], right: Mapping[str, object]) -> str:
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
     rows: dict[int, dict[str, float]] = {}
     names = {"loss": "train_loss", "eval_loss": "valid_loss", "eval_top1": "top1", "eval_top5": "top5"}
-    names |= {key: key for key in ("epoch_s", "images_per_s", "peak_vram_mb", "compile_s")}
+    names |= {key: key for key in ("epoch_s", "images_per_s", "peak_vram_mb", "compile_s", "recomputed")}
     for entry in log:
         row = rows.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
         row |= {names[key]: value for key, value in entry.items() if key in names}
