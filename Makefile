@@ -33,7 +33,7 @@ study: setup  ## run the notebooks of STUDY that are out of date, then print the
 
 bench: setup  ## measure what each step towards speed brings; with STUDY=<name> on its checkpoints, else on random weights
 	$(BIN)/python -m vitlib.bench $(if $(BENCHED),--study $(BENCHED))
-	$(BIN)/python -m vitlib.report run notebooks/6_speed.ipynb --study $(or $(BENCHED),bench) --params params/$(STUDY).yaml
+	$(BIN)/python -m vitlib.report run notebooks/6_speed.ipynb --study $(or $(BENCHED),bench) --params params/$(or $(BENCHED),demo).yaml
 
 test: setup  ## linter and tests; those of one file share a process, as the notebooks' share a folder
 	$(BIN)/ruff check .

@@ -9,9 +9,9 @@
 # %% [markdown]
 # # Speed: what makes it fast?
 #
-# Quantized weights are smaller, and as the libraries come they are slower: each pass launches more and smaller kernels,
-# and a GPU waits for its host. `make bench` measures every step from there to a network that is rewritten for speed,
-# and this page reads what it left. We will see
+# Quantized weights are smaller. As the libraries come they are slower than weights in 16 bit, because each pass
+# launches more and smaller kernels, and a GPU waits for its host. `make bench` measures every step from there to a
+# network that is rewritten for speed, and this page reads what it left. We will see
 #
 # - each step, in each weight format, at each batch size;
 # - whether a quantized network can be as fast as one in 16 bit;
@@ -19,7 +19,8 @@
 # - training, ablation and the way from files to predictions;
 # - what was to be reached, and what was not.
 #
-# Nothing is measured here. Rows compare with each other because they come from one run, in shuffled rounds.
+# Nothing is measured here. Steps of the network compare with each other because they were timed in one run, in
+# rounds of shuffled order.
 #
 # *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
 # -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
@@ -42,23 +43,30 @@ bench = speed.load(settings.study)
 plots.table(speed.conditions(bench))
 
 # %% [markdown]
+# ## How steps are named
+#
+# A step is weights-attention-execution; an eager execution, the plain form, is not written.
+
+# %%
+plots.table(speed.names())
+
+# %% [markdown]
 # ## Step by step
 #
-# A step is named weights-attention-execution. `eager`, the plain form, is not written. `graph` records the kernels of a
-# pass once and replays them, so that the host has nothing to do. `fused` is the same network with fewer and larger
-# kernels: one product for query, key and value, the patch embedding as a product, bias and GELU in the product's
-# epilogue where its form allows, residual and norm in one kernel, and after the last attention the class token alone.
-# With "tanh GELU" the activation is computed in its tanh form, another function than the checkpoint's, which a product
-# can apply by itself. Times are medians of single calls, factors those of the rounds' own ratios to the first step.
+# Medians of single calls. Factors over the first step are medians of the rounds' own ratios, with bounds: where these
+# hold one, no difference is shown.
 
 # %%
 plots.table(speed.ladder(bench))
 
-# %% [markdown]
-# The same with bounds:
-
 # %%
 plots.steps(bench.engine)
+
+# %% [markdown]
+# The fused ones alone:
+
+# %%
+plots.steps(bench.engine, words="fused")
 
 # %% [markdown]
 # What this machine could not run:
@@ -70,7 +78,7 @@ plots.table(speed.not_run(bench))
 # ## As fast as 16 bit?
 #
 # The time of each quantized format as a share of the fastest fp16 row with the same GELU. One is as fast; the weights
-# are smaller either way.
+# are smaller either way. Empty where no fused fp16 network was measured.
 
 # %%
 plots.table(speed.against_fp16(bench))
@@ -78,13 +86,20 @@ plots.table(speed.against_fp16(bench))
 # %% [markdown]
 # ## Which way was taken
 #
-# A weight can be decoded inside the product, or dequantized before it: for its layer alone, for a whole block at once
-# ("by block"), or for the next block on a second stream while this one computes ("ahead"). What is fastest depends on
-# the number of rows, so every way is timed when an engine is made. Of single layers "fused" is a kernel of this
-# project, "library" a product of the libraries, "dequantize" one after dequantizing. `bench_tuning.csv` has all times.
+# Quantized weights can be dequantized layer by layer, for a whole block at once ("by block"), or for the next block on
+# a second stream while this one computes ("ahead"). What is fastest depends on the number of rows, so every way is
+# timed when an engine is made. These are milliseconds of a captured pass alone, without the copies and the call around
+# it.
 
 # %%
-plots.table(speed.paths(bench), digits=3)
+plots.table(speed.blocks(bench), digits=3)
+
+# %% [markdown]
+# Where no whole block is dequantized, each product has a way of its own, by the shape of its layer and the number of
+# rows. `bench_tuning.csv` has all that were timed.
+
+# %%
+plots.table(speed.layers(bench))
 
 # %% [markdown]
 # ## The same outputs?
@@ -108,8 +123,8 @@ plots.table(speed.sizes(bench))
 # %% [markdown]
 # ## Training
 #
-# A bare LoRA step, from PEFT under autocast to everything that notebook 1 switches on. The last row has no adapter
-# dropout: compare it with the second.
+# A bare LoRA step, from PEFT under autocast to everything that notebook 1 switches on; each row adds to the one before.
+# Adapters can be added into the weights where they have no dropout: that row compares with PEFT's own without it.
 
 # %%
 plots.table(speed.training(bench))
@@ -118,7 +133,8 @@ plots.table(speed.training(bench))
 # ## Ablation
 #
 # Notebook 3 needs every block quantized alone and kept alone. "reload" loads and runs each configuration by itself;
-# "shared" loads once and computes what configurations have in common once.
+# "shared" loads once and computes what configurations have in common once. Where fewer were run than there are
+# configurations, the time is an estimate for all.
 
 # %%
 plots.table(speed.ablation(bench))
@@ -126,7 +142,8 @@ plots.table(speed.ablation(bench))
 # %% [markdown]
 # ## From files to predictions
 #
-# Decoding while the network computes cannot be faster than the slower of both.
+# Files are decoded while the network computes on those before them. Best is what the slower of both does alone; a
+# figure above it is noise. On a CPU both want the same cores.
 
 # %%
 plots.table(speed.pipeline(bench))

@@ -1,5 +1,6 @@
 """The table of what each step brings: what it compares, and what it calls reached."""
 
+import argparse
 import re
 
 import numpy as np
@@ -131,3 +132,32 @@ def test_the_study_keeps_its_own_tuning_table(tmp_path, monkeypatch):
     small = {"architecture": "vit-micro", "image_size": 32, "pictures_per_class": 4, "limit": 30}
     bench.run(params.check({"study": "bench", **SMALL, **small}), ("engine",), None)
     assert kept.read_text() == "of notebook 2\n" and kept.with_name("bench_tuning.csv").is_file()
+
+
+def test_a_run_without_the_engine_leaves_no_tuning_of_an_earlier_one(tmp_path, monkeypatch):
+    """The page would show it as this run's."""
+    monkeypatch.setattr(records, "study_folder", lambda study: tmp_path / study)
+    folder = tmp_path / "bench" / "records"
+    folder.mkdir(parents=True)
+    (folder / "bench_tuning.csv").write_text("step\nof another run\n")
+    small = {"architecture": "vit-micro", "image_size": 32, "pictures_per_class": 4, "limit": 30}
+    bench.run(params.check({"study": "bench", **SMALL, **small}), ("pipeline",), None)
+    assert {path.name for path in folder.iterdir()} == {"bench.csv", "targets.csv", "bench.json"}
+
+
+def test_what_is_measured_is_the_study_that_was_named(tmp_path, monkeypatch):
+    """A parameter file need not say its own name; the default study's records must not be overwritten for it."""
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "mine.yaml").write_text("limit: 30\n")
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(bench.models, "checkpoint_folder", lambda folder, variant: folder)
+    options = argparse.Namespace(study="mine", batch_sizes=[1, 2])
+    settings, checkpoints = bench._chosen(options)
+    assert (settings.study, settings.batch_sizes, settings.rounds) == ("mine", [1, 2], bench.BUDGET["rounds"])
+    assert checkpoints == tmp_path / "outputs" / "mine" / "checkpoints"
+
+
+def test_bad_batch_sizes_are_an_error_in_one_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--batch-sizes", "32", "1"])
+    with pytest.raises(SystemExit, match="error: batch_sizes"):
+        bench.main()

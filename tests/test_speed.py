@@ -1,5 +1,7 @@
 """The page of what `make bench` measured: from its records alone, and nothing left out."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 
@@ -32,6 +34,42 @@ def measured(tmp_path, monkeypatch):
     return speed.load("unit")
 
 
+@pytest.fixture
+def tuned(measured):
+    """The tuning table as `engine.tunings` leaves it: layer by layer first, then each other way against the best."""
+    shared = {"step": "nf4-direct-fused-graph", "layer": "all blocks", "config": None, "note": None}
+    ways = [("until then, against by block", 9.0, False), ("by block", 8.0, True)]
+    ways += [("until then, against ahead", 8.1, False), ("ahead", 8.5, False)]
+    rows = [shared | {"batch": 32, "path": path, "us": 1e3 * ms, "chosen": taken} for path, ms, taken in ways]
+    rows += [row | {"batch": 1, "us": row["us"] / 9, "chosen": row["path"] == "ahead"} for row in rows]
+    rows += [shared | {"batch": 0, "path": "ahead", "us": None, "chosen": False, "note": "no memory"}]
+    linear = {"layer": "W8A8", "batch": 1, "path": "fused", "us": 8.0, "chosen": True}
+    rows += [shared | linear | {"step": "w8a8-direct-fused-graph", "us": us} for us in (7.0, 8.0, 9.0)]
+    rows += [shared | {"layer": "Dense", "batch": 1, "path": "library", "us": 5.0, "chosen": True}]
+    return dataclasses.replace(measured, tuning=pd.DataFrame(rows))
+
+
+def test_the_ways_to_dequantize_are_compared_as_passes_and_the_products_as_products(tuned):
+    table = speed.blocks(tuned).set_index("batch")
+    assert table.loc[32, ["layer by layer", "by block", "ahead"]].tolist() == [9.0, 8.0, 8.5]
+    assert table["taken"].to_dict() == {1: "ahead", 32: "by block"}
+    (row,) = speed.layers(tuned).to_dict("records")
+    assert (row["way taken"], row["layer shapes"]) == ("this project's kernel", 3)
+    assert row["one product, median (µs)"] == 8.0
+
+
+@pytest.mark.parametrize("part", ["training", "pipeline", "ablation"])
+def test_a_bench_of_one_part_has_a_page(measured, part):
+    """Every function of the notebook gives something to show, however little was measured."""
+    row = {"part": part, "step": "shared", "batch": 8, "note": "nothing", "images_per_s": 1.0}
+    alone = dataclasses.replace(measured, frame=pd.DataFrame([row]).reindex(columns=[*bench.COLUMNS, "weights"]))
+    functions = ("conditions", "ladder", "not_run", "against_fp16", "blocks", "layers", "agreement", "sizes")
+    for name in (*functions, "training", "ablation", "pipeline"):
+        assert plots.table(getattr(speed, name)(alone)) is not None
+    assert plots.steps(alone.engine).data == "*none*"
+    assert speed.headline(alone).startswith("- **Targets**")
+
+
 def test_every_step_that_ran_has_a_row_beside_those_of_its_format(measured):
     table = speed.ladder(measured)
     assert table["step"].tolist() == [
@@ -57,10 +95,15 @@ def test_the_headline_counts_what_was_judged_and_names_what_was_missed(measured)
 
 
 def test_what_was_not_measured_is_an_empty_table_and_no_error(measured):
-    assert speed.paths(measured).empty and speed.ablation(measured).empty and speed.pipeline(measured).empty
+    assert (
+        speed.blocks(measured).empty
+        and speed.layers(measured).empty
+        and speed.ablation(measured).empty
+        and speed.pipeline(measured).empty
+    )
     assert speed.training(measured)["images/s"].tolist() == [10.0]
     assert "peak memory (MB)" not in speed.training(measured)
-    assert len(plots.steps(measured.engine).axes) == 2
+    assert len(plots.steps(measured.engine).axes) == len(plots.steps(measured.engine, words="fused").axes) == 2
     assert "weights" in speed.conditions(measured)["what"].tolist()
 
 

@@ -7,6 +7,7 @@ other only within one run.
 
 import argparse
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from vitlib import (
     data,
     engine,
     models,
+    origin,
     params,
     pipeline,
     preprocess,
@@ -437,7 +439,7 @@ def run(
     pictures = pipeline.pictures_in(folder_of_pictures) if folder_of_pictures else dataset.splits["valid"]
     folder = records.study_folder(settings.study) / "records"
     with tempfile.TemporaryDirectory() as scratch:
-        weights = "trained" if checkpoints else "random"
+        weights, base = ("trained", origin.of_study(folder.parent)) if checkpoints else ("random", {})
         checkpoints = checkpoints or random_study(settings, Path(scratch), dataset)
         frames = []
         for found in _measured(settings, parts, checkpoints, dataset, pictures, device):
@@ -446,7 +448,8 @@ def run(
             # After each part: what has been measured is kept where a later part fails.
             records.write_table(frame.assign(weights=weights), folder / "bench.csv")
             records.write_table(targets(frame, device.type == "cuda"), folder / "targets.csv")
-    records.write_json(records.environment(parameters=settings.model_dump()), folder / "bench.json")
+            environment = records.environment(parameters=settings.model_dump())
+            records.write_json({**environment, "base": base}, folder / "bench.json")
     return frame
 
 
@@ -462,8 +465,13 @@ def _measured(
     valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
     if "engine" in parts:
         found, tuning = measure_engines(settings, checkpoints, valid.pixels)
-        if len(tuning):
-            records.write_table(tuning, records.study_folder(settings.study) / "records" / "bench_tuning.csv")
+    else:
+        found, tuning = None, pd.DataFrame()
+    written = records.study_folder(settings.study) / "records" / "bench_tuning.csv"
+    written.unlink(missing_ok=True)  # of an earlier run: it does not belong to what is measured now
+    if len(tuning):
+        records.write_table(tuning, written)
+    if found is not None:
         yield found
     if "pipeline" in parts:
         yield measure_pipeline(settings, checkpoints, pictures, device)
@@ -475,6 +483,19 @@ def _measured(
         yield measure_training(settings, checkpoints)
 
 
+def _chosen(options: argparse.Namespace) -> tuple[Parameters, Path | None]:
+    """The settings, and the checkpoints of the study that is asked for."""
+    settings, checkpoints = default_settings(models.pick_device("auto")), None
+    if options.study:
+        values = params.load(records.project_root() / "params" / f"{options.study}.yaml")
+        settings = params.check({**values, **BUDGET, "study": options.study})
+        checkpoints = records.study_folder(settings.study) / "checkpoints"
+        models.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
+    if options.batch_sizes:
+        settings = params.check({**settings.model_dump(), "batch_sizes": options.batch_sizes})
+    return settings, checkpoints
+
+
 def main() -> None:
     """Measure what the command line asks for, and print both tables."""
     parser = argparse.ArgumentParser(prog="python -m vitlib.bench", description=__doc__.splitlines()[0])
@@ -483,15 +504,11 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="instead of the study's")
     parser.add_argument("--pictures", type=Path, help="folder for the input pipeline, instead of the validation split")
     options = parser.parse_args()
-    checkpoints, settings = None, default_settings(models.pick_device("auto"))
-    if options.study:
-        values = params.load(records.project_root() / "params" / f"{options.study}.yaml")
-        settings = params.check({**values, **BUDGET})
-        checkpoints = records.study_folder(settings.study) / "checkpoints"
-        models.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
-    if options.batch_sizes:
-        settings = params.check({**settings.model_dump(), "batch_sizes": options.batch_sizes})
-    frame = run(settings, tuple(options.parts), checkpoints, options.pictures)
+    try:
+        settings, checkpoints = _chosen(options)
+        frame = run(settings, tuple(options.parts), checkpoints, options.pictures)
+    except (params.ParameterError, data.DataError, OSError) as error:
+        sys.exit(f"error: {error}")
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 60):
         print(
             frame.drop(columns=[name for name in frame if name.endswith(("_low", "_high"))])

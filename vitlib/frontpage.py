@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ COLUMNS = {
 def reports(folder: str | Path) -> list[tuple[str, str]]:
     """The study's reports in order, each with its status: done, failed (the newest run was) or missing.
 
-    A notebook that `make study` does not run is no missing one.
+    A notebook that `make study` does not run is no missing one, and where only such have run nothing is missing.
     """
-    folder = Path(folder)
-    apart = set(NOTEBOOKS) - set(STUDY)
-    found = [path for path in (records.project_root() / "notebooks").glob("[0-9]*_*.ipynb") if path.stem not in apart]
-    found += folder.glob("[0-9]*_*.html")
+    folder, apart = Path(folder), set(NOTEBOOKS) - set(STUDY)
+    found = list(folder.glob("[0-9]*_*.html"))
+    if not found or any(path.stem not in apart for path in found):
+        notebooks = (records.project_root() / "notebooks").glob("[0-9]*_*.ipynb")
+        found += [path for path in notebooks if path.stem not in apart]
     stems = {path.stem.removesuffix(".failed") for path in found}
 
     def status(stem: str) -> str:
@@ -87,10 +89,10 @@ def is_study(name: object) -> bool:
 
 
 def _environment(folder: Path) -> Any:
-    try:
-        return json.loads((folder / "records" / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no record yet: the index is still of use
-        return {}
+    for name in ("environment.json", "bench.json"):  # the second where nothing but `make bench` has run
+        with suppress(OSError, ValueError):  # no record yet: the index is still of use
+            return json.loads((folder / "records" / name).read_text(encoding="utf-8"))
+    return {}
 
 
 def _card(folder: Path, stem: str, status: str) -> dict[str, str]:
@@ -119,7 +121,8 @@ def _facts(folder: Path) -> dict[str, str]:
     pages = [folder / f"{stem}.html" for stem, _ in reports(folder)]
     git = _part(made, "git")
     facts = {
-        "parameter set": f"params/{study_of(folder)}.yaml",
+        # A bench with random weights has none.
+        "parameter set": "" if study_of(folder) == "bench" else f"params/{study_of(folder)}.yaml",
         "base": origin.sentence(folder).replace("**", "").replace("`", ""),
         "last report": max((_minute(page) for page in pages if page.exists()), default=""),
         "hardware": _hardware_line(_part(made, "hardware")),

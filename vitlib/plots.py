@@ -111,7 +111,7 @@ def _scatter(rows: pd.DataFrame, *, x: str, y: str, scale: float, labels: tuple[
     axis.set_xscale("log")
     axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
     axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""))
+    axis.xaxis.set_minor_formatter(plt.FuncFormatter(_two_or_five))
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
@@ -154,9 +154,15 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
     return figure
 
 
-def steps(engine: pd.DataFrame) -> Figure:
-    """Median latency of each step of the bench with its bounds, log scale, a panel a batch size, a colour a format."""
+def steps(engine: pd.DataFrame, *, words: str = "") -> Figure | Markdown:
+    """Median latency of each step of the bench with its bounds, a panel a batch size, a colour a format.
+
+    On a log scale; only the steps whose name holds `words`, where given, on a linear one.
+    """
+    engine = engine[engine["step"].str.contains(words, regex=False)]
     sizes, names = sorted(engine["batch"].unique()), list(dict.fromkeys(engine["step"]))
+    if not names:
+        return Markdown("*none*")
     figure, axes = _axes(len(sizes), width=4.2 + 3.6 * len(sizes), height=0.27 * len(names) + 1.2)
     colours = _colours(list(dict.fromkeys(engine["weights"])))
     for axis, size in zip(axes, sizes, strict=True):
@@ -164,15 +170,20 @@ def steps(engine: pd.DataFrame) -> Figure:
         for number, row in enumerate(rows.itertuples()):
             error = [[row.ms - row.ms_low], [row.ms_high - row.ms]]
             axis.errorbar(row.ms, number, xerr=error, fmt="o", capsize=3, color=colours.get(row.weights, "grey"))
-        axis.set(xscale="log", xlabel="median latency (ms, log scale)", title=f"batch {size}")
-        axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(
-            plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}".strip("0.")[:1] in "25" else "")
-        )
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set(xlabel=f"median latency (ms{'' if words else ', log scale'})", title=f"batch {size}")
+        if not words:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(plt.FuncFormatter(_two_or_five))
+        axis.set_yticks(range(len(names)), names, fontsize=9)
         axis.tick_params(axis="y", labelleft=axis is axes[0])
         axis.invert_yaxis()
     return figure
+
+
+def _two_or_five(value: float, _: object) -> str:
+    """A tick of a log scale, labelled at 2 and 5 times a power of ten."""
+    return f"{value:g}" if f"{value:g}".strip("0.")[:1] in "25" else ""
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Figure:

@@ -5,7 +5,27 @@ from typing import Any
 
 import pandas as pd
 
-from vitlib import records
+from vitlib import origin, records
+
+NAMES = {
+    "fp32, fp16": "weights in 32 or 16 bit",
+    "nf4": "weights in 4 bits, 64 to a scale, computed in 16 bit",
+    "int8": "LLM.int8(): weights and inputs in 8 bits, outliers in 16, as bitsandbytes computes it",
+    "w8a16": "the same weights in 8 bits, inputs and computation in 16",
+    "w8a8": "the same weights in 8 bits, inputs too, without outliers",
+    "fp8": "weights and inputs in 8-bit floating point",
+    "sdpa": "attention as transformers calls PyTorch's",
+    "direct": "this project's attention: PyTorch's kernel without a mask; _fa (flash), _efficient, _cudnn and _math "
+    "fix which, _fa2 is FlashAttention-2 from its package",
+    "graph": "the kernels of a pass are recorded once and replayed, so that the host has nothing to do",
+    "fused": "the same network with fewer and larger kernels: one product for query, key and value, the patch "
+    "embedding as a product, bias and (where its form allows) GELU in the product's epilogue, residual and norm in one "
+    "kernel, after the last attention the class token alone",
+    "compile": "through torch.compile",
+    "tanh GELU": "the activation in its tanh form, another function than the checkpoint's",
+    "int8 rows, dequantized": "the weights of int8 turned back into 16 bit, in the plain network",
+}
+"""The words of which the name of a step is made, weights-attention-execution; an eager execution is not written."""
 
 FAMILIES = {"nf4": ("nf4",), "int8": ("int8", "w8a16", "w8a8"), "fp16": ("fp16",), "fp8": ("fp8",)}
 
@@ -49,6 +69,11 @@ def load(study: str) -> Bench:
     )
 
 
+def names() -> pd.DataFrame:
+    """What the parts of a step's name mean."""
+    return pd.DataFrame(list(NAMES.items()), columns=["name", "meaning"])
+
+
 def conditions(bench: Bench) -> pd.DataFrame:
     """On what, with what and from which commit it was measured."""
     about, settings = bench.about, bench.about["parameters"]
@@ -66,6 +91,7 @@ def conditions(bench: Bench) -> pd.DataFrame:
         else "",
         "software": ", ".join([f"Python {about['python']}", *versions]),
         "weights": weights,
+        "base": origin.sentence(about.get("base", {})).replace("**", "").replace("`", ""),
         "pictures": settings["data_source"],
         "rounds": f"{settings['rounds']}, in shuffled order; bounds are those of the median over rounds",
         "date and commit": f"{about['date_utc'][:10]}, {str(git.get('commit') or 'unknown')[:10]}"
@@ -75,12 +101,15 @@ def conditions(bench: Bench) -> pd.DataFrame:
 
 
 def ladder(bench: Bench) -> pd.DataFrame:
-    """A row a step, by weight format: median latency, and the median of the rounds' factors over the first step."""
+    """A row a step, by weight format: median latency, and the factor over the first step with its bounds.
+
+    Factors are medians over rounds of the rounds' own ratios, so they need not be the ratios of the medians.
+    """
     table: dict[str, dict[str, object]] = {}
     for row in bench.engine.to_dict("records"):
         shown = table.setdefault(row["step"], {"step": row["step"]})
         shown[f"batch {row['batch']} (ms)"] = row["ms"]
-        shown[f"times as fast, batch {row['batch']}"] = row["times_baseline"]
+        shown[f"times as fast, batch {row['batch']}"] = _bounds(row, "times_baseline")
     return pd.DataFrame(list(table.values()))
 
 
@@ -93,11 +122,10 @@ def not_run(bench: Bench) -> pd.DataFrame:
 def against_fp16(bench: Bench) -> pd.DataFrame:
     """Share of the fastest fp16 latency with the same GELU that each fused row takes: at most 1 is as fast."""
     rows = bench.engine
-    if "of_best_fp16" not in rows:
-        return pd.DataFrame()
-    rows = rows[
-        rows["of_best_fp16"].notna() & ~rows["weights"].isin(("fp32", "fp16")) & rows["step"].str.contains("fused")
-    ]
+    fused = rows["step"].str.contains("fused")
+    if not (fused & (rows["weights"] == "fp16")).any():
+        return pd.DataFrame()  # without a fused fp16 row the comparison would be with another execution
+    rows = rows[fused & rows["of_best_fp16"].notna() & ~rows["weights"].isin(("fp32", "fp16"))]
     table = {}
     for row in rows.to_dict("records"):
         table.setdefault(row["step"], {"step": row["step"]})[f"batch {row['batch']}"] = _bounds(row, "of_best_fp16")
@@ -112,7 +140,7 @@ def agreement(bench: Bench) -> pd.DataFrame:
         {
             "step": rows["step"],
             "compared with": rows["reference"],
-            "relative error of logits": [f"{value:.1e}" for value in rows["relative_error"]],
+            "relative error of logits": [f"{value:.1e}" if value == value else "–" for value in rows["relative_error"]],
             "same class (%)": 100 * rows["agreement"],
         }
     )
@@ -121,30 +149,63 @@ def agreement(bench: Bench) -> pd.DataFrame:
 def sizes(bench: Bench) -> pd.DataFrame:
     """Megabytes of weights, and with the buffers of weights dequantized before they are used; equal rows once."""
     rows = bench.engine.drop_duplicates(["weights", "model_mb", "held_mb"])
+    if rows.empty:
+        return pd.DataFrame()
     shown = {"step": rows["step"], "weights (MB)": rows["model_mb"], "with buffers (MB)": rows["held_mb"]}
     return pd.DataFrame(shown | {"times smaller": rows["model_mb"].iloc[0] / rows["held_mb"]})
 
 
-def paths(bench: Bench) -> pd.DataFrame:
-    """Which way each format was computed at each batch size: for whole blocks, else by number of layer shapes."""
-    if bench.tuning.empty:
+def blocks(bench: Bench) -> pd.DataFrame:
+    """Milliseconds of the captured pass with the weights dequantized layer by layer, by block, or ahead; chosen or not.
+
+    Without the copies in and out and the host's call, which the latencies above hold.
+    """
+    tried = _tuned(bench, "all blocks")
+    if tried.empty:
         return pd.DataFrame()
-    taken = bench.tuning[bench.tuning["chosen"] & (bench.tuning["layer"] != "Dense")]
-    counts = taken.groupby(["step", "batch", "layer", "path"])["us"].agg(["size", "median"]).reset_index()
-    counts["median"] /= 1e3
-    names = {"layer": "layers", "path": "way taken", "size": "shapes", "median": "median (ms)"}
-    return counts.rename(columns=names)
+    first = tried["path"] == "until then, against by block"
+    tried = tried[first | ~tried["path"].str.startswith("until then")]
+    shown = tried.assign(ms=tried["us"] / 1e3, path=tried["path"].where(~first[tried.index], "layer by layer"))
+    table = shown.pivot_table("ms", ["step", "batch"], "path", sort=False).reset_index()
+    taken = shown[shown["chosen"]].set_index(["step", "batch"])["path"]
+    table["taken"] = [taken.get(key, "layer by layer") for key in zip(table["step"], table["batch"], strict=True)]
+    return table.sort_values(["step", "batch"], ignore_index=True)
+
+
+def layers(bench: Bench) -> pd.DataFrame:
+    """How single products were computed where no whole block was dequantized: layer shapes a way, µs of one product."""
+    tuned = _tuned(bench, "")
+    if tuned.empty:
+        return pd.DataFrame()
+    taken = tuned[tuned["chosen"] & ~tuned["layer"].isin(("Dense", "all blocks"))]
+    ways = {
+        "fused": "this project's kernel",
+        "library": "a library's product",
+        "dequantize": "dequantized, then a product",
+    }
+    counts = taken.assign(path=taken["path"].replace(ways))
+    counts = counts.groupby(["step", "batch", "path"])["us"].agg(["size", "median"]).reset_index()
+    return counts.rename(columns={"path": "way taken", "size": "layer shapes", "median": "one product, median (µs)"})
+
+
+def _tuned(bench: Bench, layer: str) -> pd.DataFrame:
+    """Rows of the tuning table with a time, of one kind of layer or ('') of all."""
+    if bench.tuning.empty:
+        return bench.tuning
+    timed = bench.tuning[bench.tuning["us"].notna()]
+    return timed[timed["layer"] == layer] if layer else timed
 
 
 def training(bench: Bench) -> pd.DataFrame:
-    """Images per second of a bare training step, from PEFT as it comes; what failed here has its reason."""
+    """Images per second of a bare training step, from PEFT as it comes; what failed here has its reason.
+
+    Steps without adapter dropout stand last: they compare with each other.
+    """
     rows = bench.part("training")
-    shown = {"step": rows["step"], "images/s": rows["images_per_s"], "times as fast": rows["times_baseline"]}
-    shown |= {
-        "peak memory (MB)": rows["peak_mb"],
-        "compilation (s)": rows["prepare_s"],
-        "note": rows["note"].fillna(""),
-    }
+    rows = rows.sort_values("step", key=lambda steps: steps.str.contains("no dropout"), kind="stable")
+    shown = {"step": rows["step"], "batch": rows["batch"], "images/s": rows["images_per_s"]}
+    shown |= {"times as fast": rows["times_baseline"], "peak memory (MB)": rows["peak_mb"]}
+    shown |= {"compilation (s)": rows["prepare_s"], "note": rows["note"].fillna("")}
     return _without_empty(pd.DataFrame(shown))
 
 
@@ -164,24 +225,9 @@ def pipeline(bench: Bench) -> pd.DataFrame:
 
 def headline(bench: Bench) -> str:
     """What the records say, in a few sentences (Markdown)."""
-    rows, lines = bench.engine, []
-    first = rows["step"].iloc[0]
-    for batch in sorted(rows["batch"].unique())[:: max(1, rows["batch"].nunique() - 1)]:
-        own = rows[rows["batch"] == batch]
-        found = []
-        for name, weights in FAMILIES.items():
-            fused = own[
-                own["weights"].isin(weights) & own["step"].str.contains("fused") & (own["gelu"] == "checkpoint")
-            ]
-            if len(fused):
-                best = fused.loc[fused["ms"].idxmin()]
-                found.append(
-                    f"{name} {best['ms']:.3g} ms, {best['times_baseline']:.3g} times as fast (`{best['step']}`)"
-                )
-        if found:
-            base = own.loc[own["step"] == first, "ms"].iloc[0]
-            form = "Fused, with the checkpoint's GELU"
-            lines.append(f"- **Batch {batch}**: `{first}` takes {base:.3g} ms. {form}: {'; '.join(found)}.")
+    rows = bench.engine
+    sizes_ = sorted(rows["batch"].unique())
+    lines = [line for batch in dict.fromkeys([*sizes_[:1], *sizes_[-1:]]) if (line := _fastest(rows, batch))]
     reached = bench.targets["reached"]
     judged = bench.targets[reached != "–"]
     missed = judged.loc[judged["reached"] == "no", "target"]
@@ -192,8 +238,26 @@ def headline(bench: Bench) -> str:
     return "\n".join(lines)
 
 
+def _fastest(rows: pd.DataFrame, batch: int) -> str:
+    """The fastest fused row of each family of formats at one batch size, beside the first step; '' without any."""
+    own = rows[rows["batch"] == batch]
+    same = own[own["step"].str.contains("fused") & (own["gelu"] == "checkpoint")]
+    base, found = own[own["step"] == rows["step"].iloc[0]], []
+    for name, weights in FAMILIES.items():
+        fused = same[same["weights"].isin(weights)]
+        if len(fused):
+            best = fused.loc[fused["ms"].idxmin()]
+            found.append(f"{name} {best['ms']:.3g} ms, {best['times_baseline']:.3g} times as fast (`{best['step']}`)")
+    if not found or base.empty:
+        return ""
+    first = f"`{base['step'].iloc[0]}` takes {base['ms'].iloc[0]:.3g} ms"
+    return f"- **Batch {batch}**: {first}. Fused, with the checkpoint's GELU: {'; '.join(found)}."
+
+
 def _bounds(row: dict[str, Any], name: str) -> str:
-    return f"{row[name]:.3g} ({row[name + '_low']:.3g} … {row[name + '_high']:.3g})"
+    """A figure and its bounds, on one line."""
+    text = f"{row[name]:.3g} ({row[name + '_low']:.3g} … {row[name + '_high']:.3g})"
+    return text.replace(" ", "\u00a0")
 
 
 def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
