@@ -73,7 +73,7 @@ def test_targets_say_what_was_found_and_what_was_not_measured():
     assert found.loc["fp16 (ms), batch 32"].tolist() == ["≤ 8.5", "–", "–", ""]
     assert found.loc["NF4: bytes held, of the libraries' own"].tolist() == ["≤ 1", "1.4", "no", names[1]]
     # w8a8 keeps no outliers in 16 bit: it is another function, and no engine path of LLM.int8.
-    assert found.loc["16 bit, same function: least Top-1 agreement with the eager form", "found"] == "0.994"
+    assert found.loc["16 bit, same function: least Top-1 agreement", "found"] == "0.994"
     assert len(bench.targets(frame, cuda=False)) < len(found)
 
 

@@ -384,13 +384,13 @@ _TARGETS = [
     Target("ablation: times faster than reloading", 10, _value("ablation", "times_baseline", "shared"), at_most=False),
     Target("pipeline: share of its slower half", 0.8, _value("pipeline", "share", "overlapped", "images_per_s"), False),
     Target(
-        "16 bit, same function: largest relative error against the eager form",
+        "16 bit, same function: largest relative error",
         0.01,
         _worst("relative_error", True),
         anywhere=True,
     ),
     Target(
-        "16 bit, same function: least Top-1 agreement with the eager form",
+        "16 bit, same function: least Top-1 agreement",
         0.995,
         _worst("agreement", False),
         at_most=False,

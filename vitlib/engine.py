@@ -13,7 +13,8 @@ from vitlib import fused, linears, models, timing
 from vitlib.ahead import WAYS, Ahead
 from vitlib.models import Loaded
 
-FASTER = 0.99  # of the time of a graph, at most, for another to replace it: whole passes in turn vary less than layers
+# Of the time of a graph, at most, for another to replace it: whole passes in turn vary less than layers.
+FASTER_PASS = 0.99
 
 
 class Engine:
@@ -134,7 +135,7 @@ class Engine:
         difference = ((other.outputs - graphs[0].outputs).norm() / graphs[0].outputs.norm()).item()
         turns = [[linears.replay_us(graph.graph, 4) for graph in graphs] for _ in range(15)]  # clocks drift under both
         times = [sorted(turn[k] for turn in turns)[7] for k in (0, 1)]
-        wins = difference <= linears.AGREES and times[1] < FASTER * times[0]
+        wins = difference <= linears.AGREES and times[1] < FASTER_PASS * times[0]
         if wins:
             self._unchoose(size)
         shared = {"layer": "all blocks", "shape": "", "batch": size, "rows": size, "config": "", "note": ""}

@@ -27,6 +27,7 @@ NAMES = {
 }
 """The words of which the name of a step is made, weights-attention-execution; an eager execution is not written."""
 
+NO_BREAK = "\u00a0"  # a figure and its bounds stay on one line
 FAMILIES = {"nf4": ("nf4",), "int8": ("int8", "w8a16", "w8a8"), "fp16": ("fp16",), "fp8": ("fp8",)}
 
 
@@ -60,7 +61,8 @@ def load(study: str) -> Bench:
     tuning = folder / "bench_tuning.csv"  # a machine without fused rows leaves none
     frame, targets = (records.read_table(folder / name) for name in ("bench.csv", "targets.csv"))
     # Without bounds the column holds numbers alone, which a table would round to two digits.
-    targets["found"] = [f"{value:.4g}" if isinstance(value, float) else value for value in targets["found"]]
+    found = [f"{value:.4g}" if isinstance(value, float) else value for value in targets["found"]]
+    targets["found"] = [text.replace(" ", NO_BREAK) for text in found]
     return Bench(
         frame,
         targets,
@@ -255,9 +257,8 @@ def _fastest(rows: pd.DataFrame, batch: int) -> str:
 
 
 def _bounds(row: dict[str, Any], name: str) -> str:
-    """A figure and its bounds, on one line."""
     text = f"{row[name]:.3g} ({row[name + '_low']:.3g} … {row[name + '_high']:.3g})"
-    return text.replace(" ", "\u00a0")
+    return text.replace(" ", NO_BREAK)
 
 
 def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
