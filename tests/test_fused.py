@@ -391,6 +391,19 @@ def test_weights_of_a_block_are_dequantized_in_time_and_not_overwritten_in_use(
     assert all(layer.ahead is None for block in blocks for layer in block.layers)
 
 
+def test_ways_to_dequantize_blocks_share_their_buffers_and_they_count_once(checkpoints, kernel_paths, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    fast = Engine(loaded_as(checkpoints, "nf4"), "fused", (3,))
+    fast.network.lay_side_by_side()
+    weights = fast.network.block_weights
+    one = Ahead(weights, torch.float16, CPU, 1)
+    two = Ahead(weights, torch.float16, CPU, 2, one)
+    assert two.buffers[0] is one.buffers[0] and len(two.buffers) == 2
+    assert Ahead(weights, torch.float16, CPU, 1, two).buffers == two.buffers[:1]
+    fast._aheads = {1: two, 32: one}
+    assert fast.buffers_mb == pytest.approx(two.megabytes) and two.megabytes == 2 * one.megabytes
+
+
 @pytest.mark.parametrize(("weights", "codes"), [("nf4", "packed"), ("w8a16", "rows")])
 def test_layers_keep_views_of_weights_that_lie_side_by_side(checkpoints, weights, codes, kernel_paths):
     apart = fused.fused_loaded(loaded_as(checkpoints, weights))

@@ -70,13 +70,23 @@ def can_run(layers: Sequence[Linear]) -> bool:
 class Ahead:
     """`with ahead.running():` around a pass, and in it `with ahead.block(i):` around each block.
 
-    `depth` is the number of buffers of `dtype`, see `WAYS`; `megabytes` is what they weigh.
+    `depth` is the number of buffers of `dtype`, see `WAYS`; `megabytes` is what they weigh. `lender`, another of these
+    for the same blocks, shares its buffers: passes of the two must follow each other on one stream, as graphs do.
     """
 
-    def __init__(self, blocks: Sequence[BlockWeights], dtype: torch.dtype, device: torch.device, depth: int) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[BlockWeights],
+        dtype: torch.dtype,
+        device: torch.device,
+        depth: int,
+        lender: "Ahead | None" = None,
+    ) -> None:
         self.blocks = blocks
         largest = max(sum(block.counts) for block in blocks)
-        self.buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(depth)]
+        self.buffers = lender.buffers[:depth] if lender else []
+        missing = depth - len(self.buffers)
+        self.buffers += [torch.empty(largest, dtype=dtype, device=device) for _ in range(missing)]
         # Of lower priority than captured passes.
         self.stream = torch.cuda.Stream(device, priority=0) if depth > 1 else None
         self.active = False

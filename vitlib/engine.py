@@ -58,8 +58,9 @@ class Engine:
             for size in self.sizes:
                 self._graphs[size], self.pool_mb[size] = self._capture(size)
             if execution == "fused-graph" and self.network.block_weights:
+                lender = None
                 for way, depth in WAYS.items():
-                    self._try_ahead(way, depth)
+                    lender = self._try_ahead(way, depth, lender)
         if execution not in ("eager", "compile"):
             self.prepare_s = time.perf_counter() - start
 
@@ -96,11 +97,14 @@ class Engine:
         return logits
 
     @torch.inference_mode()
-    def _try_ahead(self, way: str, depth: int) -> None:
-        """Capture each size once more with the weights of whole blocks dequantized at once; keep what is faster."""
-        network, failed = self.network, ""
+    def _try_ahead(self, way: str, depth: int, lender: Ahead | None) -> Ahead | None:
+        """Capture each size once more with the weights of whole blocks dequantized at once; keep what is faster.
+
+        Gives back whose buffers the next way may use too.
+        """
+        network, failed, ahead = self.network, "", None
         try:
-            network.ahead = ahead = Ahead(network.block_weights, self.loaded.dtype, self.device, depth)
+            network.ahead = ahead = Ahead(network.block_weights, self.loaded.dtype, self.device, depth, lender)
             for size in self.sizes:
                 other, pool = self._capture(size)
                 if self._compare(size, other, way):
@@ -115,6 +119,7 @@ class Engine:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             network.tuning += [{"layer": "all blocks", "path": way, "batch": 0, "chosen": False, "note": failed}]
+        return ahead or lender
 
     def by_block(self, size: int) -> bool:
         """Whether the graph of this batch size dequantizes the weights of whole blocks, and not of each layer."""
@@ -122,8 +127,9 @@ class Engine:
 
     @property
     def buffers_mb(self) -> float:
-        """Megabytes that dequantized weights of blocks take beside the network; sizes share them."""
-        return sum(ahead.megabytes for ahead in {id(ahead): ahead for ahead in self._aheads.values()}.values())
+        """Megabytes that dequantized weights of blocks take beside the network; sizes and ways share them."""
+        buffers = {id(buffer): buffer for ahead in self._aheads.values() for buffer in ahead.buffers}
+        return sum(buffer.nbytes for buffer in buffers.values()) / 2**20
 
     def _compare(self, size: int, other: "Graph", way: str) -> bool:
         """Whether `other` is faster than the graph of `size` and right; both are noted in the tuning table."""
