@@ -165,7 +165,7 @@ def _quality(step: Step, outputs: Mapping[str, torch.Tensor]) -> dict[str, objec
     expected, found = outputs.get(step.reference), outputs[step.name]
     if expected is None:
         return {"reference": step.reference, "relative_error": np.nan, "agreement": np.nan}
-    error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    error = quantize.relative_error(found, expected)
     same = (found.argmax(1) == expected.argmax(1)).double().mean().item()
     return {"reference": step.reference, "relative_error": error, "agreement": same}
 

@@ -262,7 +262,7 @@ def merge(model: nn.Module, base: Base, settings: Parameters) -> nn.Module:
         expected = model.eval()(pixel_values=base.preprocess.normalise(pixels)).logits.float()
         merged = _merged(model, settings)
         found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.float()
-    difference = ((found - expected).norm() / expected.norm()).item()
+    difference = quantize.relative_error(found, expected)
     if not difference < MERGE_TOLERANCE[settings.method]:
         raise FinetuneError(f"merging changed the logits by {difference:.1%}: the adapters were not merged as trained")
     return merged
@@ -329,7 +329,7 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
         found = every[:64]
         again = merged if name == "merged" else models.quantize_checkpoint(paths["merged"], name, base.device)
         saved_from = engine.logits(engine.Engine(replace(memory, model=again)), pixels, 32)
-        difference = ((found - saved_from).norm() / saved_from.norm()).item()
+        difference = quantize.relative_error(found, saved_from)
         if not difference <= RELOAD_TOLERANCE:
             raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
         rows.append(
@@ -338,7 +338,7 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
                 "disk_mb": models.disk_mb(path),
                 "model_mb": loaded.weights_mb,
                 "reload_difference": difference,
-                "from_merged": ((found - expected).norm() / expected.norm()).item(),
+                "from_merged": quantize.relative_error(found, expected),
                 "top1": stats.topk_accuracy(every.numpy(), truth),
                 "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
             }

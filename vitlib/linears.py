@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from vitlib import kernels
 from vitlib.kernels import BLOCK
+from vitlib.quantize import relative_error
 
 try:
     from triton.errors import TritonError  # does not compile, or needs more shared memory than there is
@@ -555,10 +556,8 @@ def _measured(layers: list[Linear], rows: int, path: str, config: str) -> dict[s
         x = Quantized(*quantized_rows(x, first.codes_dtype), first.dtype)
     times = -(-CALLS // len(layers))
     try:
-        found, expected = (
-            first.run(*way, x, first.usual_gelu).double() for way in ((path, config), (first.paths(rows)[0], ""))
-        )
-        row["difference"] = ((found - expected).norm() / expected.norm()).item()
+        ways = (path, config), (first.paths(rows)[0], "")
+        row["difference"] = relative_error(*(first.run(*way, x, first.usual_gelu) for way in ways))
         if not row["difference"] <= AGREES:
             return row | {"note": "differs from the reference"}
         graph, _ = captured(lambda: _each(layers * times, path, config, x), device)

@@ -92,11 +92,10 @@ def dequantize_int8(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantized_bits(module: nn.Module) -> int | None:
-    """4 or 8 for a quantized linear, None for anything else."""
-    if isinstance(module, bnb.nn.Linear4bit):
-        return 4
-    return 8 if isinstance(module, bnb.nn.Linear8bitLt) else None
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of `expected`, in float64; both of one shape and on one device."""
+    expected = expected.double()
+    return ((found.double() - expected).norm() / expected.norm()).item()
 
 
 def keep_readable(model: nn.Module) -> None:

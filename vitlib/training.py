@@ -139,9 +139,7 @@ class ImageTrainer(Trainer):
             return 0.0
         start = time.perf_counter()
         devices = list(range(torch.cuda.device_count())) if cuda else []
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            # Weights that adapters are added into are fp32, their products are not.
-            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        with torch.random.fork_rng(devices=devices):
             if failed := self._fitting_batch():
                 print(f"not compiled, {failed}")
                 uncompile(self.model)
@@ -358,7 +356,10 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
     for block in blocks:
         block.compile(backend=backend, dynamic=False, fullgraph=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Weights that adapters are added into are fp32, their products are not.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+            yield
     finally:
         _attention(model, before)
         for hook in hooks:
