@@ -76,7 +76,8 @@ def steps(device: torch.device) -> list[Step]:
     fused = [Step(Variant(weights, "direct", "fused-graph"), gelu) for weights in formats for gelu in GELUS]
     kernels = ("direct_cudnn", "direct_fa", "direct_efficient", "direct_fa2")
     others = [Step(Variant("fp16", name, "fused-graph"), "tanh") for name in kernels]
-    return [*plain, *graphs, *fused, *others, Step(Variant("fp16", "direct", "fused-compile-graph"), "tanh")]
+    compiled = [Step(Variant("fp16", "direct", "fused-compile-graph"), gelu) for gelu in GELUS]
+    return [*plain, *graphs, *fused, *others, *compiled]
 
 
 GELUS = ("checkpoint", "tanh")
