@@ -144,7 +144,8 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
     left = np.zeros(len(sums))
     colours = dict(zip(parts, sns.color_palette("tab10", len(parts)), strict=True))
     for part in (part for part in parts if part in sums and sums[part].sum() > 0):
-        axis.barh(sums.index, sums[part], left=left, label=part, color=colours[part])
+        label = "attention with its linears" if part == "attention" else part  # beside a table of the kernel alone
+        axis.barh(sums.index, sums[part], left=left, label=label, color=colours[part])
         left = left + sums[part].to_numpy()
     axis.invert_yaxis()
     batch = kernels["batch"].iloc[0]
