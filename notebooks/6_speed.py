@@ -45,7 +45,7 @@ plots.table(speed.conditions(bench))
 # %% [markdown]
 # ## How steps are named
 #
-# A step is weights-attention-execution; an eager execution, the plain form, is not written.
+# A step is weights-attention-execution. Where no execution is named it is eager: PyTorch runs operation by operation.
 
 # %%
 plots.table(speed.names())
@@ -53,8 +53,8 @@ plots.table(speed.names())
 # %% [markdown]
 # ## Step by step
 #
-# Medians of single calls. Factors over the first step are medians of the rounds' own ratios, with bounds: where these
-# hold one, no difference is shown.
+# Medians of single calls. Factors over the first step are medians of the rounds' own ratios, with bounds: where 1 lies
+# between them, no difference is shown.
 
 # %%
 plots.table(speed.ladder(bench))
@@ -77,8 +77,8 @@ plots.table(speed.not_run(bench))
 # %% [markdown]
 # ## As fast as 16 bit?
 #
-# The time of each quantized format as a share of the fastest fp16 row with the same GELU. One is as fast; the weights
-# are smaller either way. Empty where no fused fp16 network was measured.
+# The time of each quantized format as a share of the fastest fp16 row with the same GELU: 1 is as fast, less is faster.
+# The weights are smaller either way. Empty where no fused fp16 network was measured.
 
 # %%
 plots.table(speed.against_fp16(bench))
@@ -123,8 +123,9 @@ plots.table(speed.sizes(bench))
 # %% [markdown]
 # ## Training
 #
-# A bare LoRA step, from PEFT under autocast to everything that notebook 1 switches on; each row adds to the one before.
-# Adapters can be added into the weights where they have no dropout: that row compares with PEFT's own without it.
+# A bare LoRA step, from PEFT under autocast to everything that notebook 1 switches on. A row that begins with "+" adds
+# to the row before it. Those marked "no dropout" have none in their adapters and compare with each other alone: only
+# then can adapters be added into the weights for a step.
 
 # %%
 plots.table(speed.training(bench))
@@ -132,9 +133,9 @@ plots.table(speed.training(bench))
 # %% [markdown]
 # ## Ablation
 #
-# Notebook 3 needs every block quantized alone and kept alone. "reload" loads and runs each configuration by itself;
-# "shared" loads once and computes what configurations have in common once. Where fewer were run than there are
-# configurations, the time is an estimate for all.
+# Notebook 3 needs every block quantized alone, and every block kept in 16 bit alone. "reload" loads and runs each
+# configuration by itself; "shared" loads once, and what configurations have in common is computed once. Where fewer
+# were run than there are configurations, the time is an estimate for all.
 
 # %%
 plots.table(speed.ablation(bench))
@@ -142,8 +143,8 @@ plots.table(speed.ablation(bench))
 # %% [markdown]
 # ## From files to predictions
 #
-# Files are decoded while the network computes on those before them. Best is what the slower of both does alone; a
-# figure above it is noise. On a CPU both want the same cores.
+# Files are decoded while the network computes on those before them. The share compares both at once with the slower of
+# the two alone; more than all of that is noise. On a CPU both want the same cores.
 
 # %%
 plots.table(speed.pipeline(bench))

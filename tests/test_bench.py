@@ -157,6 +157,27 @@ def test_what_is_measured_is_the_study_that_was_named(tmp_path, monkeypatch):
     assert checkpoints == tmp_path / "outputs" / "mine" / "checkpoints"
 
 
+def test_a_study_that_was_not_trained_is_an_error_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "mine.yaml").write_text("limit: 30\n")
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench", "--study", "mine"])
+    with pytest.raises(SystemExit, match=r"^error: .*finetune"):
+        bench.main()
+
+
+def test_a_bench_that_fails_at_once_leaves_the_records_of_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "study_folder", lambda study: tmp_path / study)
+    kept = tmp_path / "bench" / "records" / "bench_tuning.csv"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("step\nof the last run\n")
+    small = {"architecture": "vit-micro", "image_size": 32, "pictures_per_class": 4, "limit": 30}
+    monkeypatch.setattr(bench, "measure_pipeline", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.run(params.check({"study": "bench", **SMALL, **small}), ("pipeline",), None)
+    assert kept.is_file()
+
+
 def test_bad_batch_sizes_are_an_error_in_one_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", "--batch-sizes", "32", "1"])
     with pytest.raises(SystemExit, match="error: batch_sizes"):

@@ -253,5 +253,6 @@ def test_a_batch_that_never_fits_is_refused_and_the_next_try_starts_afresh(train
     original = finetune.make_trainable
     monkeypatch.setattr(finetune, "make_trainable", lambda *given: (network.append(original(*given)), network[-1])[1])
     with pytest.raises(MemoryError, match="set train_batch_size to a smaller number"):
-        train()
+        train(recipe=replace(RECIPE, precision="bf16"))
     assert tried == [False, True] and not network[0].is_activation_checkpointing
+    assert not hasattr(network[0], "_original_forward")  # no autocast is left around its forward

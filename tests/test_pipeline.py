@@ -262,8 +262,15 @@ def test_one_picture_that_nvjpeg_refuses_does_not_take_the_others_along(torchvis
 def test_the_speed_of_nvjpeg_is_not_that_of_pillow(torchvision, tmp_path):
     """On files of another kind Pillow does all the work: a rate under nvJPEG's name would be a lie."""
     Image.new("RGB", (40, 30), "green").save(tmp_path / "a.webp")
+    options = {"batch_size": 4, "workers": 1, "decoder": "nvjpeg"}
     with pytest.raises(models.NotRun, match="none of 1 pictures is a JPEG"):
-        pipeline.speed(tmp_path, Slow(preprocess.new(8)), batch_size=4, workers=1, decoder="nvjpeg")
+        pipeline.speed(tmp_path, Slow(preprocess.new(8)), **options)
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "b.jpg")
+    assert "by Pillow: 1 × not a JPEG" in pipeline.speed(tmp_path, Slow(preprocess.new(8)), **options)["note"][0]
+    (tmp_path / "b.jpg").unlink()
+    refused = Picture("c.jpg", None, pipeline.pictures_in(tmp_path)[0].open, lambda: (b"\xff\xd8\xff nonsense", ""))
+    with pytest.raises(models.NotRun, match="none of 1 pictures is a JPEG"):  # it looked like one
+        pipeline.speed([refused], Slow(preprocess.new(8)), **options)
 
 
 def test_nvjpeg_is_never_taken_unasked_nor_silently_replaced():

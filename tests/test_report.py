@@ -433,6 +433,22 @@ def test_a_page_is_named_by_its_notebooks_parameter(project, sources, shown):
     assert BeautifulSoup(text, "html.parser").select_one("p.where").get_text().split() == [shown, "/", "2_evaluate"]
 
 
+def test_a_page_that_stands_apart_lists_itself_the_first_time(project):
+    page = project / "outputs" / "alone" / "6_speed.html"
+    soup = BeautifulSoup(report.page_of(new_notebook(), page), "html.parser")
+    assert soup.select_one("nav").get_text().split("\n") == ["", "6 speed", "index", ""]
+
+
+def test_where_nothing_but_a_bench_ran_nothing_is_missing(project):
+    folder = project / "outputs" / "bench"
+    folder.mkdir(parents=True)
+    (folder / "6_speed.failed.html").write_text("x")
+    assert frontpage.reports(folder) == [("6_speed", "failed")]
+    (folder / "6_speed.html").write_text("x")
+    (folder / "6_speed.failed.html").unlink()
+    assert frontpage.reports(folder) == [("6_speed", "done")]
+
+
 def test_summary_names_variants_reports_and_index(study):
     lines = frontpage.summary(study).splitlines()
     assert lines[2].split() == ["variant", "status", "model", "MB", "batch", "P50", "ms", "Top-1", "reason"]

@@ -53,6 +53,9 @@ def test_the_ways_to_dequantize_are_compared_as_passes_and_the_products_as_produ
     table = speed.blocks(tuned).set_index("batch")
     assert table.loc[32, ["layer by layer", "by block", "ahead"]].tolist() == [9.0, 8.0, 8.5]
     assert table["taken"].to_dict() == {1: "ahead", 32: "by block"}
+    failed = tuned.tuning["path"].str.contains("by block")  # one that did not fit: the next one's first row counts
+    found = speed.blocks(dataclasses.replace(tuned, tuning=tuned.tuning[~failed])).set_index("batch")
+    assert found.loc[32, ["layer by layer", "ahead"]].tolist() == [8.1, 8.5]
     (row,) = speed.layers(tuned).to_dict("records")
     assert (row["way taken"], row["layer shapes"]) == ("this project's kernel", 3)
     assert row["one product, median (µs)"] == 8.0
@@ -62,12 +65,15 @@ def test_the_ways_to_dequantize_are_compared_as_passes_and_the_products_as_produ
 def test_a_bench_of_one_part_has_a_page(measured, part):
     """Every function of the notebook gives something to show, however little was measured."""
     row = {"part": part, "step": "shared", "batch": 8, "note": "nothing", "images_per_s": 1.0}
-    alone = dataclasses.replace(measured, frame=pd.DataFrame([row]).reindex(columns=[*bench.COLUMNS, "weights"]))
+    frame, folder = pd.DataFrame([row]).reindex(columns=bench.COLUMNS), records.study_folder("unit") / "records"
+    records.write_table(frame.assign(weights="random"), folder / "bench.csv")  # as it is read, whole columns are empty
+    records.write_table(bench.targets(frame, False), folder / "targets.csv")
+    alone = speed.load("unit")
     functions = ("conditions", "ladder", "not_run", "against_fp16", "blocks", "layers", "agreement", "sizes")
     for name in (*functions, "training", "ablation", "pipeline"):
         assert plots.table(getattr(speed, name)(alone)) is not None
     assert plots.steps(alone.engine).data == "*none*"
-    assert speed.headline(alone).startswith("- **Targets**")
+    assert speed.headline(alone) == "- **Targets**: none could be judged by what was measured."
 
 
 def test_every_step_that_ran_has_a_row_beside_those_of_its_format(measured):
@@ -80,9 +86,24 @@ def test_every_step_that_ran_has_a_row_beside_those_of_its_format(measured):
 
 
 def test_quantized_rows_are_held_against_fp16_and_all_against_their_reference(measured):
-    assert speed.against_fp16(measured)["step"].tolist() == ["nf4-direct-fused-graph"]
+    compared = speed.against_fp16(measured)
+    assert compared["step"].tolist() == ["nf4-direct-fused-graph"]
+    assert list(compared) == ["step", "batch 1"]  # at 32 there is no fused fp16 to compare with
     assert "fp32-sdpa" not in speed.agreement(measured)["step"].tolist()
     assert speed.sizes(measured)["step"].tolist() == ["fp32-sdpa", "nf4-sdpa", "fp16-direct-fused-graph"]
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [
+        ({"sm_clock_mhz": 1500, "sm_clock_max_mhz": 1980, "throttle_reasons": []}, "1,980 MHz, slowed by: nothing"),
+        ({"sm_clock_mhz": 1500, "sm_clock_max_mhz": 1980, "throttle_reasons": None}, "slowed by: unknown"),
+        ({"sm_clock_mhz": 1500, "sm_clock_max_mhz": 1980, "throttle_reasons": ["heat"]}, "slowed by: heat"),
+        ({"sm_clock_mhz": 1500}, ""),
+    ],
+)
+def test_clocks_are_told_as_far_as_the_driver_does(state, shown):
+    assert speed._clocks(state).endswith(shown) and bool(speed._clocks(state)) == bool(shown)
 
 
 def test_the_headline_counts_what_was_judged_and_names_what_was_missed(measured):

@@ -241,8 +241,9 @@ def measure_pipeline(
         except NotRun as reason:
             parts.append(pd.DataFrame([{"step": f"overlapped, {decoder}", "note": f"not run: {reason}"}]))
         else:
-            note = [f"{row.workers} threads, {row.pictures} pictures of {kinds}" for row in found.itertuples()]
-            parts.append(found.assign(step=found["stage"] + f", {decoder}", share=found["ratio"], note=note))
+            note = f"{settings.workers} threads, {len(repeated)} pictures of {kinds}. " + found["note"]
+            named = found["stage"] + f", {decoder}"
+            parts.append(found.assign(step=named, share=found["ratio"], note=note.str.rstrip(". ")))
     return pd.concat(parts, ignore_index=True).assign(part="pipeline", batch=batch)
 
 
@@ -443,8 +444,12 @@ def run(
         weights, base = ("trained", origin.of_study(folder.parent)) if checkpoints else ("random", {})
         checkpoints = checkpoints or random_study(settings, Path(scratch), dataset)
         frames = []
-        for found in _measured(settings, parts, checkpoints, dataset, pictures, device):
+        for found, tuning in _measured(settings, parts, checkpoints, dataset, pictures, device):
             frames.append(found)
+            if tuning is not None:
+                records.write_table(tuning, folder / "bench_tuning.csv")
+            elif len(frames) == 1:  # that of an earlier run does not belong to what is measured now
+                (folder / "bench_tuning.csv").unlink(missing_ok=True)
             frame = pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
             # After each part: what has been measured is kept where a later part fails.
             records.write_table(frame.assign(weights=weights), folder / "bench.csv")
@@ -461,27 +466,21 @@ def _measured(
     dataset: data.Dataset,
     pictures: list[data.Picture],
     device: torch.device,
-) -> Iterator[pd.DataFrame]:
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame | None]]:
+    """The rows of each part as soon as it is measured, those of the engine with their tuning table."""
     loaded = models.load(checkpoints, Variant("fp16"), device)
     valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
     if "engine" in parts:
         found, tuning = measure_engines(settings, checkpoints, valid.pixels)
-    else:
-        found, tuning = None, pd.DataFrame()
-    written = records.study_folder(settings.study) / "records" / "bench_tuning.csv"
-    written.unlink(missing_ok=True)  # of an earlier run: it does not belong to what is measured now
-    if len(tuning):
-        records.write_table(tuning, written)
-    if found is not None:
-        yield found
+        yield found, tuning if len(tuning) else None
     if "pipeline" in parts:
-        yield measure_pipeline(settings, checkpoints, pictures, device)
+        yield measure_pipeline(settings, checkpoints, pictures, device), None
     if "ablation" in parts:
         count = settings.ablation_pictures or len(valid.pixels)
         labels = loaded.labels.ids(valid.pictures)
-        yield measure_ablation(settings, ablation.Subject(loaded, valid.pixels[:count], labels[:count]))
+        yield measure_ablation(settings, ablation.Subject(loaded, valid.pixels[:count], labels[:count])), None
     if "training" in parts:
-        yield measure_training(settings, checkpoints)
+        yield measure_training(settings, checkpoints), None
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Parameters, Path | None]:
@@ -508,7 +507,7 @@ def main() -> None:
     try:
         settings, checkpoints = _chosen(options)
         frame = run(settings, tuple(options.parts), checkpoints, options.pictures)
-    except (params.ParameterError, data.DataError, OSError) as error:
+    except (params.ParameterError, data.DataError, models.CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 60):
         print(

@@ -37,7 +37,7 @@ def reports(folder: str | Path) -> list[tuple[str, str]]:
     """
     folder, apart = Path(folder), set(NOTEBOOKS) - set(STUDY)
     found = list(folder.glob("[0-9]*_*.html"))
-    if not found or any(path.stem not in apart for path in found):
+    if not found or any(path.stem.removesuffix(".failed") not in apart for path in found):
         notebooks = (records.project_root() / "notebooks").glob("[0-9]*_*.ipynb")
         found += [path for path in notebooks if path.stem not in apart]
     stems = {path.stem.removesuffix(".failed") for path in found}

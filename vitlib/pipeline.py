@@ -10,6 +10,7 @@ import io
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ LEAST_BUFFERS = 4  # one in the network, one queued behind it, and two for the t
 class Passed:
     """Readable pictures with their float32 logits (n, classes), the skipped ones (file, reason), and who decoded.
 
-    `decoder` is pil or nvjpeg; `note` says in a sentence what differs from plain Pillow ('' where nothing does).
+    `decoder` is pil or nvjpeg, and `on_device` the number of pictures that nvJPEG decoded; `note` says in a sentence
+    what differs from plain Pillow ('' where nothing does).
     """
 
     logits: torch.Tensor
@@ -42,6 +44,7 @@ class Passed:
     preprocess: Preprocess
     decoder: str
     note: str
+    on_device: int = 0
 
     def look(self, position: int) -> np.ndarray:
         """One picture (h, w, 3) as Pillow decodes and resizes it, read anew: no pixels are kept."""
@@ -52,6 +55,7 @@ class PilDecoder:
     """Pillow in the threads; the pixels that every other part of a study sees."""
 
     name = "pil"
+    decoded = 0  # pictures that did not need Pillow
 
     def __init__(self, loaded: Loaded, why: str = "") -> None:
         self.preprocess, self.device, self.why = loaded.preprocess, loaded.device, why
@@ -104,6 +108,7 @@ class NvJpegDecoder(PilDecoder):
                 self.by_pil[odd] += not reasons[row]
             else:
                 pixels[row].copy_(self.preprocess.resize_on_device(decoded[row]))
+                self.decoded += 1
         return pixels, reasons
 
     def _decode(self, encoded: list[torch.Tensor]) -> list[torch.Tensor | str]:
@@ -193,7 +198,7 @@ def classify(
             bar.update(len(group))
         parts += _fetched(last)
     logits = torch.cat(parts) if parts else torch.empty(0, len(loaded.labels.names))
-    return Passed(logits, good, skipped, loaded.preprocess, source.name, source.note())
+    return Passed(logits, good, skipped, loaded.preprocess, source.name, source.note(), source.decoded)
 
 
 def _buffers(loaded: Loaded, batch_size: int, workers: int, pictures: int) -> list[torch.Tensor]:
@@ -257,8 +262,9 @@ def speed(
     """How much of the slower of decoder and network the pipeline reaches, for a folder or a list of pictures.
 
     A row a stage (decoder, model, overlapped): decoder's name, batch, workers, pictures, images_per_s (median over
-    rounds, stages in turn, after a pass that is not counted), and for `overlapped` the ratio to the slower of the other
-    two. `decoder` reads, decodes, resizes and copies to the device; `model` runs on pixel values that lie there.
+    rounds, stages in turn, after a pass that is not counted), for `overlapped` the ratio to the slower of the other
+    two, and note, what differs from plain Pillow.
+    `decoder` reads, decodes, resizes and copies to the device; `model` runs on pixel values that lie there.
     DataError where no picture can be read, NotRun where nvJPEG would leave them all to Pillow.
     Where the network runs on the CPU both want the same cores, and the ratio says how many are idle.
     """
@@ -267,8 +273,8 @@ def speed(
     warm = classify(found, engine, **options, progress=False)
     if not (usable := warm.pictures):
         raise data.DataError(f"none of {len(found)} pictures can be read: there is nothing to measure")
-    if warm.decoder == "nvjpeg" and not any(picture.jpeg and picture.jpeg()[0] for picture in usable):
-        raise NotRun(f"none of {len(usable)} pictures is a JPEG file that nvJPEG would decode")
+    if warm.decoder == "nvjpeg" and not warm.on_device:
+        raise NotRun(f"none of {len(usable)} pictures is a JPEG file that nvJPEG decodes")
     loaded = engine.loaded
     pixels = data.decode(usable[:batch_size], loaded.preprocess, workers=workers, what="one batch").pixels
     batch = loaded.preprocess.normalise(pixels.to(loaded.device), loaded.dtype)
@@ -277,19 +283,24 @@ def speed(
         "model": lambda: _model_only(batch, len(usable), engine),
         "overlapped": lambda: classify(usable, engine, **options, progress=False),
     }
-    seconds: dict[str, list[float]] = {stage: [] for stage in stages}
-    for _ in range(rounds):
-        for stage, run in stages.items():
-            timing.synchronise(loaded.device)
-            start = time.perf_counter()
-            run()
-            timing.synchronise(loaded.device)
-            seconds[stage].append(time.perf_counter() - start)
-    rates = {stage: len(usable) / float(np.median(times)) for stage, times in seconds.items()}
+    rates = {name: len(usable) / took for name, took in _in_turn(stages, rounds, loaded.device).items()}
     shared = {"decoder": warm.decoder, "batch": batch_size, "workers": workers, "pictures": len(usable)}
     frame = pd.DataFrame([{"stage": stage, **shared, "images_per_s": rate} for stage, rate in rates.items()])
     ratio = rates["overlapped"] / min(rates["decoder"], rates["model"])
-    return frame.assign(ratio=[np.nan, np.nan, ratio])
+    return frame.assign(ratio=[np.nan, np.nan, ratio], note=[warm.note, "", warm.note])
+
+
+def _in_turn(stages: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each stage over rounds in which they run one after the other."""
+    seconds: dict[str, list[float]] = {stage: [] for stage in stages}
+    for _ in range(rounds):
+        for stage, run in stages.items():
+            timing.synchronise(device)
+            start = time.perf_counter()
+            run()
+            timing.synchronise(device)
+            seconds[stage].append(time.perf_counter() - start)
+    return {stage: float(np.median(times)) for stage, times in seconds.items()}
 
 
 def _decode_only(pictures: list[Picture], engine: Engine, *, batch_size: int, workers: int, decoder: str) -> None:

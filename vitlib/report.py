@@ -315,6 +315,8 @@ def page_of(executed: "NotebookNode", page: Path) -> str:
     study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
     # The pages of a study will be there; one that stands apart may be alone.
     siblings = [stem for stem, status in reports(page.parent) if status != "missing" or name in (*params.STUDY, stem)]
+    if name in {*params.NOTEBOOKS} - {*params.STUDY} - {*siblings}:
+        siblings.append(name)  # one that stands apart, rendered for the first time; it comes after the study's
     about = {"study": study, "name": name, "siblings": siblings, "policy": POLICY}
     exporter.log.setLevel(logging.ERROR)
     resources = {"metadata": {"name": f"{name} – {study}"}, "report": about}

@@ -17,10 +17,11 @@ NAMES = {
     "sdpa": "attention as transformers calls PyTorch's",
     "direct": "this project's attention: PyTorch's kernel without a mask; _fa (flash), _efficient, _cudnn and _math "
     "fix which, _fa2 is FlashAttention-2 from its package",
-    "graph": "the kernels of a pass are recorded once and replayed, so that the host has nothing to do",
+    "graph": "a CUDA graph: the kernels of a pass are recorded once and replayed, so that the host, the processor "
+    "beside the GPU, has nothing to launch",
     "fused": "the same network with fewer and larger kernels: one product for query, key and value, the patch "
-    "embedding as a product, bias and (where its form allows) GELU in the product's epilogue, residual and norm in one "
-    "kernel, after the last attention the class token alone",
+    "embedding as a product, bias and (where its form allows) GELU computed by a product's kernel before it stores its "
+    "result (its epilogue), residual and norm in one kernel, after the last attention the class token alone",
     "compile": "through torch.compile",
     "tanh GELU": "the activation in its tanh form, another function than the checkpoint's",
     "int8 rows, dequantized": "the weights of int8 turned back into 16 bit, in the plain network",
@@ -61,7 +62,7 @@ def load(study: str) -> Bench:
     tuning = folder / "bench_tuning.csv"  # a machine without fused rows leaves none
     frame, targets = (records.read_table(folder / name) for name in ("bench.csv", "targets.csv"))
     # Without bounds the column holds numbers alone, which a table would round to two digits.
-    found = [f"{value:.4g}" if isinstance(value, float) else value for value in targets["found"]]
+    found = [f"{value:.4g}" if isinstance(value, (int, float)) else value for value in targets["found"]]
     targets["found"] = [text.replace(" ", NO_BREAK) for text in found]
     return Bench(
         frame,
@@ -81,16 +82,13 @@ def conditions(bench: Bench) -> pd.DataFrame:
     about, settings = bench.about, bench.about["parameters"]
     hardware, git = about["hardware"], about.get("git") or {}
     gpus = [gpu["name"] for gpu in hardware.get("gpus") or ()]
-    state = (hardware.get("gpus") or [{}])[0].get("state") or {}
+    clocks = _clocks((hardware.get("gpus") or [{}])[0].get("state") or {})
     shown = ("torch", "triton", "transformers", "bitsandbytes", "flash-attn")
     versions = [f"{name} {about['versions'][name]}" for name in shown if about["versions"].get(name)]
     weights = " and ".join(bench.frame["weights"].dropna().unique())
     rows = {
         "hardware": gpus[0] if gpus else f"{hardware['cpu']}, {hardware['cores_usable']} cores",
-        "clocks afterwards": f"SM {state['sm_clock_mhz']:,.0f} of {state['sm_clock_max_mhz']:,.0f} MHz, "
-        f"slowed by: {', '.join(state.get('throttle_reasons') or ['nothing'])}"
-        if "sm_clock_mhz" in state
-        else "",
+        "clocks afterwards": clocks,
         "software": ", ".join([f"Python {about['python']}", *versions]),
         "weights": weights,
         "base": origin.sentence(about.get("base", {})).replace("**", "").replace("`", ""),
@@ -100,6 +98,15 @@ def conditions(bench: Bench) -> pd.DataFrame:
         + (" with changes" if git.get("dirty") else ""),
     }
     return pd.DataFrame([(name, text) for name, text in rows.items() if text], columns=["what", "this run"])
+
+
+def _clocks(state: dict[str, Any]) -> str:
+    """What the driver said of a GPU's clock; '' where it said nothing."""
+    now, most, reasons = (state.get(name) for name in ("sm_clock_mhz", "sm_clock_max_mhz", "throttle_reasons"))
+    if now is None or most is None:
+        return ""
+    slowed = "unknown" if reasons is None else ", ".join(reasons) or "nothing"
+    return f"SM {now:,.0f} of {most:,.0f} MHz, slowed by: {slowed}"
 
 
 def ladder(bench: Bench) -> pd.DataFrame:
@@ -124,10 +131,11 @@ def not_run(bench: Bench) -> pd.DataFrame:
 def against_fp16(bench: Bench) -> pd.DataFrame:
     """Share of the fastest fp16 latency with the same GELU that each fused row takes: at most 1 is as fast."""
     rows = bench.engine
-    fused = rows["step"].str.contains("fused")
-    if not (fused & (rows["weights"] == "fp16")).any():
-        return pd.DataFrame()  # without a fused fp16 row the comparison would be with another execution
-    rows = rows[fused & rows["of_best_fp16"].notna() & ~rows["weights"].isin(("fp32", "fp16"))]
+    rows = rows[rows["step"].str.contains("fused")]
+    # Without a fused fp16 row the comparison would be with another execution.
+    equals = rows.loc[rows["weights"] == "fp16", ["gelu", "batch"]].drop_duplicates()
+    rows = rows.merge(equals, on=["gelu", "batch"])
+    rows = rows[rows["of_best_fp16"].notna() & ~rows["weights"].isin(("fp32", "fp16"))]
     table = {}
     for row in rows.to_dict("records"):
         table.setdefault(row["step"], {"step": row["step"]})[f"batch {row['batch']}"] = _bounds(row, "of_best_fp16")
@@ -165,9 +173,10 @@ def blocks(bench: Bench) -> pd.DataFrame:
     tried = _tuned(bench, "all blocks")
     if tried.empty:
         return pd.DataFrame()
-    first = tried["path"] == "until then, against by block"
-    tried = tried[first | ~tried["path"].str.startswith("until then")]
-    shown = tried.assign(ms=tried["us"] / 1e3, path=tried["path"].where(~first[tried.index], "layer by layer"))
+    before = tried["path"].str.startswith("until then")  # the first such row of a size stands for layer by layer
+    first = before & ~tried[before].duplicated(["step", "batch"]).reindex(tried.index, fill_value=True)
+    tried, first = tried[first | ~before], first[first | ~before]
+    shown = tried.assign(ms=tried["us"] / 1e3, path=tried["path"].where(~first, "layer by layer"))
     table = shown.pivot_table("ms", ["step", "batch"], "path", sort=False).reset_index()
     taken = shown[shown["chosen"]].set_index(["step", "batch"])["path"]
     table["taken"] = [taken.get(key, "layer by layer") for key in zip(table["step"], table["batch"], strict=True)]
@@ -182,8 +191,9 @@ def layers(bench: Bench) -> pd.DataFrame:
     taken = tuned[tuned["chosen"] & ~tuned["layer"].isin(("Dense", "all blocks"))]
     ways = {
         "fused": "this project's kernel",
-        "library": "a library's product",
-        "dequantize": "dequantized, then a product",
+        "library": "PyTorch's product of 8-bit numbers",
+        "bitsandbytes": "bitsandbytes' product",
+        "dequantize": "dequantized, then PyTorch's product",
     }
     counts = taken.assign(path=taken["path"].replace(ways))
     counts = counts.groupby(["step", "batch", "path"])["us"].agg(["size", "median"]).reset_index()
@@ -221,7 +231,7 @@ def ablation(bench: Bench) -> pd.DataFrame:
 def pipeline(bench: Bench) -> pd.DataFrame:
     """Files to predictions: the decoder alone, the network alone, both at once."""
     rows = bench.part("pipeline")
-    shown = {"stage": rows["step"], "images/s": rows["images_per_s"], "of the slower half (%)": 100 * rows["share"]}
+    shown = {"stage": rows["step"], "images/s": rows["images_per_s"], "of the slower alone (%)": 100 * rows["share"]}
     return pd.DataFrame(shown | {"note": rows["note"].fillna("")})
 
 
@@ -234,7 +244,8 @@ def headline(bench: Bench) -> str:
     judged = bench.targets[reached != "–"]
     missed = judged.loc[judged["reached"] == "no", "target"]
     open_ = judged.loc[judged["reached"] == "undecided", "target"]
-    lines.append(f"- **Targets**: {(reached == 'yes').sum()} of {len(judged)} that this run can judge are reached.")
+    counted = f"{(reached == 'yes').sum()} of {len(judged)} that this run can judge are reached"
+    lines.append(f"- **Targets**: {counted if len(judged) else 'none could be judged by what was measured'}.")
     lines += [f"- Undecided, as the limit lies within the bounds: {'; '.join(open_)}."] if len(open_) else []
     lines += [f"- Not reached: {'; '.join(missed)}."] if len(missed) else []
     return "\n".join(lines)

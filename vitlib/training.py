@@ -144,7 +144,7 @@ class ImageTrainer(Trainer):
                 print(f"not compiled, {failed}")
                 uncompile(self.model)
                 self._freed()
-                self._fitting_batch()  # it keeps more than a compiled one
+                self._fitting_batch()  # it keeps more than a compiled one; nothing is left that could fail to compile
             self.model_wrapped.zero_grad()
         if cuda:
             torch.cuda.synchronize()
@@ -152,7 +152,7 @@ class ImageTrainer(Trainer):
 
     def _fitting_batch(self) -> str:
         """One batch, without keeping activations where memory asks for it; why the compiler failed ('' if not)."""
-        batch = f"a training batch of {self.recipe.batch_size} pictures does not fit this device's memory"
+        batch = f"a training batch of {self.args.train_batch_size} pictures does not fit this device's memory"
         while True:
             try:
                 self._one_batch()
@@ -292,10 +292,11 @@ def train(
     if start_from is None:
         shutil.rmtree(folder, ignore_errors=True)
     placed = _placed(examples, device)
+    arguments = _arguments(recipe, folder, device, pinned=not placed["train"].pixels.is_cuda)
     trainer = ImageTrainer(
         model,
-        _arguments(recipe, folder, device, pinned=not placed["train"].pixels.is_cuda),
-        train_dataset=_Rows(placed["train"], full=recipe.batch_size if compiled else 0),
+        arguments,
+        train_dataset=_Rows(placed["train"], full=arguments.train_batch_size if compiled else 0),
         eval_dataset=_Rows(placed["valid"]),
         pre=pre,
         recipe=recipe,
@@ -309,7 +310,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
         finally:  # a smaller batch may be tried next, with the same network
             model.activation_checkpointing_disable()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off the model's forward
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
     return _history(trainer.state.log_history)
 
 
