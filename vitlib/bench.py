@@ -81,7 +81,7 @@ def steps(device: torch.device) -> list[Step]:
 
 
 GELUS = ("checkpoint", "tanh")
-BATCHES = 6  # that the input pipeline is measured with at least
+BATCHES = 12  # that the input pipeline is measured with at least: the first is decoded while the network waits
 # Ratios within one run need fewer rounds than a study's tables, and there are more rows here.
 BUDGET = {"rounds": 8, "samples": 40, "round_seconds": 0.1}
 

@@ -2,7 +2,8 @@
 
 Threads decode and resize into a few pinned buffers that are used in turn (Pillow and torch release the interpreter's
 lock while they work). The host queues the copy, the normalisation and the network of a batch without waiting for the
-device, and fetches the logits of the batch before. What is held in memory does not grow with the number of pictures.
+device, and fetches the logits of the batch before. Where the GPU decodes, a thread of its own has it do so on a stream
+of its own, a batch ahead. What is held in memory does not grow with the number of pictures.
 """
 
 import contextlib
@@ -10,9 +11,11 @@ import io
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +30,7 @@ from vitlib.models import Loaded, NotRun
 from vitlib.preprocess import Preprocess
 
 DECODERS = ("pil", "nvjpeg", "auto")
+T = TypeVar("T")
 LEAST_BUFFERS = 4  # one in the network, one queued behind it, and two for the threads
 
 
@@ -51,6 +55,9 @@ class Passed:
         return self.preprocess.resize(self.pictures[position].open()).permute(1, 2, 0).numpy()
 
 
+Prepared = tuple[list[Picture], torch.Tensor, list[str]]  # a batch's pictures, on the device, each with a reason or ''
+
+
 class PilDecoder:
     """Pillow in the threads; the pixels that every other part of a study sees."""
 
@@ -67,6 +74,11 @@ class PilDecoder:
     def on_device(self, pictures: list[Picture], buffer: torch.Tensor, results: list) -> tuple[torch.Tensor, list[str]]:
         """The batch (n, 3, h, w) uint8 on the device, queued and not waited for, and a reason or '' a picture."""
         return buffer.to(self.device, non_blocking=True), results
+
+    def batches(self, read: Iterator[tuple[list[Picture], torch.Tensor, list]]) -> Iterator[Prepared]:
+        """What `data.read_batches` gives, on the device."""
+        for group, buffer, results in read:
+            yield group, *self.on_device(group, buffer, results)
 
     def note(self) -> str:
         """What a reader must know about the pixels."""
@@ -85,6 +97,8 @@ class NvJpegDecoder(PilDecoder):
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
         self.by_pil: Counter[str] = Counter()
+        # Few small kernels and copies, which must not wait behind a whole network.
+        self.stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     def read(self, picture: Picture, row: torch.Tensor) -> object:
         """A plain JPEG's bytes (uint8 tensor); for others Pillow fills `row`: (its reason or '', why it was asked)."""
@@ -93,8 +107,26 @@ class NvJpegDecoder(PilDecoder):
             return torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return super().read(picture, row), odd
 
+    def batches(self, read: Iterator[tuple[list[Picture], torch.Tensor, list]]) -> Iterator[Prepared]:
+        """As Pillow's, each batch made in a thread while the one before is in the network."""
+        return one_ahead(super().batches(read))
+
     def on_device(self, pictures: list[Picture], buffer: torch.Tensor, results: list) -> tuple[torch.Tensor, list[str]]:
-        """As Pillow's, with the plain JPEG files decoded and resized on the device."""
+        """As Pillow's, with the plain JPEG files decoded and resized on the device, and waited for.
+
+        torchvision decodes on a stream that nobody can wait for beforehand, into memory that the caller's stream may
+        have work to do with still. So nothing is pending on ours when a batch begins, and memory comes from ours alone.
+        """
+        if self.stream is None:
+            return self._on_device(pictures, buffer, results)
+        with torch.cuda.stream(self.stream):
+            pixels, reasons = self._on_device(pictures, buffer, results)
+        self.stream.synchronize()
+        return pixels, reasons
+
+    def _on_device(
+        self, pictures: list[Picture], buffer: torch.Tensor, results: list
+    ) -> tuple[torch.Tensor, list[str]]:
         plain = {row: result for row, result in enumerate(results) if isinstance(result, torch.Tensor)}
         decoded = dict(zip(plain, self._decode(list(plain.values())), strict=True))
         for row, picture in decoded.items():
@@ -133,11 +165,7 @@ def decode_on_device(encoded: list[torch.Tensor], device: torch.device) -> list[
     """uint8 pictures (3, h, w) on `device` from the bytes of JPEG files. RuntimeError where nvJPEG refuses one."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    pictures = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
-    for picture in pictures:
-        if picture.is_cuda:  # made on the decoder's own stream: not to be used again before ours is done with it
-            picture.record_stream(torch.cuda.current_stream(device))
-    return pictures
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
 
 
 def no_nvjpeg(loaded: Loaded) -> str:
@@ -187,9 +215,12 @@ def classify(
     bar = tqdm(desc="pictures", total=len(pictures), unit="img", disable=not progress)
     buffers = _buffers(loaded, batch_size, workers, len(pictures))
     # Closed here, so that an error in the network stops the threads before it is shown.
-    with bar, contextlib.closing(data.read_batches(pictures, source.read, buffers, workers)) as batches:
-        for group, buffer, results in batches:
-            pixels, reasons = source.on_device(group, buffer, results)
+    with (
+        bar,
+        contextlib.closing(data.read_batches(pictures, source.read, buffers, workers)) as read,
+        contextlib.closing(source.batches(read)) as batches,
+    ):
+        for group, pixels, reasons in batches:
             queued = _queue(engine, pixels, reasons)
             parts += _fetched(last)  # the batch before: the device is busy with this one meanwhile
             last = queued
@@ -199,6 +230,16 @@ def classify(
         parts += _fetched(last)
     logits = torch.cat(parts) if parts else torch.empty(0, len(loaded.labels.names))
     return Passed(logits, good, skipped, loaded.preprocess, source.name, source.note(), source.decoded)
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """`items`, each made in a thread while the one before it is used; errors come where the item would."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:  # leaving it waits for what is being made
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
 
 
 def _buffers(loaded: Loaded, batch_size: int, workers: int, pictures: int) -> list[torch.Tensor]:
@@ -218,6 +259,8 @@ def _queue(engine: Engine, pixels: torch.Tensor, reasons: list[str]) -> Queued |
     rows = [row for row, reason in enumerate(reasons) if not reason]
     if not rows:
         return None
+    if pixels.is_cuda:  # they may be of another stream's memory, which must not be used again before this one is done
+        pixels.record_stream(torch.cuda.current_stream(pixels.device))
     for row in set(range(len(reasons))) - set(rows):
         pixels[row].copy_(pixels[rows[0]])
     loaded = engine.loaded
