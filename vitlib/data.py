@@ -462,13 +462,14 @@ Read = Callable[[Picture, torch.Tensor], object]
 
 
 def read_batches(
-    pictures: list[Picture], read: Read, buffers: Sequence[torch.Tensor], workers: int
+    pictures: list[Picture], read: Read, buffers: Sequence[torch.Tensor], workers: int, together: int = 1
 ) -> Iterator[tuple[list[Picture], torch.Tensor, list]]:
     """Batches in order: their pictures, their buffer, and what `read(picture, row of the buffer)` gave, from threads.
 
     A batch has as many pictures as a buffer has rows, the last one may have fewer. Threads work ahead as far as there
     are buffers: these are used in turn, and whoever asks for the next batch still has the last one and gives the one
-    before it back. So there must be two, or one for each batch.
+    before it back. So there must be two, or one for each batch. `together` pictures are one task for a thread: more
+    where reading one takes less time than handing it over.
     """
     size = len(buffers[0])
     groups = [pictures[start : start + size] for start in range(0, len(pictures), size)]
@@ -478,10 +479,11 @@ def read_batches(
     try:
         for number, group in enumerate(groups):
             while submitted < min(len(groups), len(buffers) + max(0, number - 1)):
-                rows = zip(groups[submitted], buffers[submitted % len(buffers)], strict=False)
-                waiting.append([pool.submit(read, picture, row) for picture, row in rows])
+                rows = list(zip(groups[submitted], buffers[submitted % len(buffers)], strict=False))
+                tasks = [rows[start : start + together] for start in range(0, len(rows), together)]
+                waiting.append([pool.submit(lambda task: [read(*one) for one in task], task) for task in tasks])
                 submitted += 1
-            results = [future.result() for future in waiting.popleft()]
+            results = [result for future in waiting.popleft() for result in future.result()]
             yield group, buffers[number % len(buffers)][: len(group)], results
     finally:
         pool.shutdown(cancel_futures=True)

@@ -63,6 +63,7 @@ class PilDecoder:
 
     name = "pil"
     decoded = 0  # pictures that did not need Pillow
+    together = 1  # pictures that a thread reads at a time
 
     def __init__(self, loaded: Loaded, why: str = "") -> None:
         self.preprocess, self.device, self.why = loaded.preprocess, loaded.device, why
@@ -93,6 +94,7 @@ class NvJpegDecoder(PilDecoder):
     """
 
     name = "nvjpeg"
+    together = 16  # what is left for the threads is short
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
@@ -133,14 +135,13 @@ class NvJpegDecoder(PilDecoder):
             if isinstance(picture, str):  # before the buffer is copied
                 results[row] = super().read(pictures[row], buffer[row]), picture
         pixels = buffer.to(self.device, non_blocking=True)
+        if rows := [row for row in decoded if isinstance(results[row], torch.Tensor)]:
+            pixels[rows] = self.preprocess.resize_on_device([decoded[row] for row in rows])
+        self.decoded += len(rows)
         reasons = [""] * len(results)
-        for row, result in enumerate(results):
-            if isinstance(result, tuple):
-                reasons[row], odd = result
-                self.by_pil[odd] += not reasons[row]
-            else:
-                pixels[row].copy_(self.preprocess.resize_on_device(decoded[row]))
-                self.decoded += 1
+        for row in set(range(len(results))) - set(rows):
+            reasons[row], odd = results[row]
+            self.by_pil[odd] += not reasons[row]
         return pixels, reasons
 
     def _decode(self, encoded: list[torch.Tensor]) -> list[torch.Tensor | str]:
@@ -217,7 +218,7 @@ def classify(
     # Closed here, so that an error in the network stops the threads before it is shown.
     with (
         bar,
-        contextlib.closing(data.read_batches(pictures, source.read, buffers, workers)) as read,
+        contextlib.closing(data.read_batches(pictures, source.read, buffers, workers, source.together)) as read,
         contextlib.closing(source.batches(read)) as batches,
     ):
         for group, pixels, reasons in batches:
@@ -349,7 +350,7 @@ def _in_turn(stages: dict[str, Callable[[], object]], rounds: int, device: torch
 def _decode_only(pictures: list[Picture], engine: Engine, *, batch_size: int, workers: int, decoder: str) -> None:
     source = pick_decoder(decoder, engine.loaded)
     buffers = _buffers(engine.loaded, batch_size, workers, len(pictures))
-    for group, buffer, results in data.read_batches(pictures, source.read, buffers, workers):
+    for group, buffer, results in data.read_batches(pictures, source.read, buffers, workers, source.together):
         source.on_device(group, buffer, results)
         timing.synchronise(engine.loaded.device)  # before a buffer is filled anew
 

@@ -6,6 +6,7 @@ and normalising are batched and run on whatever device the batch lies on. Traini
 share one resize and one normalisation by construction.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,16 +69,16 @@ class Preprocess:
             return "the checkpoint's preprocessing is not one bilinear or bicubic resize"
         return ""
 
-    def resize_on_device(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (3, height, width) of a uint8 picture (3, h, w) of any size, on its device.
+    def resize_on_device(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        """uint8 (n, 3, height, width) of n uint8 pictures (3, h, w), each of any size, on their device.
 
         The same filter as `resize`, which rounds to whole values between its two passes and has weights in fixed point;
         here all is float32 and rounded once. Some values differ, by 1 of 255, bicubic ones by at most 2.
         """
         mode = TENSOR_MODES[int(self.processor.resample)]
-        values = pixels.to(torch.float32).unsqueeze(0)
-        resized = torch.nn.functional.interpolate(values, size=self.side, mode=mode, antialias=True)
-        return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+        values = (picture.to(torch.float32).unsqueeze(0) for picture in pictures)
+        resized = [torch.nn.functional.interpolate(one, size=self.side, mode=mode, antialias=True) for one in values]
+        return torch.cat(resized).round_().clamp_(0, 255).to(torch.uint8)
 
     @cached_property
     def _constants(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
