@@ -126,6 +126,17 @@ def test_eight_bit_products_have_their_own_ceiling_and_conversions_only_their_ti
     assert shown["of at most"].iloc[0] == 200.0
 
 
+def test_products_in_8_bit_run_as_the_ceiling_measures_them():
+    assert set(benchmark.EIGHT_BIT_PRODUCTS.values()) == {"int8", "fp8"}
+    for measure in (roofline._int8_seconds, roofline._fp8_seconds):  # a CPU's are slow, and no ceiling of anything
+        assert measure(64, torch.device("cpu")) > 0
+
+
+def test_fifteen_variants_have_fifteen_colours():
+    for count in (3, 10, 15):
+        assert len(set(plots._colours([str(number) for number in range(count)]).values())) == count
+
+
 def test_nearly_equal_ceilings_get_one_label():
     assert plots._near([50.9, 735.0, 741.4, 1200.0]) == [[50.9], [735.0, 741.4], [1200.0]]
     row = {"part": "mlp", "gflop": 1.0, "mb": 1.0, "tflop_s": 10.0, "ceiling_gb_s": 4000.0}

@@ -215,7 +215,8 @@ def measure_ablation(settings: Parameters, subject: ablation.Subject, sample: in
     """Wall time of the whole ablation, and of reloading the checkpoint for each configuration, from a sample."""
     found = ablation.speed(subject, settings, sample)
     note = [
-        f"{row.configurations} configurations ({row.timed} run), {row.loads} loads, {row.block_evaluations:,.0f} block "
+        f"{row.configurations} configurations ({row.timed} run), {row.loads} load{'s' * (row.loads > 1)}, "
+        f"{row.block_evaluations:,.0f} block "
         f"evaluations in {row.block_calls:,.0f} calls"
         for row in found.itertuples()
     ]
@@ -241,7 +242,7 @@ def measure_pipeline(
         except NotRun as reason:
             parts.append(pd.DataFrame([{"step": f"overlapped, {decoder}", "note": f"not run: {reason}"}]))
         else:
-            note = f"{settings.workers} threads, {len(repeated)} pictures of {kinds}. " + found["note"]
+            note = f"{settings.workers} threads, {len(repeated):,} pictures of {kinds}. " + found["note"]
             named = found["stage"] + f", {decoder}"
             parts.append(found.assign(step=named, share=found["ratio"], note=note.str.rstrip(". ")))
     return pd.concat(parts, ignore_index=True).assign(part="pipeline", batch=batch)

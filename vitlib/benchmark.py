@@ -17,7 +17,8 @@ from vitlib.variants import Variant
 ROTATING = 4  # different batches that a timed call cycles through, so that its input is not always in cache
 ATTRIBUTION_LIMIT = 0.05  # of the device time
 CLOCKS_AGREE = 0.02  # wall clock against device events
-EIGHT_BIT_PRODUCTS = ("int8", "w8a8")  # weights whose linear layers multiply int8 by int8
+# The ceiling that linear layers of some weights are held against, a key of `roofline.Ceilings.tflops`.
+EIGHT_BIT_PRODUCTS = {"int8": "int8", "w8a8": "int8", "fp8": "fp8"}
 KNOWN_MS, KNOWN_MB = 5.0, 64.0
 # What the kernel of an attention that names its backend is called.
 _KERNELS_OF = {
@@ -146,7 +147,7 @@ def against_the_roofline(
         )
         times = profile.by_part(kernels[kernels["variant"] == name])
         dtype = str(loaded.dtype).removeprefix("torch.")
-        linears = "int8" if weights[name] in EIGHT_BIT_PRODUCTS else dtype
+        linears = EIGHT_BIT_PRODUCTS.get(weights[name], dtype)
         frame = roofline.achieved(counted, times, peak, dtype, linears=linears).rename_axis("part").reset_index()
         frame.insert(0, "variant", name)
         frames.append(frame)

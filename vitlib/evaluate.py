@@ -277,9 +277,11 @@ def readable_accuracy(quality: pd.DataFrame) -> "pd.io.formats.style.Styler":
     shown = pd.DataFrame(
         {
             "variant": quality["variant"],
-            "right of n": [f"{right} of {n}" for right, n in zip(quality["right"], quality["n"], strict=True)],
+            "right of n": [
+                f"{right}\u00a0of\u00a0{n}" for right, n in zip(quality["right"], quality["n"], strict=True)
+            ],
             "Top-1 (%)": 100 * quality["top1"],
-            "95 % interval": [f"{100 * low:.1f} – {100 * high:.1f}" for low, high in bounds],
+            "95 % interval": [f"{100 * low:.1f}\u00a0–\u00a0{100 * high:.1f}" for low, high in bounds],
             "Top-5 (%)": 100 * quality["top5"],
             "F1": quality["f1_weighted"],
             "flips": quality["flips"],
@@ -291,7 +293,9 @@ def readable_accuracy(quality: pd.DataFrame) -> "pd.io.formats.style.Styler":
         }
     )
     formats = {"Top-1 (%)": "{:.2f}", "Top-5 (%)": "{:.2f}", "F1": "{:.4f}", "Holm p": "{:.3f}", "KL (nats)": "{:.1e}"}
-    return shown.style.format(formats, na_rep="–").hide(axis="index")
+    text = [list(shown).index(name) for name in ("variant", "verdict")]
+    left = [{"selector": f".col{number}", "props": "text-align: left"} for number in text]
+    return shown.style.format(formats, na_rep="–").set_table_styles(left).hide(axis="index")
 
 
 def readable(table: pd.DataFrame) -> "pd.io.formats.style.Styler":

@@ -38,7 +38,8 @@ def _axes(columns: int = 1, *, width: float = 8.0, height: float = 4.5) -> tuple
 
 
 def _colours(names: Sequence[str]) -> dict[str, tuple]:
-    return dict(zip(names, sns.color_palette(PALETTE, max(len(names), 1)), strict=False))
+    few = len(names) <= len(sns.color_palette(PALETTE))  # beyond that it would begin anew
+    return dict(zip(names, sns.color_palette(PALETTE if few else "husl", max(len(names), 1)), strict=False))
 
 
 def picture_grid(

@@ -22,7 +22,7 @@ LINEARS = ("attention", "mlp")  # parts whose products are 8-bit where a variant
 class Ceilings:
     """Measured peaks of one device: a large matrix product by dtype, and a large copy (bytes read and written).
 
-    `tflops["int8"]` counts integer operations; it is absent where no 8-bit product runs.
+    `tflops["int8"]` counts integer operations; it and `tflops["fp8"]` are absent where no such product runs.
     """
 
     tflops: dict[str, float]
@@ -39,8 +39,9 @@ def ceilings(device: torch.device) -> Ceilings:
         seconds = _seconds(lambda _, a=a, b=b: a @ b, device)
         tflops[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds / 1e12
     if cuda:
-        with suppress(RuntimeError, AttributeError):  # a card without 8-bit products, or a torch without this call
-            tflops["int8"] = 2 * side**3 / _int8_seconds(side, device) / 1e12
+        for name, measure in (("int8", _int8_seconds), ("fp8", _fp8_seconds)):
+            with suppress(RuntimeError, AttributeError, TypeError, ValueError):  # not on this card, or in this torch
+                tflops[name] = 2 * side**3 / measure(side, device) / 1e12
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     copied = _seconds(lambda _: target.copy_(source), device)
@@ -51,6 +52,13 @@ def _int8_seconds(side: int, device: torch.device) -> float:
     """Seconds of one product of two int8 matrices; the second lies transposed, as weights of a linear layer do."""
     a, b = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
     return _seconds(lambda _: torch._int_mm(a, b.t()), device)
+
+
+def _fp8_seconds(side: int, device: torch.device) -> float:
+    """The same for float8_e4m3fn with a scale a matrix, answered in bfloat16."""
+    a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+    return _seconds(lambda _: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), device)
 
 
 def _seconds(call: timing.Call, device: torch.device) -> float:
