@@ -52,6 +52,14 @@ def kernel_paths(monkeypatch):
     monkeypatch.setattr(linears, "use_kernels", lambda device, fp8=False: True)
 
 
+def take_kernels(network: fused.FusedViT) -> None:
+    """This project's kernels wherever there is one, for the rows of three pictures."""
+    for part in network.modules():
+        if isinstance(part, linears.Tuned) and "fused" in part.paths(51):
+            for rows in (3, 51):
+                part.choose(rows, "fused", part.configurations(rows, "fused")[0])
+
+
 TOLERANCES = {
     "fp32": 1e-5,
     "fp16": 1e-2,
@@ -77,10 +85,7 @@ def test_the_kernels_compute_the_same_logits(checkpoints, five, expected, weight
     fast = Engine(loaded_as(checkpoints, weights), "fused", (3,))
     linear = fast.network.blocks[0].mlp.first
     assert "fused" in linear.paths(51)
-    for layer in fast.network.modules():
-        if isinstance(layer, linears.Linear) and "fused" in layer.paths(51):
-            for rows in (3, 51):
-                layer.choose(rows, "fused", layer.configurations(rows, "fused")[0])
+    take_kernels(fast.network)
     found = engine.logits(fast, five[:3], 3)
     assert relative(found, expected[FORMATS[weights]][:3]) < TOLERANCES[weights]
 
@@ -233,6 +238,26 @@ def test_the_profiler_knows_the_parts_of_a_fused_network(checkpoints, weights):
     assert "scaled_dot_product" in profile.attention_kernel(frame)
 
 
+def test_an_attention_that_is_named_is_never_replaced(checkpoints, kernel_paths):
+    attends = {
+        (weights, name): fused.fuse(models.load(checkpoints, Variant(weights, name), CPU)).blocks[0].attention.attend
+        for weights, name in (("fp16", "direct"), ("fp32", "direct"), ("fp16", "direct_math"))
+    }
+    assert [attend.paths(17) for attend in attends.values()] == [("library", "fused"), ("library",), ("library",)]
+    open_ = attends["fp16", "direct"]
+    states = open_.example(3 * 17)
+    assert [tuple(state.shape) for state in states] == [(3, 17, 2, 64)] * 3
+    assert relative(open_.run("fused", "", *states), open_.run("library", "", *states)) < 2e-3
+
+
+def test_a_graph_that_dequantizes_blocks_takes_no_way_of_a_quantized_layer_but_all_others(checkpoints):
+    fast = Engine(loaded_as(checkpoints, "nf4"), "fused", (1, 3))
+    fast._unchoose(3)
+    left = fast.tuning[fast.tuning["batch"] == 3].groupby("layer")["chosen"].all()
+    assert left.to_dict() == {"Dense": True, "NF4": False, "ScaledDotProduct": True}
+    assert fast.tuning.loc[fast.tuning["batch"] == 1, "chosen"].all()
+
+
 @pytest.mark.parametrize("name", ["direct", "direct_math"])
 def test_attention_without_a_mask_is_that_of_transformers(checkpoints, five, expected, name):
     found = engine.logits(Engine(models.load(checkpoints, Variant("fp32", name), CPU)), five, 5)
@@ -284,10 +309,7 @@ def test_the_kernels_are_whole_operators_for_the_compiler(checkpoints, five, exp
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     fast = Engine(loaded_as(checkpoints, weights), "fused-compile", (3,), backend="aot_eager")
-    for layer in fast.network.blocks.modules():
-        if isinstance(layer, linears.Linear):
-            for rows in (3, 51):
-                layer.choose(rows, "fused", layer.configurations(rows, "fused")[0])
+    take_kernels(fast.network)
     found = engine.logits(fast, five[:3], 3)
     assert relative(found, expected[FORMATS[weights]][:3]) < TOLERANCES[weights]
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -424,7 +446,8 @@ def test_layers_that_get_other_inputs_are_tuned_apart(checkpoints, kernel_paths,
     measured, groups = linears._measured, []
     monkeypatch.setattr(linears, "_measured", lambda layers, *way: (groups.append(layers), measured(layers, *way))[1])
     linears.tune(network, [3])
-    assert groups and all(len({layer.norm_quantizes for layer in layers}) == 1 for layers in groups)
+    linear = [layers for layers in groups if isinstance(layers[0], linears.Linear)]
+    assert linear and all(len({layer.norm_quantizes for layer in layers}) == 1 for layers in linear)
 
 
 def test_tuning_again_replaces_what_was_found(checkpoints):

@@ -154,7 +154,7 @@ class Engine:
     def _unchoose(self, size: int) -> None:
         """No path of a quantized layer is taken at this batch size any more, nor another way for all blocks."""
         for row in self.network.tuning:
-            row["chosen"] &= row["batch"] != size or row["layer"] == "Dense"
+            row["chosen"] &= row["batch"] != size or row["layer"] in ("Dense", "ScaledDotProduct")
 
     @property
     def device(self) -> torch.device:
@@ -181,8 +181,9 @@ class Engine:
         if self.execution in ("eager", "fused"):
             return self._forward(pixel_values)
         one = self._replay if self._graphs else self._padded
-        parts = [one(part) for part in pixel_values.split(self.sizes[-1])]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(pixel_values) <= self.sizes[-1]:  # the host has nothing else to do while a single picture waits
+            return one(pixel_values)
+        return torch.cat([one(part) for part in pixel_values.split(self.sizes[-1])])
 
     def _size_for(self, count: int) -> int:
         return next(size for size in self.sizes if size >= count)
@@ -198,9 +199,11 @@ class Engine:
     def _replay(self, pixel_values: torch.Tensor) -> torch.Tensor:
         count = pixel_values.shape[0]
         graph, inputs, outputs = self._graphs[self._size_for(count)]
-        inputs[:count].copy_(pixel_values)
+        if count < len(inputs):
+            inputs, outputs = inputs[:count], outputs[:count]
+        inputs.copy_(pixel_values)
         graph.replay()
-        return outputs[:count].clone()  # the next replay overwrites the buffer
+        return outputs.clone()  # the next replay overwrites the buffer
 
 
 class Graph(NamedTuple):

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 from vitlib import attention, kernels, linears, quantize
 from vitlib.ahead import Ahead, BlockWeights, can_run
-from vitlib.linears import Linear, Quantized, Step, tune, tuning_table
+from vitlib.linears import Linear, Quantized, Tuned, tune, tuning_table
 from vitlib.models import Loaded
 
 __all__ = ["FusedViT", "add_layer_norm", "fuse", "fused_loaded", "gelu_difference", "tune", "tuning_table"]
@@ -96,29 +96,74 @@ class Embedding(nn.Module):
         return torch.cat((self.class_token.expand(count, -1, -1), tokens), dim=1) + self.positions
 
 
+class ScaledDotProduct(Tuned):
+    """`attention.attend` by name, or this project's kernel where the name leaves the choice open and it is faster.
+
+    Takes query (n, rows, heads, width), key and value (n, tokens, heads, width), as views of one product.
+    """
+
+    part = "scaled dot product"  # so that the profiler can book its kernels
+
+    def __init__(self, source: nn.Module, name: str, make: "Maker", *, only_class: bool = False) -> None:
+        super().__init__()
+        self.heads, self.width = source.num_attention_heads, source.head_dim
+        self.scaling, self.name, self.dtype, self.device = source.scaling, name, make.dtype, make.device
+        self.tokens, self.rows_per_picture = make.tokens, 1 if only_class else make.tokens
+
+    @property
+    def shape(self) -> str:
+        """For the tuning table."""
+        return f"{self.heads} heads of {self.width}, {self.tokens} tokens"
+
+    def paths(self, rows: int) -> tuple[str, ...]:
+        ours = self.name == "direct" and self.dtype != torch.float32 and linears.use_kernels(self.device)
+        return ("library", "fused") if ours else ("library",)
+
+    def configurations(self, rows: int, path: str) -> tuple[str, ...]:
+        if path == "library":
+            return ("",)
+        shape = rows // self.rows_per_picture, self.rows_per_picture, self.heads
+        return tuple(map(linears.config_text, kernels.attention_configs(*shape, self.device)))
+
+    def example(self, rows: int) -> tuple:
+        count = rows // self.rows_per_picture
+        made = torch.randn(count, self.tokens, 3, self.heads, self.width, device=self.device).to(self.dtype)
+        query, key, value = made.unbind(2)
+        return query[:, : self.rows_per_picture], key, value
+
+    def alike(self) -> tuple:
+        return type(self), self.name, self.shape, self.rows_per_picture
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return self.run(*self.chosen(query.shape[0] * query.shape[1]), query, key, value)
+
+    def run(self, path: str, config: str, *inputs: torch.Tensor) -> torch.Tensor:
+        if path == "fused":
+            return linears.attention_kernel(*inputs, self.scaling, config)
+        return attention.attend(self.name, *inputs, scaling=self.scaling)
+
+
 class _Attention(nn.Module):
-    """What both forms share: heads, scaling, and the attention function by name."""
+    """What both forms share: heads and the attention function."""
 
     part = "attention"
 
-    def __init__(self, source: nn.Module, name: str) -> None:
+    def __init__(self, attend: ScaledDotProduct) -> None:
         super().__init__()
-        self.heads, self.width = source.num_attention_heads, source.head_dim
-        self.scaling, self.name = source.scaling, name
-        self.attend = Step("scaled dot product", attention.attend)
+        self.heads, self.width, self.attend = attend.heads, attend.width, attend
 
 
 class Attention(_Attention):
     """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
 
     def __init__(self, source: nn.Module, name: str, make: "Maker") -> None:
-        super().__init__(source, name)
+        super().__init__(ScaledDotProduct(source, name, make))
         self.qkv = make(source.q_proj, source.k_proj, source.v_proj)
         self.output = make(source.o_proj)
 
     def forward(self, normed: "torch.Tensor | Quantized", count: int) -> torch.Tensor:
         query, key, value = self.qkv(normed).view(count, -1, 3, self.heads, self.width).unbind(2)
-        mixed = self.attend(self.name, query, key, value, scaling=self.scaling)
+        mixed = self.attend(query, key, value)
         return self.output(mixed.reshape(count * mixed.shape[1], -1))
 
 
@@ -126,7 +171,7 @@ class ClassAttention(_Attention):
     """Self-attention of the class token only, the first of each picture's tokens: keys and values of all tokens."""
 
     def __init__(self, source: nn.Module, name: str, make: "Maker") -> None:
-        super().__init__(source, name)
+        super().__init__(ScaledDotProduct(source, name, make, only_class=True))
         self.query = make(source.q_proj, only_class=True)
         self.key_value = make(source.k_proj, source.v_proj)
         self.output = make(source.o_proj, only_class=True)
@@ -134,7 +179,7 @@ class ClassAttention(_Attention):
     def forward(self, normed: torch.Tensor, count: int) -> torch.Tensor:
         key, value = self.key_value(normed).view(count, -1, 2, self.heads, self.width).unbind(2)
         query = self.query(class_rows(normed, count)).view(count, 1, self.heads, self.width)
-        mixed = self.attend(self.name, query, key, value, scaling=self.scaling)
+        mixed = self.attend(query, key, value)
         return self.output(mixed.reshape(count, -1))
 
 
@@ -186,12 +231,13 @@ class Block(nn.Module):
 
 
 class Maker(NamedTuple):
-    """How the linears of a network are made: format, NF4 scales, and the tokens of a picture."""
+    """How the linears of a network are made: format, NF4 scales, the tokens of a picture, 16 or 32 bit, and where."""
 
     weights: str | None
     scales: str
     tokens: int
     dtype: torch.dtype
+    device: torch.device
 
     def __call__(self, *layers: nn.Linear, only_class: bool = False) -> Linear:
         made = linears.of(list(layers), self.weights, scales=self.scales)
@@ -212,7 +258,7 @@ class FusedViT(nn.Module):
         vit = model.vit
         self.embedding = Embedding(vit.embeddings)
         positions = vit.embeddings.position_embeddings
-        make = Maker(weights, scales, positions.shape[1], positions.dtype)
+        make = Maker(weights, scales, positions.shape[1], positions.dtype, positions.device)
         norms = [*(layer.layernorm_before for layer in vit.layers), vit.layernorm]
         self.first_norm = norms[0]
         end = len(vit.layers) - 1

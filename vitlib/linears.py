@@ -53,12 +53,13 @@ _CONFIGURED = "Tensor? bias, str gelu, str config"
 
 
 @functools.cache
-def _config(text: str) -> "kernels.Config | None":
-    """The configuration written as JSON by `_config_text`, None for ''."""
-    return kernels.Config(*json.loads(text)) if text else None
+def _config(text: str, kind: type = kernels.Config) -> "kernels.Config | kernels.AttentionConfig | None":
+    """The configuration written as JSON by `config_text`, None for ''."""
+    return kind(*json.loads(text)) if text else None
 
 
-def _config_text(config: "kernels.Config | None") -> str:
+def config_text(config: "kernels.Config | kernels.AttentionConfig | None") -> str:
+    """A configuration of a kernel as an operator takes it and as the tuning table shows it."""
     return "" if config is None else json.dumps(config)
 
 
@@ -131,6 +132,14 @@ add_layer_norm_kernel = _operator(
     lambda x, residual, weight, bias, eps: kernels.add_layer_norm(x, residual, weight, bias, eps),
     lambda x, residual, weight, bias, eps: (torch.empty_like(residual), torch.empty_like(residual)),
 )
+attention_kernel = _operator(
+    "attention",
+    "(Tensor query, Tensor key, Tensor value, float scaling, str config) -> Tensor",
+    lambda query, key, value, scaling, config: kernels.attention(
+        query, key, value, scaling, _config(config, kernels.AttentionConfig)
+    ),
+    lambda query, key, value, scaling, config: query.new_empty(query.shape),
+)
 
 
 def gelu_of(values: torch.Tensor, gelu: str | None) -> torch.Tensor:
@@ -174,20 +183,16 @@ class Step(nn.Module):
         return self.function(*inputs, **settings)
 
 
-class Linear(nn.Module):
-    """What all formats share: sizes, bias, and the path by number of rows.
+class Tuned(nn.Module):
+    """A part of a network with several *paths* to the same numbers; which is fastest depends on the number of rows.
 
     `rows_per_picture` says how many rows a picture brings: patches and class token, or the class token alone.
     """
 
-    def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
+    rows_per_picture = 1
+
+    def __init__(self) -> None:
         super().__init__()
-        self.out_features, self.in_features, self.rows_per_picture = out_features, in_features, 1
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.usual_gelu: str | None = None  # the one that it is called with, so that tuning times the same work
-        self.dtype = torch.float16 if bias is None else bias.dtype  # of inputs and outputs
-        self.norm_quantizes = False  # whether its input comes as `Quantized`
-        self.ahead: torch.Tensor | None = None  # the weight in 16 bit, where it was dequantized with its block
         self.choices: dict[int, str] = {}
         self.configs: dict[int, str] = {}
 
@@ -196,13 +201,20 @@ class Linear(nn.Module):
         raise NotImplementedError
 
     def configurations(self, rows: int, path: str) -> tuple[str, ...]:
-        """The configurations of `path` worth timing for `rows` rows; '' is the only one of a library's product."""
-        if path != "fused":
-            return ("",)
-        if self.kernel != "w8a8" and rows > DECODING_PAYS:
-            return ()
-        found = kernels.configs_for(self.kernel, rows, self.out_features, self.in_features, self._device())
-        return tuple(_config_text(config) for config in found)
+        """The configurations of `path` worth timing for `rows` rows; '' is the only one of a library's function."""
+        raise NotImplementedError
+
+    def run(self, path: str, config: str, *inputs: object) -> torch.Tensor:
+        """What `forward` gives for `inputs`, through one path, whatever was chosen."""
+        raise NotImplementedError
+
+    def example(self, rows: int) -> tuple:
+        """Random inputs of `run` with `rows` rows, as the network would give them."""
+        raise NotImplementedError
+
+    def alike(self) -> tuple:
+        """Equal for parts that do the same work with other weights: `tune` times them as one."""
+        raise NotImplementedError
 
     def choose(self, rows: int, path: str, config: str = "") -> None:
         """Take `path` (and the kernel's `config`) for inputs of `rows` rows from now on."""
@@ -210,12 +222,45 @@ class Linear(nn.Module):
             raise ValueError(f"{type(self).__name__} has no path {path!r} here: one of {', '.join(self.paths(rows))}")
         self.choices[rows], self.configs[rows] = path, config
 
+    def chosen(self, rows: int) -> tuple[str, str]:
+        """The path and its configuration for inputs of `rows` rows; the first path where nothing was chosen."""
+        return self.choices.get(rows) or self.paths(rows)[0], self.configs.get(rows, "")
+
+
+class Linear(Tuned):
+    """What all formats share: sizes, bias, and the path by number of rows."""
+
+    def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.usual_gelu: str | None = None  # the one that it is called with, so that tuning times the same work
+        self.dtype = torch.float16 if bias is None else bias.dtype  # of inputs and outputs
+        self.norm_quantizes = False  # whether its input comes as `Quantized`
+        self.ahead: torch.Tensor | None = None  # the weight in 16 bit, where it was dequantized with its block
+
+    def configurations(self, rows: int, path: str) -> tuple[str, ...]:
+        if path != "fused":
+            return ("",)
+        if self.kernel != "w8a8" and rows > DECODING_PAYS:
+            return ()
+        found = kernels.configs_for(self.kernel, rows, self.out_features, self.in_features, self.device)
+        return tuple(config_text(config) for config in found)
+
+    def example(self, rows: int) -> tuple:
+        x = torch.randn(rows, self.in_features, device=self.device).to(self.dtype)
+        if self.norm_quantizes:
+            x = Quantized(*quantized_rows(x, self.codes_dtype), self.dtype)
+        return x, self.usual_gelu
+
+    def alike(self) -> tuple:
+        sizes = self.out_features, self.in_features, self.rows_per_picture
+        return type(self), *sizes, self.usual_gelu, self.norm_quantizes
+
     def forward(self, x: "torch.Tensor | Quantized", gelu: str | None = None) -> torch.Tensor:
-        rows = x.shape[0]
         if self.ahead is not None:
             return product(x, self.ahead, self.bias, gelu)
-        path = self.choices.get(rows) or self.paths(rows)[0]
-        return self.run(path, self.configs.get(rows, ""), x, gelu)
+        return self.run(*self.chosen(x.shape[0]), x, gelu)
 
     def run(self, path: str, config: str, x: torch.Tensor, gelu: str | None = None) -> torch.Tensor:
         """(M, N) of x (M, K) through one path, whatever was chosen."""
@@ -225,10 +270,16 @@ class Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _with_fused(self, *paths: str) -> tuple[str, ...]:
-        return (*paths, "fused") if use_kernels(self._device()) else paths
+        return (*paths, "fused") if use_kernels(self.device) else paths
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
         return next(self.buffers()).device
+
+    @property
+    def shape(self) -> str:
+        """For the tuning table."""
+        return f"{self.in_features} → {self.out_features}"
 
 
 class Dense(Linear):
@@ -498,24 +549,23 @@ def of(layers: list[nn.Linear], weights: str | None = None, *, scales: str = "ex
 
 @torch.inference_mode()
 def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int = 2) -> pd.DataFrame:
-    """Time the paths of every linear of `module` for the rows of each batch size, and choose the fastest.
+    """Time the paths of every `Tuned` part of `module` for the rows of each batch size, and choose the fastest.
 
-    On CUDA the layers of one shape run one after another inside a captured graph, each with its own weights, as they
+    On CUDA the parts of one shape run one after another inside a captured graph, each with its own weights, as they
     do in a pass; small ones may stay in the GPU's cache all the same. On a CPU the first path is taken. A path is left
     for another that is faster by more than 3 %, which is beyond the noise of ten replays. One that fails here or
-    differs from the first by more than 2 % is not chosen. Of a kernel the first `configurations` are tried, of layers
+    differs from the first by more than 2 % is not chosen. Of a kernel the first `configurations` are tried, of parts
     that no other is like only one: each is compiled once a shape, which takes a second or two. Returns
     `tuning_table(module)`.
     """
-    groups: dict[tuple, list[Linear]] = defaultdict(list)
-    for layer in module.modules():
-        if isinstance(layer, Linear):
-            sizes = layer.out_features, layer.in_features, layer.rows_per_picture
-            groups[type(layer), *sizes, layer.usual_gelu, layer.norm_quantizes].append(layer)
+    groups: dict[tuple, list[Tuned]] = defaultdict(list)
+    for part in module.modules():
+        if isinstance(part, Tuned):
+            groups[part.alike()].append(part)
     rows, sizes = [], sorted(set(batch_sizes))
-    for layers in groups.values():
+    for parts in groups.values():
         for size in sizes:
-            found = _tune_group(layers, size * layers[0].rows_per_picture, configurations)
+            found = _tune_group(parts, size * parts[0].rows_per_picture, configurations)
             rows += [{**row, "batch": size} for row in found]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the timed graphs had allocated
@@ -524,12 +574,12 @@ def tune(module: nn.Module, batch_sizes: Iterable[int], *, configurations: int =
     return tuning_table(module)
 
 
-def _tune_group(layers: list[Linear], rows: int, limit: int) -> list[dict[str, object]]:
-    first, found = layers[0], []
+def _tune_group(parts: list[Tuned], rows: int, limit: int) -> list[dict[str, object]]:
+    first, found = parts[0], []
     for path in first.paths(rows):
-        left = limit if len(layers) > 1 else 1
+        left = limit if len(parts) > 1 else 1
         for config in first.configurations(rows, path):
-            found.append(_measured(layers, rows, path, config))
+            found.append(_measured(parts, rows, path, config))
             left -= not found[-1]["note"]  # one that does not run here leaves its turn to the next
             if not left:
                 break
@@ -539,37 +589,34 @@ def _tune_group(layers: list[Linear], rows: int, limit: int) -> list[dict[str, o
     best = usable[0]
     for row in usable[1:]:  # comparisons with the missing times of a CPU are false
         best = row if row["us"] < FASTER * best["us"] else best
-    for layer in layers:
-        layer.choose(rows, best["path"], best["config"])
-    shape = f"{first.in_features} → {first.out_features}"
-    return [{"layer": type(first).__name__, "shape": shape, "rows": rows, **r, "chosen": r is best} for r in found]
+    for part in parts:
+        part.choose(rows, best["path"], best["config"])
+    shared = {"layer": type(first).__name__, "shape": first.shape, "rows": rows}
+    return [{**shared, **row, "chosen": row is best} for row in found]
 
 
-def _measured(layers: list[Linear], rows: int, path: str, config: str) -> dict[str, object]:
+def _measured(parts: list[Tuned], rows: int, path: str, config: str) -> dict[str, object]:
     """Microseconds of one call and the relative difference to the first path; `note` says why it is not usable."""
-    device, first = layers[0]._device(), layers[0]
+    first, device = parts[0], parts[0].device
     row = {"path": path, "config": config, "us": float("nan"), "difference": float("nan"), "note": ""}
     if device.type != "cuda":
         return row
-    x = torch.randn(rows, first.in_features, device=device).to(first.dtype)
-    if first.norm_quantizes:
-        x = Quantized(*quantized_rows(x, first.codes_dtype), first.dtype)
-    times = -(-CALLS // len(layers))
+    inputs, times = first.example(rows), -(-CALLS // len(parts))
     try:
         ways = (path, config), (first.paths(rows)[0], "")
-        row["difference"] = relative_error(*(first.run(*way, x, first.usual_gelu) for way in ways))
+        row["difference"] = relative_error(*(first.run(*way, *inputs) for way in ways))
         if not row["difference"] <= AGREES:
             return row | {"note": "differs from the reference"}
-        graph, _ = captured(lambda: _each(layers * times, path, config, x), device)
-        row["us"] = replay_us(graph) / (times * len(layers))
+        graph, _ = captured(lambda: _each(parts * times, path, config, inputs), device)
+        row["us"] = replay_us(graph) / (times * len(parts))
     except FAILURES as error:
         row["note"] = (str(error).splitlines() or [type(error).__name__])[0]
     return row
 
 
-def _each(layers: list[Linear], path: str, config: str, x: torch.Tensor) -> None:
-    for layer in layers:  # results are dropped at once: their memory is used again, as in a pass
-        layer.run(path, config, x, layer.usual_gelu)
+def _each(parts: list[Tuned], path: str, config: str, inputs: tuple) -> None:
+    for part in parts:  # results are dropped at once: their memory is used again, as in a pass
+        part.run(path, config, *inputs)
 
 
 @functools.cache

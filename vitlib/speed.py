@@ -188,7 +188,7 @@ def layers(bench: Bench) -> pd.DataFrame:
     tuned = _tuned(bench, "")
     if tuned.empty:
         return pd.DataFrame()
-    taken = tuned[tuned["chosen"] & ~tuned["layer"].isin(("Dense", "all blocks"))]
+    taken = tuned[tuned["chosen"] & ~tuned["layer"].isin(("Dense", "ScaledDotProduct", "all blocks"))]
     ways = {
         "fused": "this project's kernel",
         "library": "PyTorch's product of 8-bit numbers",

@@ -75,9 +75,9 @@ def _timed(call: Call, number: int, device: torch.device) -> tuple[float, float]
     """Seconds of one call by the wall clock, until the device is done, and between two device events (CPU: NaN)."""
     cuda = device.type == "cuda"
     before, after = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
-    start = time.perf_counter()
     if cuda:
         before.record()
+    start = time.perf_counter()
     call(number)
     if cuda:
         after.record()
