@@ -95,6 +95,13 @@ plots.table(speed.against_fp16(bench))
 plots.table(speed.blocks(bench), digits=3)
 
 # %% [markdown]
+# Attention has two ways as well: PyTorch's own choice, and a kernel of this project, which needs no workspace. One call
+# over all tokens, by batch size:
+
+# %%
+plots.table(speed.attention(bench))
+
+# %% [markdown]
 # Where no whole block is dequantized, each product has a way of its own, by the shape of its layer and the number of
 # rows. `bench_tuning.csv` has all that were timed.
 
@@ -104,7 +111,8 @@ plots.table(speed.layers(bench))
 # %% [markdown]
 # ## The same outputs?
 #
-# Logits of the validation pictures against the plain eager network with the same weights. The inputs of w8a8 and fp8
+# Logits of the validation pictures against the plain eager network with the same weights, at the batch size where they
+# differ most: each has a graph and kernels of its own. The inputs of w8a8 and fp8
 # are quantized too, and w8a8 keeps no outliers: these compute another function than what they are compared with, and
 # the difference is that of the formats.
 
@@ -124,8 +132,9 @@ plots.table(speed.sizes(bench))
 # ## Training
 #
 # A bare LoRA step, from PEFT under autocast to everything that notebook 1 switches on. A row that begins with "+" adds
-# to the row before it. Those marked "no dropout" have none in their adapters and compare with each other alone: only
-# then can adapters be added into the weights for a step.
+# to the row before it. Those marked "no dropout" have none in their adapters: only then can adapters be added into the
+# weights for a step. Factors are over the first row with the same dropout. What the compiler has in its cache on disk
+# from earlier is not compiled anew, so compilation may take longer the first time.
 
 # %%
 plots.table(speed.training(bench))

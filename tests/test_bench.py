@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,9 @@ def test_targets_say_what_was_found_and_what_was_not_measured():
     assert found.loc["fp16 (ms), batch 1"].tolist() == ["≤ 1.15", "1.2 (1.18 … 1.22)", "no", names[0]]
     assert found.loc["fp16 (ms), batch 1, tanh GELU", "reached"] == "yes"
     assert found.loc["NF4 of fp16's time, batch 1", "reached"] == "undecided"  # 1.25 lies within its bounds
-    assert found.loc["int8 of fp16's time, batch 1", "reached"] == "yes"
+    # Another function than w8a16: each has a target of its own.
+    assert found.loc["int8 (w8a8) of fp16's time, batch 1", "reached"] == "yes"
+    assert found.loc["int8 (w8a16) of fp16's time, batch 1", "reached"] == "–"
     assert found.loc["fp16 (ms), batch 32"].tolist() == ["≤ 8.5", "–", "–", ""]
     assert found.loc["NF4: bytes held, of the libraries' own"].tolist() == ["≤ 1", "1.4", "no", names[1]]
     # w8a8 keeps no outliers in 16 bit: it is another function, and no engine path of LLM.int8.
@@ -88,7 +91,50 @@ def test_engines_are_timed_and_held_against_the_plain_form_of_their_weights(chec
         assert 0 < by_step.loc[step, "relative_error"] < 1e-2
     assert by_step.loc["fp32-direct-fused", "relative_error"] < 1e-5
     assert by_step.loc["fp32-sdpa", "times_baseline"] == 1
+    plain = found["step"] == found["reference"]
+    assert found.loc[plain, "relative_error"].isna().all()  # nothing is compared with itself
+    assert found.loc[~plain, "relative_error"].notna().all()
     assert {"NF4", "W8A8"} <= set(tuning["layer"])
+
+
+def test_each_batch_size_is_compared_and_a_logit_that_is_no_number_is_no_success():
+    """Each has a graph of its own: one that is wrong must not hide behind that of the largest size."""
+    fused = bench.Step(Variant("nf4", "direct", "fused-graph"))
+    right = torch.randn(6, 4)
+
+    def at(size):
+        return {1: right * torch.nan, 2: -right, 3: right}[size]
+
+    class Fake:
+        loaded = SimpleNamespace(preprocess=SimpleNamespace(normalise=lambda chunk, _: chunk), device=CPU, dtype=None)
+
+        def __init__(self):
+            self.done = 0
+
+        def __call__(self, pixels):
+            first, self.done = self.done % 6, self.done + len(pixels)
+            return at(len(pixels))[first : first + len(pixels)]
+
+    found = bench._quality([fused], {fused.name: Fake()}, {"nf4-sdpa": right}, torch.zeros(6, 1), [1, 2, 3])
+    assert found["relative_error"].tolist() == [np.inf, 2, 0] and found["agreement"].iloc[2] == 1
+    frame = rows(step=fused.name, batch=[1, 2, 3], gelu="checkpoint", relative_error=found["relative_error"])
+    assert bench.targets(frame, False).set_index("target")["reached"].iloc[-2] == "no"
+
+
+def test_a_step_that_cannot_be_built_does_not_end_the_run(checkpoints, settings, pixels, monkeypatch):
+    wanted = [bench.Step(Variant("fp32")), bench.Step(Variant("fp32", "direct", "fused"), "tanh")]
+    monkeypatch.setattr(bench.engine.fused, "_activation", lambda *_: (_ for _ in ()).throw(ValueError("only a GELU")))
+    found, _ = bench.measure_engines(settings, checkpoints, pixels, wanted)
+    assert found["note"].dropna().tolist() == ["not run: only a GELU"]
+    wrong = bench.models.EvidenceError("not NF4")
+    monkeypatch.setattr(bench.engine.fused, "_activation", lambda *_: (_ for _ in ()).throw(wrong))
+    with pytest.raises(bench.models.EvidenceError):  # what is not the variant asked for is no missing kernel
+        bench.measure_engines(settings, checkpoints, pixels, wanted)
+
+
+def test_machines_with_many_cores_can_run_the_bench(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(192)), raising=False)
+    assert bench.default_settings(torch.device("cuda")).workers == 64
 
 
 def test_a_step_that_cannot_run_keeps_its_row_with_the_reason(checkpoints, settings, pixels):
@@ -109,7 +155,7 @@ def test_everything_is_measured_on_random_weights_where_there_is_no_study(tmp_pa
     assert shared["share"] <= 0.55 + 1 / 4  # four blocks share less than 24
     assert np.isfinite(frame.loc[frame["part"] == "training", "images_per_s"]).all()
     overlapped = frame.set_index("step").loc["overlapped, pil"]
-    assert overlapped["share"] > 0
+    assert 0 < overlapped["share_low"] <= overlapped["share"] <= overlapped["share_high"]
     count, kinds = re.fullmatch(r"2 threads, (\d+) pictures of (\d+ × picture)", overlapped["note"]).groups()
     assert int(count) >= bench.BATCHES * 3 and int(count) % int(kinds.split()[0]) == 0  # few are taken several times
     assert "nvJPEG decodes on a CUDA device" in frame.set_index("step").loc["overlapped, nvjpeg", "note"]
@@ -176,6 +222,16 @@ def test_a_bench_that_fails_at_once_leaves_the_records_of_the_last(tmp_path, mon
     with pytest.raises(ZeroDivisionError):
         bench.run(params.check({"study": "bench", **SMALL, **small}), ("pipeline",), None)
     assert kept.is_file()
+
+
+def test_a_study_that_wants_another_machine_is_an_error_in_one_line(monkeypatch):
+    def on_this_machine(*_):
+        raise bench.NotRun("device is 'cuda', but no CUDA device is visible")
+
+    monkeypatch.setattr(bench, "run", on_this_machine)
+    monkeypatch.setattr("sys.argv", ["bench"])
+    with pytest.raises(SystemExit, match=r"^error: device is 'cuda'"):
+        bench.main()
 
 
 def test_bad_batch_sizes_are_an_error_in_one_line(monkeypatch):

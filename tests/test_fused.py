@@ -296,6 +296,28 @@ def test_a_batch_size_is_compiled_once(checkpoints, five, expected, execution):
     assert list(fast.compile_s) == [3]
 
 
+def test_many_engines_of_a_process_are_all_compiled(checkpoints, five):
+    """The compiler counts per function, and beyond 8 it would run eagerly under the name of compiled code."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    for weights in ("fp32", "fp16", "bf16"):
+        fast = Engine(loaded_as(checkpoints, weights), "fused-compile", (1, 2, 3, 4), backend=backend)
+        for size in fast.sizes:
+            before = len(compiled)
+            fast(torch.randn(size, 3, 32, 32, dtype=fast.loaded.dtype))
+            assert len(compiled) == before + 1
+
+
+def test_an_unknown_execution_is_refused(checkpoints):
+    with pytest.raises(ValueError, match=r"no execution 'grpah'.*graph"):
+        Engine(plain(checkpoints, "fp32"), "grpah")
+
+
 def test_the_compiler_does_not_trace_the_question_whether_kernels_run(monkeypatch):
     monkeypatch.setattr(kernels, "missing_products", functools.cache(lambda device: ""))
     asked = torch.compile(lambda x: x + linears.use_kernels(torch.device("cuda")), backend="eager", fullgraph=True)
@@ -466,7 +488,8 @@ def test_dense_weights_have_nothing_to_dequantize_ahead(checkpoints):
 def test_graphs_give_the_logits_of_the_plain_network(checkpoints, five, expected, weights):
     loaded = models.load(checkpoints, Variant(weights, "direct", "fused-graph"), torch.device("cuda"))
     fast = Engine(loaded, "fused-graph", (1, 3))
-    assert relative(engine.logits(fast, five, 3), expected[FORMATS[weights]]) < TOLERANCES[weights]
+    for size in (1, 3):  # a graph each
+        assert relative(engine.logits(fast, five, size), expected[FORMATS[weights]]) < TOLERANCES[weights]
     assert fast.pool_mb.keys() == {1, 3} and min(fast.pool_mb.values()) > 0
 
 

@@ -285,6 +285,41 @@ def test_no_picture_of_nvjpeg_is_overwritten_before_it_is_resized(tmp_path):
         torch.testing.assert_close(again, alone.expand_as(again), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [8, 16, 128])
+def test_no_thread_idles_because_another_holds_what_it_could_decode(batch_size):
+    """A reader that hands out many pictures at a time must not leave Pillow's work to a few threads."""
+    busy, most, lock = 0, 0, threading.Lock()
+
+    class Together(pipeline.PilDecoder):
+        together = 16
+
+        def read(self, picture, row):
+            nonlocal busy, most
+            with lock:
+                busy += 1
+                most = max(most, busy)
+            time.sleep(0.01)
+            with lock:
+                busy -= 1
+            return ""
+
+    source, pictures = Together(Slow(preprocess.new(24)).loaded), [unreadable(0)] * 256
+    buffers = pipeline._buffers(source, batch_size, 16, len(pictures))
+    assert sum(len(group) for group, *_ in pipeline._read(pictures, source, buffers, 16)) == 256
+    assert most >= 12
+
+
+def test_out_of_memory_is_no_fault_of_a_picture(torchvision, folder):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    torchvision.decode_jpeg = full
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.classify(
+            pipeline.pictures_in(folder)[:4], Slow(preprocess.new(24)), batch_size=4, workers=2, decoder="nvjpeg"
+        )
+
+
 def test_one_picture_that_nvjpeg_refuses_does_not_take_the_others_along(torchvision, folder):
     pictures = pipeline.pictures_in(folder)[:4]
     good = pictures[1].jpeg

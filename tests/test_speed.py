@@ -46,6 +46,10 @@ def tuned(measured):
     linear = {"layer": "W8A8", "batch": 1, "path": "fused", "us": 8.0, "chosen": True}
     rows += [shared | linear | {"step": "w8a8-direct-fused-graph", "us": us} for us in (7.0, 8.0, 9.0)]
     rows += [shared | {"layer": "Dense", "batch": 1, "path": "library", "us": 5.0, "chosen": True}]
+    both = shared | {"layer": "ScaledDotProduct", "batch": 1}
+    rows += [both | {"rows": 197, "path": "library", "us": 9.0, "chosen": False}]
+    rows += [both | {"rows": 197, "path": "fused", "us": us, "chosen": us < 6} for us in (5.0, 6.0)]
+    rows += [both | {"rows": 1, "path": "library", "us": 2.0, "chosen": True}]  # the last block
     return dataclasses.replace(measured, tuning=pd.DataFrame(rows))
 
 
@@ -61,6 +65,11 @@ def test_the_ways_to_dequantize_are_compared_as_passes_and_the_products_as_produ
     assert row["one product, median (µs)"] == 8.0
 
 
+def test_attention_over_all_tokens_has_its_two_ways(tuned):
+    assert speed.attention(tuned).to_numpy().tolist() == [[1, 9.0, 5.0, "1 of 1"]]
+    assert speed.attention(dataclasses.replace(tuned, tuning=pd.DataFrame())).empty
+
+
 @pytest.mark.parametrize("part", ["training", "pipeline", "ablation"])
 def test_a_bench_of_one_part_has_a_page(measured, part):
     """Every function of the notebook gives something to show, however little was measured."""
@@ -69,7 +78,17 @@ def test_a_bench_of_one_part_has_a_page(measured, part):
     records.write_table(frame.assign(weights="random"), folder / "bench.csv")  # as it is read, whole columns are empty
     records.write_table(bench.targets(frame, False), folder / "targets.csv")
     alone = speed.load("unit")
-    functions = ("conditions", "ladder", "not_run", "against_fp16", "blocks", "layers", "agreement", "sizes")
+    functions = (
+        "conditions",
+        "ladder",
+        "not_run",
+        "against_fp16",
+        "blocks",
+        "attention",
+        "layers",
+        "agreement",
+        "sizes",
+    )
     for name in (*functions, "training", "ablation", "pipeline"):
         assert plots.table(getattr(speed, name)(alone)) is not None
     assert plots.steps(alone.engine).data == "*none*"
@@ -89,7 +108,9 @@ def test_quantized_rows_are_held_against_fp16_and_all_against_their_reference(me
     compared = speed.against_fp16(measured)
     assert compared["step"].tolist() == ["nf4-direct-fused-graph"]
     assert list(compared) == ["step", "batch 1"]  # at 32 there is no fused fp16 to compare with
-    assert "fp32-sdpa" not in speed.agreement(measured)["step"].tolist()
+    agreement = speed.agreement(measured).set_index("step")
+    assert "fp32-sdpa" not in agreement.index
+    assert agreement.loc["nf4-direct-fused-graph", "same class (%)"] == 99.0  # of the batch size where it is worst
     assert speed.sizes(measured)["step"].tolist() == ["fp32-sdpa", "nf4-sdpa", "fp16-direct-fused-graph"]
 
 
@@ -104,6 +125,12 @@ def test_quantized_rows_are_held_against_fp16_and_all_against_their_reference(me
 )
 def test_clocks_are_told_as_far_as_the_driver_does(state, shown):
     assert speed._clocks(state).endswith(shown) and bool(speed._clocks(state)) == bool(shown)
+
+
+def test_an_estimate_and_its_bounds_have_the_same_digits():
+    row = {"x": 1.0347, "x_low": 1.0, "x_high": 1.0638}
+    assert speed._bounds(row, "x").replace(speed.NO_BREAK, " ") == "1.03 (1.00 … 1.06)"
+    assert speed._bounds(row, "x", 100).replace(speed.NO_BREAK, " ") == "103 (100 … 106)"
 
 
 def test_the_headline_counts_what_was_judged_and_names_what_was_missed(measured):

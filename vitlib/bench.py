@@ -25,6 +25,7 @@ from vitlib import (
     benchmark,
     data,
     engine,
+    linears,
     models,
     origin,
     params,
@@ -37,8 +38,9 @@ from vitlib import (
     trainspeed,
 )
 from vitlib.engine import Engine
-from vitlib.models import NotRun
+from vitlib.models import CheckpointError, NotRun
 from vitlib.params import Parameters
+from vitlib.preprocess import PreprocessError
 from vitlib.variants import FUSED_ONLY, Variant
 
 PARTS = ("engine", "training", "ablation", "pipeline")
@@ -97,26 +99,30 @@ def measure_engines(
     Columns used: step, batch, gelu, ms (median latency), times_baseline (of the first step's latency) and of_best_fp16
     (share of the fastest fp16 latency with the same GELU) with their bounds, images_per_s (queued calls),
     relative_error and agreement of outputs for `pixels` against `reference`, model_mb (weights), held_mb (and the
-    buffers of weights dequantized ahead), prepare_s, note. The reference of a row is the
-    plain eager network with the same weights. w8a8 is compared with LLM.int8, which keeps outliers in 16 bit, and fp8
+    buffers of weights dequantized ahead), prepare_s, note. The reference of a row is the plain eager network with the
+    same weights at the largest batch size; every other row is compared at its own batch size, as that has a graph and
+    kernels of its own. w8a8 is compared with LLM.int8, which keeps outliers in 16 bit, and fp8
     with fp16: their differences are those of the formats.
     """
     device = models.pick_device(settings.device)
     wanted = wanted or steps(device)
     engines, reasons = _prepared(wanted, settings, checkpoints, device)
     batch = max(settings.batch_sizes)
-    outputs = {name: engine.logits(runner, pixels, batch) for name, runner in engines.items()}
+    plain = {step.reference for step in wanted} & engines.keys()
+    references = {name: engine.logits(engines[name], pixels, batch) for name in plain}
     if any(step.variant.weights == "w8a16" for step in wanted):
         loaded = models.load(checkpoints, Variant("int8"), device)
         plain = Engine(replace(loaded, model=quantize.dequantize_int8(loaded.model), variant=None))
-        outputs[_DEQUANTIZED] = engine.logits(plain, pixels, batch)
+        references[_DEQUANTIZED] = engine.logits(plain, pixels, batch)
     ran = [step for step in wanted if step.name in engines]
     rounds, rates = _timed(engines, pixels, settings, device)
-    about = pd.DataFrame([{"step": step.name, "gelu": step.gelu, **_quality(step, outputs)} for step in ran])
+    about = pd.DataFrame([{"step": step.name, "gelu": step.gelu, "reference": step.reference} for step in ran])
     about["model_mb"] = [engines[step.name].loaded.weights_mb for step in ran]
     about["held_mb"] = about["model_mb"] + [engines[step.name].buffers_mb for step in ran]
     about["prepare_s"] = [_prepare_s(engines[step.name]) for step in ran]
+    quality = _quality(ran, engines, references, pixels, settings.batch_sizes)
     frame = _compared(rounds, ran).merge(rates, on=["step", "batch"]).merge(about, on="step")
+    frame = frame.merge(quality, on=["step", "batch"], how="left")
     frame = pd.concat([frame, pd.DataFrame(reasons, columns=["step", "note"])], ignore_index=True)
     return frame.assign(part="engine"), engine.tunings(engines, "step")
 
@@ -131,10 +137,14 @@ def _prepared(
         try:
             loaded = models.load(checkpoints, step.variant, device)
             engines[step.name] = Engine(loaded, step.variant.execution, tuple(settings.batch_sizes), gelu=step.gelu)
-        except (NotRun, RuntimeError) as reason:  # a kernel that a card lacks: the row says so, the others go on
+        except models.EvidenceError:  # not what it is called: nothing here can be believed
+            raise
+        except linears.FAILURES as reason:  # a kernel that a card lacks: the row says so, the others go on
             if step is wanted[0]:
                 raise
-            reasons.append((step.name, f"not run: {str(reason).splitlines()[0]}"))
+            reasons.append((step.name, f"not run: {(str(reason) or type(reason).__name__).splitlines()[0]}"))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         else:
             print(f"ready: {step.name} ({engines[step.name].prepare_s:.1f} s)", flush=True)
     return engines, reasons
@@ -162,13 +172,29 @@ def _prepare_s(runner: Engine) -> float:
     return runner.prepare_s + (0.0 if runner.execution.endswith("graph") else sum(runner.compile_s.values()))
 
 
-def _quality(step: Step, outputs: Mapping[str, torch.Tensor]) -> dict[str, object]:
-    expected, found = outputs.get(step.reference), outputs[step.name]
-    if expected is None:
-        return {"reference": step.reference, "relative_error": np.nan, "agreement": np.nan}
-    error = quantize.relative_error(found, expected)
-    same = (found.argmax(1) == expected.argmax(1)).double().mean().item()
-    return {"reference": step.reference, "relative_error": error, "agreement": same}
+def _quality(
+    ran: list[Step],
+    engines: Mapping[str, Engine],
+    references: Mapping[str, torch.Tensor],
+    pixels: torch.Tensor,
+    sizes: list[int],
+) -> pd.DataFrame:
+    """Relative error and Top-1 agreement of each step that has a reference, at each batch size; no number is infinite.
+
+    A reference is not compared with itself.
+    """
+    rows = []
+    for step in ran:
+        expected = references.get(step.reference)
+        if step.name == step.reference or expected is None:
+            continue
+        for size in sizes:
+            found = engine.logits(engines[step.name], pixels, size)
+            error = quantize.relative_error(found, expected)
+            same = (found.argmax(1) == expected.argmax(1)).double().mean().item()
+            error = np.inf if np.isnan(error) else error  # else it would be missing, as what was not measured is
+            rows.append({"step": step.name, "batch": size, "relative_error": error, "agreement": same})
+    return pd.DataFrame(rows, columns=["step", "batch", "relative_error", "agreement"])
 
 
 def _compared(rounds: Rounds, ran: list[Step]) -> pd.DataFrame:
@@ -205,10 +231,18 @@ def measure_training(settings: Parameters, checkpoints: Path) -> pd.DataFrame:
     chosen = tuple(step for step in trainspeed.STEPS if device.type == "cuda" or not step.compiled)
     batch = settings.train_batch_size if device.type == "cuda" else min(settings.train_batch_size, 8)
     found = trainspeed.step_speed(
-        loaded.model, batch, pre=loaded.preprocess, device=device, rank=settings.lora_rank, steps=chosen
+        loaded.model,
+        batch,
+        pre=loaded.preprocess,
+        device=device,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout or 0.1,
+        steps=chosen,
     )
+    first = found.groupby("dropout")["images_per_s"].transform("first")  # PEFT as it comes, with the same dropout
     found = found.rename(columns={"compile_s": "prepare_s", "peak_vram_mb": "peak_mb", "reason": "note"})
-    return found.assign(part="training", batch=batch, times_baseline=found["images_per_s"] / found["images_per_s"][0])
+    return found.assign(part="training", batch=batch, times_baseline=found["images_per_s"] / first)
 
 
 def measure_ablation(settings: Parameters, subject: ablation.Subject, sample: int = 4) -> pd.DataFrame:
@@ -229,8 +263,10 @@ def measure_pipeline(
 ) -> pd.DataFrame:
     """Files to predictions: decoder alone, network alone, both at once; with Pillow, and with nvJPEG where it is.
 
-    Few pictures are taken several times, so that there are batches enough for decoder and network to overlap.
+    Few pictures are taken several times, so that there are batches enough for decoder and network to overlap. `share`
+    has bounds over rounds.
     """
+    rounds = 6 if device.type == "cuda" else 3
     variant = Variant("fp16", "direct", "fused-graph") if device.type == "cuda" else Variant("fp32", "direct", "fused")
     batch, parts = settings.eval_batch_size, []
     runner = Engine(models.load(checkpoints, variant, device), variant.execution, (batch,))
@@ -238,13 +274,15 @@ def measure_pipeline(
     kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(map(_kind, pictures)).most_common())
     for decoder in ("pil", "nvjpeg"):
         try:
-            found = pipeline.speed(repeated, runner, batch_size=batch, workers=settings.workers, decoder=decoder)
+            shared = {"batch_size": batch, "workers": settings.workers, "rounds": rounds}
+            found = pipeline.speed(repeated, runner, decoder=decoder, **shared)
         except NotRun as reason:
             parts.append(pd.DataFrame([{"step": f"overlapped, {decoder}", "note": f"not run: {reason}"}]))
         else:
             note = f"{settings.workers} threads, {len(repeated):,} pictures of {kinds}. " + found["note"]
             named = found["stage"] + f", {decoder}"
-            parts.append(found.assign(step=named, share=found["ratio"], note=note.str.rstrip(". ")))
+            found = found.rename(columns=lambda name: name.replace("ratio", "share"))
+            parts.append(found.assign(step=named, note=note.str.rstrip(". ")))
     return pd.concat(parts, ignore_index=True).assign(part="pipeline", batch=batch)
 
 
@@ -257,7 +295,7 @@ def _kind(picture: data.Picture) -> str:
 
 
 class Found(NamedTuple):
-    """A figure of the table with its bounds (equal to it where it was counted, not timed), and the step it is of."""
+    """A figure of the table with its bounds (equal to it where it was counted or timed once), and the step it is of."""
 
     estimate: float
     low: float
@@ -319,14 +357,20 @@ def _exactly(value: float, step: str) -> Found:
 
 
 def _value(part: str, column: str, step: str = "", by: str = "") -> Finder:
-    """`column` of the row of a part whose step begins with `step`: the one with the largest `by`, else the first."""
+    """`column` of the row of a part whose step begins with `step`: the one with the largest `by`, else the first.
+
+    With its bounds where the table has them.
+    """
 
     def find(frame: pd.DataFrame) -> Found | None:
         own = frame[(frame["part"] == part) & frame["step"].astype(str).str.startswith(step)].dropna(subset=[column])
         if own.empty:
             return None
         row = own.loc[own[by].idxmax() if by else own.index[0]]
-        return _exactly(float(row[column]), row["step"])
+        bounds = [row.get(f"{column}_{side}", np.nan) for side in ("low", "high")]
+        if np.isnan(bounds).any():
+            return _exactly(float(row[column]), row["step"])
+        return Found(float(row[column]), *map(float, bounds), row["step"])
 
     return find
 
@@ -359,9 +403,6 @@ def _worst(column: str, largest: bool) -> Finder:
     return find
 
 
-_INT8 = ("w8a16", "w8a8")
-
-
 def _by_gelu(name: str, limit: float, weights: tuple[str, ...], batch: int, column: str, at_most: bool = True) -> list:
     """A target for the checkpoint's GELU, which is the same function, and for its tanh form."""
     return [
@@ -377,8 +418,10 @@ _TARGETS = [
     *_by_gelu("NF4 of fp16's time", 1.25, ("nf4",), 1, "of_best_fp16"),
     *_by_gelu("NF4 against fp32", 11, ("nf4",), 32, "times_baseline", at_most=False),
     *_by_gelu("NF4 of fp16's time", 1.05, ("nf4",), 32, "of_best_fp16"),
-    *_by_gelu("int8 of fp16's time", 1.25, _INT8, 1, "of_best_fp16"),
-    *_by_gelu("int8 of fp16's time", 1.05, _INT8, 32, "of_best_fp16"),
+    *_by_gelu("int8 (w8a16) of fp16's time", 1.25, ("w8a16",), 1, "of_best_fp16"),
+    *_by_gelu("int8 (w8a8) of fp16's time", 1.25, ("w8a8",), 1, "of_best_fp16"),
+    *_by_gelu("int8 (w8a16) of fp16's time", 1.05, ("w8a16",), 32, "of_best_fp16"),
+    *_by_gelu("int8 (w8a8) of fp16's time", 1.05, ("w8a8",), 32, "of_best_fp16"),
     Target("NF4: bytes held, of the libraries' own", 1.0, _bytes("nf4", "nf4-sdpa")),
     Target("int8 (w8a8): bytes held, of the libraries' own", 1.0, _bytes("w8a8", "int8-sdpa")),
     Target("int8 (w8a16): bytes held, of the libraries' own", 1.0, _bytes("w8a16", "int8-sdpa")),
@@ -419,6 +462,12 @@ def random_study(settings: Parameters, folder: Path, dataset: data.Dataset) -> P
     return folder
 
 
+def _threads() -> int:
+    """Threads that decode: a core each of those that this process may use, as far as the parameter goes."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return min(usable, 64)
+
+
 def default_settings(device: torch.device) -> Parameters:
     """What `make bench` measures without a study: ViT-L/16 on a GPU, a small network on a CPU."""
     flowers = records.resolve("data/flowers102")
@@ -427,7 +476,7 @@ def default_settings(device: torch.device) -> Parameters:
         small = {"architecture": "vit-mini", "image_size": 96, "batch_sizes": [1, 8]}
         return params.check({**common, **small, "limit": 96, "ablation_pictures": 32, "eval_batch_size": 8})
     large = {"architecture": "vit-large", "image_size": 224, "batch_sizes": [1, 8, 32, 128]}
-    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": os.cpu_count() or 2}
+    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": _threads()}
     return params.check({**common, **large, **sizes, "ablation_pictures": 0})
 
 
@@ -486,8 +535,10 @@ def _measured(
 
 def _chosen(options: argparse.Namespace) -> tuple[Parameters, Path | None]:
     """The settings, and the checkpoints of the study that is asked for."""
-    settings, checkpoints = default_settings(models.pick_device("auto")), None
-    if options.study:
+    checkpoints = None
+    if not options.study:
+        settings = default_settings(models.pick_device("auto"))
+    else:
         values = params.load(records.project_root() / "params" / f"{options.study}.yaml")
         settings = params.check({**values, **BUDGET, "study": options.study})
         checkpoints = records.study_folder(settings.study) / "checkpoints"
@@ -508,7 +559,7 @@ def main() -> None:
     try:
         settings, checkpoints = _chosen(options)
         frame = run(settings, tuple(options.parts), checkpoints, options.pictures)
-    except (params.ParameterError, data.DataError, models.CheckpointError, OSError) as error:
+    except (params.ParameterError, data.DataError, CheckpointError, PreprocessError, NotRun, OSError) as error:
         sys.exit(f"error: {error}")
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 60):
         print(

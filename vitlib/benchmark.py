@@ -280,7 +280,7 @@ def memory(bench: Bench, settings: Parameters) -> pd.DataFrame:
 
     `peak_above_weights_mb` is what a pass allocates at its peak and `peak_memory_mb` the sum with the weights, on the
     device that ran it; `peak_vram_mb` is that sum where the device is a GPU. `reserved_mb` is what the caching
-    allocator holds from the driver for it (weights and the pool that the pass needed), on a GPU only. A CUDA graph
+    allocator must hold from the driver for it (weights and the pool that the pass needed), on a GPU only. A CUDA graph
     holds its activations from capture on; they are counted as the pass's.
     """
     rows = []
@@ -299,7 +299,8 @@ def memory(bench: Bench, settings: Parameters) -> pd.DataFrame:
                     "peak_above_weights_mb": used.allocated,
                     "peak_memory_mb": weights + used.allocated,
                     "peak_vram_mb": weights + used.allocated if cuda else np.nan,
-                    "reserved_mb": weights + used.reserved,
+                    # What other engines left free in their blocks may have served this pass too.
+                    "reserved_mb": weights + max(used.reserved, used.allocated) if cuda else np.nan,
                 }
             )
     return pd.DataFrame(rows)

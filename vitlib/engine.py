@@ -12,9 +12,11 @@ from torch import nn
 from vitlib import fused, linears, models, quantize, timing
 from vitlib.ahead import WAYS, Ahead
 from vitlib.models import Loaded
+from vitlib.variants import EXECUTIONS
 
 # Of the time of a graph, at most, for another to replace it: whole passes in turn vary less than layers.
 FASTER_PASS = 0.99
+COMPILED = 1024  # pairs of network and batch size in a process, at most
 
 
 class Engine:
@@ -43,6 +45,8 @@ class Engine:
         scales: str = "expanded",
         backend: str = "inductor",
     ) -> None:
+        if execution not in EXECUTIONS:
+            raise ValueError(f"there is no execution {execution!r}: it must be one of {', '.join(EXECUTIONS)}")
         self.execution, self.sizes = execution, tuple(sorted(batch_sizes))
         self.prepare_s = self.tune_s = 0.0
         self.compile_s: dict[int, float] = {}
@@ -91,7 +95,9 @@ class Engine:
         if size in self.compile_s:
             return self._compiled(pixel_values)
         start = time.perf_counter()
-        logits = self._compiled(pixel_values)
+        # All engines share the compiler's count for one function, beyond which it would run eagerly with a warning.
+        with torch._dynamo.config.patch(recompile_limit=COMPILED, accumulated_recompile_limit=COMPILED):
+            logits = self._compiled(pixel_values)
         timing.synchronise(self.loaded.device)
         self.compile_s[size] = time.perf_counter() - start
         return logits

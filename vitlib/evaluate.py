@@ -49,10 +49,10 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
     for variant in variants:
         try:
             engines[variant.name] = Engine(models.load(checkpoints, variant, device), variant.execution, sizes)
-        except models.NotRun as reason:
+        except (models.NotRun, torch.OutOfMemoryError) as reason:
             if variant is variants[0]:
                 raise
-            reasons[variant.name] = str(reason)
+            reasons[variant.name] = str(reason).splitlines()[0]
     first = engines[variants[0].name].loaded
     first.labels.check(dataset, "valid")
     _same_preprocessing(engines)
@@ -100,18 +100,17 @@ def status_table(bench: Bench) -> pd.DataFrame:
 
 
 def tuning(bench: Bench, settings: Parameters) -> pd.DataFrame:
-    """The paths that fused variants took, a row a variant, layer format and path; `records/tuning.csv` has all timed.
+    """The paths that fused variants took, by layer format and batch size; `records/tuning.csv` has all timed.
 
-    `choices` counts the pairs of layer shape and number of rows that took the path, `µs` is the median of their times.
+    `shapes` counts the layer shapes that took the path, `µs` is the median of their times.
     """
     frame = engine.tunings(bench.engines, "variant")
     if frame.empty:
         return frame
     records.write_table(frame, records.study_folder(settings.study) / "records" / "tuning.csv")
-    taken = frame[frame["chosen"]].groupby(["variant", "layer", "path"], sort=False)["us"]
-    return (
-        taken.agg(choices="size", µs="median").reset_index().rename(columns={"layer": "layers", "path": "path taken"})
-    )
+    taken = frame[frame["chosen"]].groupby(["variant", "layer", "batch", "path"], sort=False)["us"]
+    table = taken.agg(shapes="size", µs="median").reset_index()
+    return table.rename(columns={"layer": "layers", "path": "path taken"})
 
 
 def outputs(bench: Bench, settings: Parameters) -> dict[str, torch.Tensor]:
@@ -329,17 +328,22 @@ def headline(table: pd.DataFrame, ratios: pd.DataFrame, bench: Bench) -> str:
         if name == bench.baseline:
             continue
         rows = ratios.loc[name]
-        small, large = rows.iloc[0], rows.iloc[-1]
-        agreement = table.loc[table["variant"] == name, "agreement_with_baseline"].iloc[0]
+        small, own = rows.iloc[0], table[table["variant"] == name].set_index("batch")
+        agreement = own["agreement_with_baseline"].iloc[0]
+        latencies = []
+        for batch in dict.fromkeys((rows.index[0], rows.index[-1])):
+            found = _faster(rows.loc[batch, "times lower latency"], own.loc[batch, "against_baseline"])
+            latencies.append(f"{found} at batch {batch:.0f}")
         lines.append(
-            f"- **{name}** is {small['times smaller']:.1f} times smaller than {bench.baseline}; its latency is "
-            f"{_faster(small['times lower latency'])} at batch {rows.index[0]:.0f} and "
-            f"{_faster(large['times lower latency'])} at batch {rows.index[-1]:.0f}. It agrees on "
+            f"- **{name}**: its weights are {small['times smaller']:.1f} times smaller than those of {bench.baseline}; "
+            f"its latency is {' and '.join(latencies)}. It agrees on "
             f"{100 * agreement:.1f} % of the pictures, and Top-1 moves by {small['Top-1 points']:+.2f} points."
         )
     lines += [f"- **{name}** did not run: {reason}." for name, reason in bench.reasons.items()]
     return "\n".join(lines)
 
 
-def _faster(ratio: float) -> str:
+def _faster(ratio: float, verdict: str) -> str:
+    if verdict in ("same", "not shown"):
+        return "the same" if verdict == "same" else "not shown to differ"
     return f"{ratio:.2f} times lower" if ratio >= 1 else f"{1 / ratio:.2f} times higher"

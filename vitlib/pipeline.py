@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vitlib import data, timing
+from vitlib import data, stats, timing
 from vitlib.data import Picture
 from vitlib.engine import Engine
 from vitlib.models import Loaded, NotRun
@@ -94,7 +94,7 @@ class NvJpegDecoder(PilDecoder):
     """
 
     name = "nvjpeg"
-    together = 16  # what is left for the threads is short
+    together = 16  # at most: what is left for the threads is short
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
@@ -150,6 +150,8 @@ class NvJpegDecoder(PilDecoder):
             return []
         try:
             return decode_on_device(encoded, self.device)
+        except torch.OutOfMemoryError:  # of this batch, and no fault of a picture
+            raise
         except RuntimeError as error:
             if len(encoded) == 1:
                 return [f"nvJPEG refused it: {_first_line(error)}"]
@@ -218,7 +220,7 @@ def classify(
     # Closed here, so that an error in the network stops the threads before it is shown.
     with (
         bar,
-        contextlib.closing(data.read_batches(pictures, source.read, buffers, workers, source.together)) as read,
+        contextlib.closing(_read(pictures, source, buffers, workers)) as read,
         contextlib.closing(source.batches(read)) as batches,
     ):
         for group, pixels, reasons in batches:
@@ -241,6 +243,16 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item
+
+
+def _read(pictures: list[Picture], source: PilDecoder, buffers: list[torch.Tensor], workers: int) -> Iterator:
+    """`data.read_batches`, with as many pictures a task as leave a task for every thread.
+
+    Else threads would idle where batches are small, and Pillow may have work with any of them.
+    """
+    ahead = len(buffers[0]) * (len(buffers) - 1)  # pictures that may be in the threads' hands
+    together = max(1, min(source.together, ahead // workers))
+    return data.read_batches(pictures, source.read, buffers, workers, together)
 
 
 def _buffers(loaded: Loaded, batch_size: int, workers: int, pictures: int) -> list[torch.Tensor]:
@@ -307,7 +319,7 @@ def speed(
 
     A row a stage (decoder, model, overlapped): decoder's name, batch, workers, pictures, images_per_s (median over
     rounds, stages in turn, after a pass that is not counted), for `overlapped` the ratio to the slower of the other
-    two, and note, what differs from plain Pillow.
+    two (median of the rounds' own, ratio_low and ratio_high its bounds), and note, what differs from plain Pillow.
     `decoder` reads, decodes, resizes and copies to the device; `model` runs on pixel values that lie there.
     DataError where no picture can be read, NotRun where nvJPEG would leave them all to Pillow.
     Where the network runs on the CPU both want the same cores, and the ratio says how many are idle.
@@ -327,15 +339,18 @@ def speed(
         "model": lambda: _model_only(batch, len(usable), engine),
         "overlapped": lambda: classify(usable, engine, **options, progress=False),
     }
-    rates = {name: len(usable) / took for name, took in _in_turn(stages, rounds, loaded.device).items()}
+    seconds = _in_turn(stages, rounds, loaded.device)
     shared = {"decoder": warm.decoder, "batch": batch_size, "workers": workers, "pictures": len(usable)}
+    rates = {stage: len(usable) / np.median(took) for stage, took in seconds.items()}
     frame = pd.DataFrame([{"stage": stage, **shared, "images_per_s": rate} for stage, rate in rates.items()])
-    ratio = rates["overlapped"] / min(rates["decoder"], rates["model"])
-    return frame.assign(ratio=[np.nan, np.nan, ratio], note=[warm.note, "", warm.note])
+    ratio = stats.median_interval(list(np.maximum(seconds["decoder"], seconds["model"]) / seconds["overlapped"]))
+    bounds = {"ratio": ratio.estimate, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    frame = frame.assign(**{name: [np.nan, np.nan, value] for name, value in bounds.items()})
+    return frame.assign(note=[warm.note, "", warm.note])
 
 
-def _in_turn(stages: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each stage over rounds in which they run one after the other."""
+def _in_turn(stages: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Seconds of each stage in each of the rounds, in which they run one after the other."""
     seconds: dict[str, list[float]] = {stage: [] for stage in stages}
     for _ in range(rounds):
         for stage, run in stages.items():
@@ -344,15 +359,16 @@ def _in_turn(stages: dict[str, Callable[[], object]], rounds: int, device: torch
             run()
             timing.synchronise(device)
             seconds[stage].append(time.perf_counter() - start)
-    return {stage: float(np.median(times)) for stage, times in seconds.items()}
+    return {stage: np.array(times) for stage, times in seconds.items()}
 
 
 def _decode_only(pictures: list[Picture], engine: Engine, *, batch_size: int, workers: int, decoder: str) -> None:
     source = pick_decoder(decoder, engine.loaded)
     buffers = _buffers(engine.loaded, batch_size, workers, len(pictures))
-    for group, buffer, results in data.read_batches(pictures, source.read, buffers, workers, source.together):
-        source.on_device(group, buffer, results)
-        timing.synchronise(engine.loaded.device)  # before a buffer is filled anew
+    with contextlib.closing(_read(pictures, source, buffers, workers)) as batches:
+        for group, buffer, results in batches:
+            source.on_device(group, buffer, results)
+            timing.synchronise(engine.loaded.device)  # before a buffer is filled anew
 
 
 def _model_only(batch: torch.Tensor, pictures: int, engine: Engine) -> None:

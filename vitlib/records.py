@@ -34,7 +34,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "bench": (
         *("part", "step", "batch", "gelu", "ms", "ms_low", "ms_high", "images_per_s", "seconds"),
         *("times_baseline", "times_baseline_low", "times_baseline_high"),
-        *("of_best_fp16", "of_best_fp16_low", "of_best_fp16_high", "share", "reference", "relative_error"),
+        *("of_best_fp16", "of_best_fp16_low", "of_best_fp16_high"),
+        *("share", "share_low", "share_high", "reference", "relative_error"),
         *("agreement", "model_mb", "held_mb", "peak_mb", "prepare_s", "note"),
     ),
     "finetune": (
@@ -417,11 +418,21 @@ def environment(
         },
         "python": platform.python_version(),
         "versions": versions(),
+        "float32_products": _float32_products(),
         "git": _git(project_root()),
         "parameters": _without_machine_paths(dict(parameters), root=project_root()),
         "seeds": dict(seeds or {}),
         "checksums": dict(checksums or {}),
     }
+
+
+def _float32_products() -> str | None:
+    """What PyTorch computes products of fp32 in: "highest" is fp32, anything else may be TF32. None without torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    forced = os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1"
+    return "TF32, forced by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" if forced else torch.get_float32_matmul_precision()
 
 
 def versions() -> dict[str, str | None]:

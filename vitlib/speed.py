@@ -1,5 +1,6 @@
 """The sections of notebook 6: what makes it fast, from the records that `make bench` leaves. Level 3, no torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ NAMES = {
     "w8a8": "the same weights in 8 bits, inputs too, without outliers",
     "fp8": "weights and inputs in 8-bit floating point",
     "sdpa": "attention as transformers calls PyTorch's",
-    "direct": "this project's attention: PyTorch's kernel without a mask; _fa (flash), _efficient, _cudnn and _math "
-    "fix which, _fa2 is FlashAttention-2 from its package",
+    "direct": "this project's attention: without a mask, by PyTorch or, in a fused network, by this project's kernel "
+    "where that is faster; _fa (flash), _efficient, _cudnn and _math fix which of PyTorch's, _fa2 is FlashAttention-2 "
+    "from its package",
     "graph": "a CUDA graph: the kernels of a pass are recorded once and replayed, so that the host, the processor "
     "beside the GPU, has nothing to launch",
     "fused": "the same network with fewer and larger kernels: one product for query, key and value, the patch "
@@ -90,6 +92,7 @@ def conditions(bench: Bench) -> pd.DataFrame:
         "hardware": gpus[0] if gpus else f"{hardware['cpu']}, {hardware['cores_usable']} cores",
         "clocks afterwards": clocks,
         "software": ", ".join([f"Python {about['python']}", *versions]),
+        "products of fp32": about.get("float32_products") or "",
         "weights": weights,
         "base": origin.sentence(about.get("base", {})).replace("**", "").replace("`", ""),
         "pictures": settings["data_source"],
@@ -143,9 +146,11 @@ def against_fp16(bench: Bench) -> pd.DataFrame:
 
 
 def agreement(bench: Bench) -> pd.DataFrame:
-    """How far the logits of each step lie from those of the plain eager form of its weights."""
-    rows = bench.engine.drop_duplicates("step")
-    rows = rows[rows["step"] != rows["reference"]]
+    """How far logits lie from those of the plain eager form of the same weights, at a step's worst batch size."""
+    rows = bench.engine[bench.engine["step"] != bench.engine["reference"]]
+    # Each batch size has a graph and kernels of its own: the worst of them.
+    rows = rows.groupby(["step", "reference"], sort=False).agg({"relative_error": "max", "agreement": "min"})
+    rows = rows.reset_index()
     return pd.DataFrame(
         {
             "step": rows["step"],
@@ -200,6 +205,19 @@ def layers(bench: Bench) -> pd.DataFrame:
     return counts.rename(columns={"path": "way taken", "size": "layer shapes", "median": "one product, median (µs)"})
 
 
+def attention(bench: Bench) -> pd.DataFrame:
+    """µs of one attention over all tokens, by PyTorch and by this project's kernel, and what the fused rows took."""
+    tuned = _tuned(bench, "ScaledDotProduct")
+    if tuned.empty:
+        return tuned
+    tuned = tuned[tuned["rows"] > tuned["batch"]]  # not that of the last block, which has one row a picture
+    ways = tuned.assign(path=tuned["path"].replace({"library": "PyTorch (µs)", "fused": "this project's kernel (µs)"}))
+    best = ways.groupby(["step", "batch", "path"])["us"].min().groupby(["batch", "path"]).median().unstack()
+    taken = ways[ways["chosen"]].groupby("batch")["path"].agg(lambda paths: f"{(paths != 'PyTorch (µs)').sum()} of ")
+    steps = ways.groupby("batch")["step"].nunique().astype(str)
+    return best.assign(**{"rows that took the kernel": taken + steps}).reset_index()
+
+
 def _tuned(bench: Bench, layer: str) -> pd.DataFrame:
     """Rows of the tuning table with a time, of one kind of layer or ('') of all."""
     if bench.tuning.empty:
@@ -211,7 +229,7 @@ def _tuned(bench: Bench, layer: str) -> pd.DataFrame:
 def training(bench: Bench) -> pd.DataFrame:
     """Images per second of a bare training step, from PEFT as it comes; what failed here has its reason.
 
-    Steps without adapter dropout stand last: they compare with each other.
+    Steps without adapter dropout stand last: factors are over PEFT as it comes with the same dropout.
     """
     rows = bench.part("training")
     rows = rows.sort_values("step", key=lambda steps: steps.str.contains("no dropout"), kind="stable")
@@ -231,7 +249,8 @@ def ablation(bench: Bench) -> pd.DataFrame:
 def pipeline(bench: Bench) -> pd.DataFrame:
     """Files to predictions: the decoder alone, the network alone, both at once."""
     rows = bench.part("pipeline")
-    shown = {"stage": rows["step"], "images/s": rows["images_per_s"], "of the slower alone (%)": 100 * rows["share"]}
+    shares = [_bounds(row, "share", 100) if row["share"] == row["share"] else "" for row in rows.to_dict("records")]
+    shown = {"stage": rows["step"], "images/s": rows["images_per_s"], "of the slower alone (%)": shares}
     return pd.DataFrame(shown | {"note": rows["note"].fillna("")})
 
 
@@ -267,8 +286,10 @@ def _fastest(rows: pd.DataFrame, batch: int) -> str:
     return f"- **Batch {batch}**: {first}. Fused, with the checkpoint's GELU: {'; '.join(found)}."
 
 
-def _bounds(row: dict[str, Any], name: str) -> str:
-    text = f"{row[name]:.3g} ({row[name + '_low']:.3g} … {row[name + '_high']:.3g})"
+def _bounds(row: dict[str, Any], name: str, times: float = 1) -> str:
+    value, low, high = (times * row[name + side] for side in ("", "_low", "_high"))
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 2  # the same for all three
+    text = f"{value:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
     return text.replace(" ", NO_BREAK)
 
 

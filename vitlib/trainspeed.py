@@ -41,7 +41,7 @@ STEPS = (
     Step("+ compiled blocks, no mask", rounded=True, without_casts=True, compiled=True),
     Step("+ pixels on the device", rounded=True, without_casts=True, compiled=True, placed=True),
     Step(
-        "+ adapters added into the weights, no dropout",
+        "all of these, adapters added into the weights, no dropout",
         **dict.fromkeys(("rounded", "without_casts", "compiled", "placed", "summed"), True),
         dropout=False,
     ),
@@ -55,18 +55,21 @@ def step_speed(
     pre: Preprocess,
     device: torch.device,
     rank: int = 8,
+    alpha: int = 32,
     dropout: float = 0.1,
     calls: int = 12,
     seconds: float = 6.0,
     backend: str = "inductor",
     steps: tuple[Step, ...] = STEPS,
 ) -> pd.DataFrame:
-    """A row for each of `steps`: step, images_per_s, peak_vram_mb (NaN on a CPU), compile_s, and why not, as reason.
+    """A row for each of `steps`: step, dropout, images_per_s, peak_vram_mb (NaN on a CPU), compile_s, and why not, as
+    reason.
 
     `model` is a plain ViT in fp32 on any device and stays as it is; the pictures (n, 3, h, w) are random. Forward,
     backward, clipping and AdamW of `batch` pictures, in bf16, are repeated up to `calls` times or for `seconds`. A step
     that fails here (no memory, no compiler) is a row with the reason. Adding adapters into the weights (see `adapters`)
-    needs a dropout of 0 and keeps those weights in fp32: compare its row with the second.
+    needs a dropout of 0 and keeps those weights in fp32: compare its row with the second. `compile_s` is what the
+    first call took longer than the second; what the compiler finds in its cache on disk is not compiled anew.
     """
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2 * batch, 3, *pre.side), dtype=torch.uint8, generator=draw)
@@ -74,21 +77,22 @@ def step_speed(
     rows = []
     for step in steps:
         try:
-            trained = _trainable(model, step, rank, dropout).to(device).train()
+            trained = _trainable(model, step, rank, alpha, dropout).to(device).train()
             found = _measured(trained, step, examples, batch, pre, device, calls, seconds, backend)
         except (RuntimeError, ImportError) as error:  # of CUDA's memory, or of the compiler
             found = {"reason": (str(error) or type(error).__name__).splitlines()[0][:200]}
         trained = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        rows.append({"step": step.name, **found})
-    return pd.DataFrame(rows).reindex(columns=["step", "images_per_s", "peak_vram_mb", "compile_s", "reason"])
+        rows.append({"step": step.name, "dropout": dropout if step.dropout else 0.0, **found})
+    columns = ["step", "dropout", "images_per_s", "peak_vram_mb", "compile_s", "reason"]
+    return pd.DataFrame(rows).reindex(columns=columns)
 
 
-def _trainable(model: nn.Module, step: Step, rank: int, dropout: float) -> nn.Module:
+def _trainable(model: nn.Module, step: Step, rank: int, alpha: int, dropout: float) -> nn.Module:
     config = adapters.config(
         rank=rank,
-        alpha=4 * rank,
+        alpha=alpha,
         dropout=dropout if step.dropout else 0.0,
         head=quantize.CLASSIFIER,
         summed=step.summed,
@@ -112,7 +116,7 @@ def _measured(
 ) -> dict[str, float]:
     cuda = device.type == "cuda"
     if step.compiled:
-        torch._dynamo.reset()  # else a step would find what the one before had compiled, and show no time for it
+        torch._dynamo.reset()  # else a step would find in memory what the one before had compiled
     with ExitStack() as stack:
         stack.enter_context(adapters.without_casts(model, step.without_casts))
         stack.enter_context(training.compiled_blocks(model, backend if step.compiled else None))
