@@ -71,7 +71,9 @@ plots.table(evaluate.status_table(bench))
 # A *fused* variant is the same network with fewer, larger kernels: one product for query, key and value, the patch
 # embedding as a product, residual and norm in one step, and after the last attention only the class token. Its layers
 # can be computed in several ways, and which is fastest depends on the number of rows. On a GPU each way is timed when
-# the variant is loaded, and the fastest is taken; on a CPU the first is. The whole table is `records/tuning.csv`.
+# the variant is loaded, and the fastest is taken; on a CPU the first is. "fused" is a kernel of this project, "library"
+# one of PyTorch's; "all blocks" are the weights of whole blocks, dequantized at once ("by block") or while the block
+# before is computed ("ahead"). The whole table is `records/tuning.csv`.
 
 # %%
 plots.table(evaluate.tuning(bench, settings), none="no fused variant is in this set")
@@ -170,14 +172,19 @@ plots.table(cpu.to_frame(), index=True)
 # on this run's own samples: on two halves of the same calls, and on one half made slower by a fiftieth.
 
 # %%
-plots.table(benchmark.validity(bench, settings, latencies, device_times, clocks))
+checks = benchmark.validity(bench, settings, latencies, device_times, clocks)
+plots.table(checks)
+
+# %%
+Markdown(benchmark.unreached(checks))
 
 # %% [markdown]
 # ## Memory
 #
 # Weights as they lie in memory (with the scales that quantization adds), the weight files on disk, and the peak of
 # a forward pass: weights plus everything that the pass allocates. *Reserved* is what the allocator holds from a GPU's
-# driver for both. A CUDA graph keeps its activations from capture on. A megabyte is 2²⁰ bytes.
+# driver for both. A CUDA graph keeps its activations from capture on, and where the weights of whole blocks are
+# dequantized at once, the buffers for them are the pass's too. A megabyte is 2²⁰ bytes.
 
 # %%
 memories = benchmark.memory(bench, settings)

@@ -20,7 +20,8 @@
 #
 # A claim *holds* or it does not, or it holds *only* for some numbers of pictures a call. It *cannot be tested here*
 # where the study lacks what the claim is about: the network, a GPU, the same card for milliseconds, the same weights
-# for accuracies. A verdict belongs to the study that this page was made from.
+# for accuracies. A verdict belongs to the study that this page was made from: which blocks are sensitive and what
+# quantization costs depend on the weights, and how an eager network's latency compares at batch 1 on the host as well.
 #
 # What a measurement must be for its claim to hold stands in the column *holds if*: a bound, a range, or a factor
 # in either direction for ratios. Where variants are compared, one is better only if the intervals of both lie apart.
@@ -172,7 +173,7 @@ claims.grid(frame, "slides table, as ratios")
 Markdown(claims.reasons(frame, "slides table, as ratios"))
 
 # %% [markdown]
-# And the README's table:
+# And the table of the original's README:
 
 # %%
 claims.grid(frame, "README table")

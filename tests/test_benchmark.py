@@ -145,6 +145,18 @@ def test_nearly_equal_ceilings_get_one_label():
     assert texts == ["735 – 741 TFLOP/s"]
 
 
+def test_what_was_not_reached_is_said():
+    checks = pd.DataFrame({"check": ["nothing changed", "2 % slower", "clocks"], "reached": ["no", "no", "yes"]})
+    text = benchmark.unreached(checks)
+    assert "*nothing changed*; *2 % slower*" in text and "clocks" not in text
+    assert benchmark.unreached(checks.tail(1)) == "All of it was reached."
+
+
+def test_columns_that_say_nothing_are_not_shown():
+    frame = pd.DataFrame({"variant": ["a", "b"], "note": ["", ""], "ms": [1.0, float("nan")], "said": ["", "x"]})
+    assert list(plots.table(frame).data) == ["variant", "ms", "said"]
+
+
 def test_calls_of_a_round_are_a_range():
     assert benchmark.calls_of(pd.Series([2, 14, 40])) == "2 to 40 (median 14)"
     assert benchmark.calls_of(pd.Series([7, 7])) == "7"

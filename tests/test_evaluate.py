@@ -99,6 +99,14 @@ def test_every_measured_column_is_filled(table):
     assert ran[list(not_here)].isna().all(axis=None)
 
 
+def test_a_latency_that_differs_by_chance_is_not_called_lower():
+    assert evaluate._faster(1.03, "not shown") == "not shown to differ"
+    assert evaluate._faster(1.01, "same") == "the same"
+    assert (
+        evaluate._faster(2.0, "faster") == "2.00 times lower" and evaluate._faster(0.5, "slower") == "2.00 times higher"
+    )
+
+
 def test_throughput_is_what_was_measured_at_that_batch_size():
     """Latencies say 100 images a second at batch 1 and 800 at batch 8; what was measured says otherwise and counts."""
     keys = [("fp32-sdpa", batch, number) for batch in (1, 8) for number in range(10)]

@@ -387,6 +387,15 @@ def validity(
     return table
 
 
+def unreached(checks: pd.DataFrame) -> str:
+    """What the table of `validity` says no to, as a sentence (Markdown); that all was reached where it was."""
+    missed = checks.loc[checks["reached"] == "no", "check"]
+    if missed.empty:
+        return "All of it was reached."
+    named = "; ".join(f"*{check}*" for check in missed)
+    return f"**Not reached**: {named}. Differences as small as these checks ask for are not established by this run."
+
+
 def calls_of(per_round: pd.Series) -> str:
     """How many calls a round had: the range and, where it is one, its median. A slow row has few calls in its time."""
     low, high = per_round.min(), per_round.max()

@@ -55,7 +55,7 @@ class Source(_Strict):
     section: str = Field(min_length=3)
 
     def __str__(self) -> str:
-        return f"{self.document}, {self.section}"
+        return f"original {self.document}, {self.section}"
 
 
 class Quantity(_Strict):

@@ -313,6 +313,8 @@ def readable(table: pd.DataFrame) -> "pd.io.formats.style.Styler":
         "reason": "not run because",
     }
     shown = table.assign(**{key: 100 * table[key] for key in ("top1", "top5", "agreement_with_baseline")})
+    if not shown["reason"].astype(bool).any():
+        del columns["reason"]
     shown = shown[list(columns)].rename(columns=columns)
     formats = {
         name: "{:.2f}" for name in ("peak (MB)", "weights (MB)", "P50 (ms)", "Top-1 (%)", "Top-5 (%)", "agrees (%)")

@@ -314,22 +314,21 @@ def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, histor
 def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: Decoded) -> pd.DataFrame:
     """Each saved checkpoint loaded again and compared with the model in memory, a row each.
 
-    `from_merged` is ‖found − merged‖ / ‖merged‖ of the logits of up to 64 pictures: what quantization costs.
-    `reload_difference` is the same between the file and the network in memory that it was saved from (a quantized one
-    is quantized again): more than rounding is an error. `top1` is that of all pictures of `valid`.
+    `from_merged` is ‖found − merged‖ / ‖merged‖ of the logits of all pictures of `valid`: what quantization costs;
+    `top1` and `same_class` are of these too. `reload_difference` is the same for up to 64 between the file and the
+    network in memory that it was saved from (a quantized one is quantized again): more than rounding is an error.
     """
     pixels, rows = valid.pixels[:64], []
     truth = base.labels.ids(valid.pictures).numpy()
     memory = models.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
-    expected = engine.logits(engine.Engine(memory), pixels, 32)
+    expected = engine.logits(engine.Engine(memory), valid.pixels, 32)
     for name, path in paths.items():
         variant = Variant("fp16" if name == "merged" else name)
         loaded = models.load(path.parent, variant, base.device)
-        every = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
-        found = every[:64]
+        found = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
         again = merged if name == "merged" else models.quantize_checkpoint(paths["merged"], name, base.device)
         saved_from = engine.logits(engine.Engine(replace(memory, model=again)), pixels, 32)
-        difference = quantize.relative_error(found, saved_from)
+        difference = quantize.relative_error(found[:64], saved_from)
         if not difference <= RELOAD_TOLERANCE:
             raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
         rows.append(
@@ -339,7 +338,7 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
                 "model_mb": loaded.weights_mb,
                 "reload_difference": difference,
                 "from_merged": quantize.relative_error(found, expected),
-                "top1": stats.topk_accuracy(every.numpy(), truth),
+                "top1": stats.topk_accuracy(found.numpy(), truth),
                 "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
             }
         )

@@ -17,9 +17,13 @@ PALETTE = "colorblind"
 
 
 def table(frame: pd.DataFrame, *, digits: int = 2, index: bool = False, none: str = "none") -> Styler | Markdown:
-    """A table to read: rounded, thousands separated, a dash for what was not measured; `none` where it has no row."""
+    """A table to read: rounded, thousands separated, a dash for what was not measured; `none` where it has no row.
+
+    Columns of notes that say nothing are left out.
+    """
     if frame.empty:
         return Markdown(f"*{none}*")
+    frame = frame.loc[:, [not frame[name].astype(str).eq("").all() for name in frame]]
     numbers = frame.select_dtypes("number")
     whole = [name for name in numbers if (numbers[name].dropna() % 1 == 0).all()]
     formats = {name: "{:,.0f}" if name in whole else f"{{:,.{digits}f}}" for name in numbers}
