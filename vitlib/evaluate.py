@@ -100,17 +100,18 @@ def status_table(bench: Bench) -> pd.DataFrame:
 
 
 def tuning(bench: Bench, settings: Parameters) -> pd.DataFrame:
-    """The paths that fused variants took, by layer format and batch size; `records/tuning.csv` has all timed.
+    """The paths that fused variants took, a row a variant, layer format and path; `records/tuning.csv` has all timed.
 
-    `shapes` counts the layer shapes that took the path, `µs` is the median of their times.
+    A column a batch size: the median µs of the layer shapes that took the path there, missing where none did.
     """
     frame = engine.tunings(bench.engines, "variant")
     if frame.empty:
         return frame
     records.write_table(frame, records.study_folder(settings.study) / "records" / "tuning.csv")
-    taken = frame[frame["chosen"]].groupby(["variant", "layer", "batch", "path"], sort=False)["us"]
-    table = taken.agg(shapes="size", µs="median").reset_index()
-    return table.rename(columns={"layer": "layers", "path": "path taken"})
+    taken = frame[frame["chosen"]]
+    table = taken.groupby(["variant", "layer", "path", "batch"], sort=False)["us"].median().unstack()
+    table = table.rename(columns={size: f"batch {size} (µs)" for size in table}).reset_index()
+    return table.rename(columns={"layer": "layers", "path": "path taken"}).rename_axis(columns=None)
 
 
 def outputs(bench: Bench, settings: Parameters) -> dict[str, torch.Tensor]:
