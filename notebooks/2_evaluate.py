@@ -71,9 +71,9 @@ plots.table(evaluate.status_table(bench))
 # A *fused* variant is the same network with fewer, larger kernels: one product for query, key and value, the patch
 # embedding as a product, residual and norm in one step, and after the last attention only the class token. Its layers
 # can be computed in several ways, and which is fastest depends on the number of rows. On a GPU each way is timed when
-# the variant is loaded, and the fastest is taken; on a CPU the first is. "fused" is a kernel of this project, "library"
-# one of PyTorch's; "all blocks" are the weights of whole blocks, dequantized at once ("by block") or while the block
-# before is computed ("ahead"). The whole table is `records/tuning.csv`.
+# the variant is loaded, and one that wins clearly is taken; on a CPU the first is. "fused" is a kernel of this project,
+# "library" one of PyTorch's; "all blocks" are the weights of whole blocks, dequantized at once ("by block") or while
+# the block before is computed ("ahead"). The whole table is `records/tuning.csv`.
 
 # %%
 plots.table(evaluate.tuning(bench, settings), none="no fused variant is in this set")
@@ -103,7 +103,8 @@ plots.device_time_by_part(kernels, PARTS)
 # How near is that to what the hardware allows? A part can run no faster than its arithmetic at the peak rate, nor
 # than its bytes at the peak bandwidth. Both peaks are measured here, with a large matrix product and a large copy.
 # The lines are these ceilings; a point's distance below its line is what is lost. Variants that multiply in 8 bits are
-# held against the rate of 8-bit products, where this machine has them.
+# held against the rate of 8-bit products, where this machine has them. Attention means all of it here, with its four
+# linear layers.
 
 # %%
 from vitlib import roofline

@@ -44,8 +44,8 @@ settings = params.collect(globals())
 # ## The network
 #
 # `auto` takes the NF4 weights with the attention that notebook 2 measured to be fastest for them, of those that this
-# machine can run, eagerly: preparing a fused network takes longer than it saves on a few thousand pictures. For more, set
-# `variant` to a fused one. Preprocessing and class names come with the checkpoint.
+# machine can run, eagerly: preparing a fused network takes longer than it saves on a few thousand pictures. For more,
+# set `variant` to a fused one. Preprocessing and class names come with the checkpoint.
 
 # %%
 from vitlib import inference, plots

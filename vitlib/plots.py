@@ -248,7 +248,9 @@ def roofline(table: pd.DataFrame) -> Figure:
         bandwidth = shown["ceiling_gb_s"].iloc[0]
         axis.plot(span, np.minimum(ceiling, span * bandwidth / 1e3), color="black", linewidth=1)
     for near in _near(sorted(rows["ceiling_tflop_s"].unique())):
-        label = " – ".join(f"{ceiling:,.3g}" for ceiling in dict.fromkeys((near[0], near[-1])))
+        label = " – ".join(
+            f"{ceiling:,.0f}" if ceiling >= 100 else f"{ceiling:.3g}" for ceiling in dict.fromkeys((near[0], near[-1]))
+        )
         axis.annotate(f"{label} TFLOP/s", (span[-1], near[-1]), ha="right", va="bottom", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="achieved TFLOP/s")
     axis.set_title("What is reached of what this hardware can do")
