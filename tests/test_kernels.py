@@ -362,7 +362,11 @@ def test_sum_norm_and_quantization(random, form, dtype):
         scale.cpu(), expected.abs().amax(dim=1).float() / kernels.LIMITS[dtype], rtol=1e-5, atol=0
     )
     assert q.dtype == dtype
-    assert relative(q.float() * scale[:, None], expected) < {torch.int8: 0.01, FP8: 0.25 if CUT else 0.05}[dtype]
+    if dtype == torch.int8:  # half a step away at most, whatever was drawn
+        steps = (q.cpu().double() - expected / scale.cpu().double()[:, None]).abs().max()
+        assert 0.25 < steps < 0.501
+    else:
+        assert relative(q.float() * scale[:, None], expected) < (0.25 if CUT else 0.05)
 
 
 # ------------------------------------------------------------------------------------------------- configurations
