@@ -186,10 +186,13 @@ class Step(nn.Module):
 class Tuned(nn.Module):
     """A part of a network with several *paths* to the same numbers; which is fastest depends on the number of rows.
 
-    `rows_per_picture` says how many rows a picture brings: patches and class token, or the class token alone.
+    `rows_per_picture` says how many rows a picture brings: patches and class token, or the class token alone. `shape`
+    is what the tuning table shows of its sizes, `device` where it computes.
     """
 
     rows_per_picture = 1
+    shape: str
+    device: torch.device
 
     def __init__(self) -> None:
         super().__init__()
