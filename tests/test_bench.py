@@ -163,6 +163,14 @@ def test_everything_is_measured_on_random_weights_where_there_is_no_study(tmp_pa
     assert names == {"bench.csv", "targets.csv", "bench.json"}
 
 
+def test_a_training_step_without_its_baseline_has_no_factor(checkpoints, settings, monkeypatch):
+    """The next step must not become the baseline where PEFT as it comes does not fit the memory."""
+    steps = pd.DataFrame({"step": list("abcd"), "dropout": [0.1, 0.0, 0.1, 0.0], "images_per_s": [np.nan, 2, 5, 6]})
+    monkeypatch.setattr(bench.trainspeed, "step_speed", lambda *_, **__: steps)
+    found = bench.measure_training(settings, checkpoints)["times_baseline"]
+    assert found.isna().tolist() == [True, False, True, False] and found.dropna().tolist() == [1, 3]
+
+
 def test_random_checkpoints_are_those_of_a_study(tmp_path):
     small = {"architecture": "vit-micro", "image_size": 32, "pictures_per_class": 4}
     settings = params.check({"study": "bench", **SMALL, **small})

@@ -240,7 +240,8 @@ def measure_training(settings: Parameters, checkpoints: Path) -> pd.DataFrame:
         dropout=settings.lora_dropout or 0.1,
         steps=chosen,
     )
-    first = found.groupby("dropout")["images_per_s"].transform("first")  # PEFT as it comes, with the same dropout
+    # PEFT as it comes, with the same dropout; where that did not run there is no factor.
+    first = found.groupby("dropout")["images_per_s"].transform(lambda own: own.iloc[0])
     found = found.rename(columns={"compile_s": "prepare_s", "peak_vram_mb": "peak_mb", "reason": "note"})
     return found.assign(part="training", batch=batch, times_baseline=found["images_per_s"] / first)
 
