@@ -304,8 +304,7 @@ def test_no_thread_idles_because_another_holds_what_it_could_decode(batch_size):
             return ""
 
     source, pictures = Together(Slow(preprocess.new(24)).loaded), [unreadable(0)] * 256
-    buffers = pipeline._buffers(source, batch_size, 16, len(pictures))
-    assert sum(len(group) for group, *_ in pipeline._read(pictures, source, buffers, 16)) == 256
+    assert sum(len(group) for group, *_ in pipeline._read(pictures, source, batch_size, 16)) == 256
     assert most >= 12
 
 

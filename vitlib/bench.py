@@ -6,7 +6,6 @@ other only within one run.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections import Counter
@@ -107,13 +106,12 @@ def measure_engines(
     device = models.pick_device(settings.device)
     wanted = wanted or steps(device)
     engines, reasons = _prepared(wanted, settings, checkpoints, device)
-    batch = max(settings.batch_sizes)
-    plain = {step.reference for step in wanted} & engines.keys()
-    references = {name: engine.logits(engines[name], pixels, batch) for name in plain}
+    plain = {name: engines[name] for name in {step.reference for step in wanted} & engines.keys()}
     if any(step.variant.weights == "w8a16" for step in wanted):
         loaded = models.load(checkpoints, Variant("int8"), device)
-        plain = Engine(replace(loaded, model=quantize.dequantize_int8(loaded.model), variant=None))
-        references[_DEQUANTIZED] = engine.logits(plain, pixels, batch)
+        plain[_DEQUANTIZED] = Engine(replace(loaded, model=quantize.dequantize_int8(loaded.model), variant=None))
+    batch = max(settings.batch_sizes)
+    references = {name: engine.logits(runner, pixels, batch) for name, runner in plain.items()}
     ran = [step for step in wanted if step.name in engines]
     rounds, rates = _timed(engines, pixels, settings, device)
     about = pd.DataFrame([{"step": step.name, "gelu": step.gelu, "reference": step.reference} for step in ran])
@@ -142,7 +140,7 @@ def _prepared(
         except linears.FAILURES as reason:  # a kernel that a card lacks: the row says so, the others go on
             if step is wanted[0]:
                 raise
-            reasons.append((step.name, f"not run: {(str(reason) or type(reason).__name__).splitlines()[0]}"))
+            reasons.append((step.name, f"not run: {records.first_line(reason)}"))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         else:
@@ -179,9 +177,9 @@ def _quality(
     pixels: torch.Tensor,
     sizes: list[int],
 ) -> pd.DataFrame:
-    """Relative error and Top-1 agreement of each step that has a reference, at each batch size; no number is infinite.
+    """Relative error and Top-1 agreement of each step that has a reference, at each batch size.
 
-    A reference is not compared with itself.
+    A reference is not compared with itself. An error that is no number is infinite here.
     """
     rows = []
     for step in ran:
@@ -466,12 +464,6 @@ def random_study(settings: Parameters, folder: Path, dataset: data.Dataset) -> P
     return folder
 
 
-def _threads() -> int:
-    """Threads that decode: a core each of those that this process may use, as far as the parameter goes."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return min(usable, 64)
-
-
 def default_settings(device: torch.device) -> Parameters:
     """What `make bench` measures without a study: ViT-L/16 on a GPU, a small network on a CPU."""
     flowers = records.resolve("data/flowers102")
@@ -480,7 +472,8 @@ def default_settings(device: torch.device) -> Parameters:
         small = {"architecture": "vit-mini", "image_size": 96, "batch_sizes": [1, 8]}
         return params.check({**common, **small, "limit": 96, "ablation_pictures": 32, "eval_batch_size": 8})
     large = {"architecture": "vit-large", "image_size": 224, "batch_sizes": [1, 8, 32, 128]}
-    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": _threads()}
+    workers = min(records.usable_cores() or 2, 64)  # as far as the parameter goes
+    sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": workers}
     return params.check({**common, **large, **sizes, "ablation_pictures": 0})
 
 

@@ -297,7 +297,7 @@ def _decode(file: Path | BinaryIO, max_megapixels: float) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadPicture(f"too large: {error}") from None
     except DAMAGED as error:
-        raise BadPicture(f"damaged: {_first_line(error)}") from error
+        raise BadPicture(f"damaged: {records.first_line(error)}") from error
 
 
 def plain_jpeg(path: Path, max_megapixels: float) -> tuple[bytes, str]:
@@ -405,7 +405,7 @@ def from_torchvision(folder: str, max_megapixels: float) -> Dataset:
         from torchvision.datasets import Flowers102
     except (ImportError, RuntimeError) as error:  # beside a CPU-only torch its import fails at run time
         raise DataError(
-            f"`data_source: torchvision:…` needs a working torchvision ({_first_line(error)}): use class folders"
+            f"`data_source: torchvision:…` needs a working torchvision ({records.first_line(error)}): use class folders"
         ) from None
     splits = {}
     for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
@@ -565,10 +565,6 @@ def _thumbnails(pixels: torch.Tensor) -> torch.Tensor:
 def _natural(text: str) -> list:
     parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
     return [*parts, (-1, 0, text)]  # '07' and '7' have an order too
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _some(items: list[str]) -> str:

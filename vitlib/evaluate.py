@@ -52,7 +52,7 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
         except (models.NotRun, torch.OutOfMemoryError) as reason:
             if variant is variants[0]:
                 raise
-            reasons[variant.name] = str(reason).splitlines()[0]
+            reasons[variant.name] = records.first_line(reason)
     first = engines[variants[0].name].loaded
     first.labels.check(dataset, "valid")
     _same_preprocessing(engines)

@@ -318,16 +318,17 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
     `top1` and `same_class` are of these too. `reload_difference` is the same for up to 64 between the file and the
     network in memory that it was saved from (a quantized one is quantized again): more than rounding is an error.
     """
-    pixels, rows = valid.pixels[:64], []
-    truth = base.labels.ids(valid.pictures).numpy()
+    rows, truth = [], base.labels.ids(valid.pictures).numpy()
     memory = models.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
     expected = engine.logits(engine.Engine(memory), valid.pixels, 32)
     for name, path in paths.items():
         variant = Variant("fp16" if name == "merged" else name)
         loaded = models.load(path.parent, variant, base.device)
         found = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
-        again = merged if name == "merged" else models.quantize_checkpoint(paths["merged"], name, base.device)
-        saved_from = engine.logits(engine.Engine(replace(memory, model=again)), pixels, 32)
+        saved_from = expected[:64]
+        if name != "merged":
+            again = models.quantize_checkpoint(paths["merged"], name, base.device)
+            saved_from = engine.logits(engine.Engine(replace(memory, model=again)), valid.pixels[:64], 32)
         difference = quantize.relative_error(found[:64], saved_from)
         if not difference <= RELOAD_TOLERANCE:
             raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")

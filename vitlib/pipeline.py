@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vitlib import data, stats, timing
+from vitlib import data, records, stats, timing
 from vitlib.data import Picture
 from vitlib.engine import Engine
 from vitlib.models import Loaded, NotRun
@@ -154,7 +154,7 @@ class NvJpegDecoder(PilDecoder):
             raise
         except RuntimeError as error:
             if len(encoded) == 1:
-                return [f"nvJPEG refused it: {_first_line(error)}"]
+                return [f"nvJPEG refused it: {records.first_line(error)}"]
             return [self._decode([one])[0] for one in encoded]
 
     def note(self) -> str:
@@ -182,7 +182,7 @@ def no_nvjpeg(loaded: Loaded) -> str:
     try:
         decode_on_device([torch.frombuffer(bytearray(sample.getvalue()), dtype=torch.uint8)], loaded.device)
     except (ImportError, RuntimeError, AttributeError, TypeError) as error:  # an old one takes no list, or no device
-        return f"nvJPEG needs torchvision 0.20 or newer with CUDA ({_first_line(error)})"
+        return f"nvJPEG needs torchvision 0.20 or newer with CUDA ({records.first_line(error)})"
     return ""
 
 
@@ -216,11 +216,10 @@ def classify(
     loaded = engine.loaded
     source, last, parts, good, skipped = pick_decoder(decoder, loaded), None, [], [], []
     bar = tqdm(desc="pictures", total=len(pictures), unit="img", disable=not progress)
-    buffers = _buffers(loaded, batch_size, workers, len(pictures))
     # Closed here, so that an error in the network stops the threads before it is shown.
     with (
         bar,
-        contextlib.closing(_read(pictures, source, buffers, workers)) as read,
+        contextlib.closing(_read(pictures, source, batch_size, workers)) as read,
         contextlib.closing(source.batches(read)) as batches,
     ):
         for group, pixels, reasons in batches:
@@ -245,22 +244,23 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _read(pictures: list[Picture], source: PilDecoder, buffers: list[torch.Tensor], workers: int) -> Iterator:
-    """`data.read_batches`, with as many pictures a task as leave a task for every thread.
+def _read(pictures: list[Picture], source: PilDecoder, batch_size: int, workers: int) -> Iterator:
+    """`data.read_batches` by `source`, with as many pictures a task as leave a task for every thread.
 
     Else threads would idle where batches are small, and Pillow may have work with any of them.
     """
+    buffers = _buffers(source, batch_size, workers, len(pictures))
     ahead = len(buffers[0]) * (len(buffers) - 1)  # pictures that may be in the threads' hands
     together = max(1, min(source.together, ahead // workers))
     return data.read_batches(pictures, source.read, buffers, workers, together)
 
 
-def _buffers(loaded: Loaded, batch_size: int, workers: int, pictures: int) -> list[torch.Tensor]:
+def _buffers(source: PilDecoder, batch_size: int, workers: int, pictures: int) -> list[torch.Tensor]:
     """Host buffers (batch_size, 3, h, w) for a batch in the network and two pictures a thread ahead of it."""
     count = max(LEAST_BUFFERS, 2 + math.ceil(2 * workers / batch_size))
     count = min(count, max(1, math.ceil(pictures / batch_size)))
-    shape = (min(batch_size, max(1, pictures)), 3, *loaded.preprocess.side)
-    pinned = loaded.device.type == "cuda"  # only from pinned memory does a copy run while the host goes on
+    shape = (min(batch_size, max(1, pictures)), 3, *source.preprocess.side)
+    pinned = source.device.type == "cuda"  # only from pinned memory does a copy run while the host goes on
     return [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
 
 
@@ -364,8 +364,7 @@ def _in_turn(stages: dict[str, Callable[[], object]], rounds: int, device: torch
 
 def _decode_only(pictures: list[Picture], engine: Engine, *, batch_size: int, workers: int, decoder: str) -> None:
     source = pick_decoder(decoder, engine.loaded)
-    buffers = _buffers(engine.loaded, batch_size, workers, len(pictures))
-    with contextlib.closing(_read(pictures, source, buffers, workers)) as batches:
+    with contextlib.closing(_read(pictures, source, batch_size, workers)) as batches:
         for group, buffer, results in batches:
             source.on_device(group, buffer, results)
             timing.synchronise(engine.loaded.device)  # before a buffer is filled anew
@@ -375,7 +374,3 @@ def _model_only(batch: torch.Tensor, pictures: int, engine: Engine) -> None:
     """The network on one batch over and over, as often as so many pictures need."""
     for first in range(0, pictures, len(batch)):
         engine(batch[: pictures - first])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -395,6 +395,11 @@ def _plain_scalar(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------- provenance
 
 
+def first_line(error: BaseException) -> str:
+    """What a note of a table says of an error: the first line of its message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def environment(
     *,
     parameters: Mapping[str, Any],
@@ -448,12 +453,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def usable_cores() -> int | None:
+    """Cores that this process may use; None where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _hardware() -> dict[str, Any]:
     gpus, reason = _gpus()
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_usable": usable_cores(),
         "memory_gib": _memory_gib(),
         "gpus": gpus,
         "gpus_reason": reason,

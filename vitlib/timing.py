@@ -77,7 +77,7 @@ def _timed(call: Call, number: int, device: torch.device) -> tuple[float, float]
     before, after = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
     if cuda:
         before.record()
-    start = time.perf_counter()
+    start = time.perf_counter()  # the wall clock does not pay for the other instrument
     call(number)
     if cuda:
         after.record()

@@ -161,7 +161,7 @@ class ImageTrainer(Trainer):
             except torch._dynamo.exc.TorchDynamoException as error:
                 if self.recipe.compile != "auto":
                     raise
-                return (str(error) or type(error).__name__).splitlines()[0]
+                return records.first_line(error)
             else:
                 return ""
             self._freed()
