@@ -154,7 +154,8 @@ def test_what_was_not_measured_is_an_empty_table_and_no_error(measured):
     assert speed.training(measured)["images/s"].tolist() == [10.0]
     assert "peak memory (MB)" not in speed.training(measured)
     assert len(plots.steps(measured.engine).axes) == len(plots.steps(measured.engine, words="fused").axes) == 2
-    assert "weights" in speed.conditions(measured)["what"].tolist()
+    told = speed.conditions(measured).set_index("what")["this run"]
+    assert "weights" in told and told["products of fp32"] == "in fp32, TF32 is off"
 
 
 def test_a_study_without_a_bench_says_what_to_run(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from vitlib.engine import Engine
 from vitlib.evaluate import Bench
 from vitlib.monitor import Monitor
 from vitlib.params import Parameters
+from vitlib.records import NO_BREAK
 from vitlib.variants import Variant
 
 ROTATING = 4  # different batches that a timed call cycles through, so that its input is not always in cache
@@ -245,7 +246,8 @@ def readable_speed(speeds: pd.DataFrame) -> pd.DataFrame:
 
     def bounds(low: str, high: str, digits: int) -> list[str]:
         pairs = zip(speeds[low], speeds[high], strict=True)
-        return ["–" if np.isnan(a) else f"{a:,.{digits}f} … {b:,.{digits}f}" for a, b in pairs]
+        shown = ["–" if np.isnan(a) else f"{a:,.{digits}f} … {b:,.{digits}f}" for a, b in pairs]
+        return [text.replace(" ", NO_BREAK) for text in shown]
 
     return pd.DataFrame(
         {

@@ -12,6 +12,7 @@ from vitlib import data, engine, models, records, stats
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.engine import Engine
 from vitlib.params import Parameters, used_by
+from vitlib.records import NO_BREAK
 from vitlib.variants import Variant, find
 
 
@@ -273,15 +274,14 @@ def _short(kernel: str) -> str:
 
 def readable_accuracy(quality: pd.DataFrame) -> "pd.io.formats.style.Styler":
     """The accuracy table for a report: percentages with intervals, tests and verdict."""
+    right = [f"{right} of {n}" for right, n in zip(quality["right"], quality["n"], strict=True)]
     bounds = zip(quality["top1_low"], quality["top1_high"], strict=True)
     shown = pd.DataFrame(
         {
             "variant": quality["variant"],
-            "right of n": [
-                f"{right}\u00a0of\u00a0{n}" for right, n in zip(quality["right"], quality["n"], strict=True)
-            ],
+            "right of n": [text.replace(" ", NO_BREAK) for text in right],
             "Top-1 (%)": 100 * quality["top1"],
-            "95 % interval": [f"{100 * low:.1f}\u00a0–\u00a0{100 * high:.1f}" for low, high in bounds],
+            "95 % interval": [f"{100 * low:.1f} – {100 * high:.1f}".replace(" ", NO_BREAK) for low, high in bounds],
             "Top-5 (%)": 100 * quality["top5"],
             "F1": quality["f1_weighted"],
             "flips": quality["flips"],

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+NO_BREAK = "\u00a0"  # in a page's table a figure and its bounds stay on one line
+
 COLUMNS: dict[str, tuple[str, ...]] = {
     "bench": (
         *("part", "step", "batch", "gelu", "ms", "ms_low", "ms_high", "images_per_s", "seconds"),

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from vitlib import origin, records
+from vitlib.records import NO_BREAK
 
 NAMES = {
     "fp32, fp16": "weights in 32 or 16 bit",
@@ -30,7 +31,6 @@ NAMES = {
 }
 """The words of which the name of a step is made, weights-attention-execution; an eager execution is not written."""
 
-NO_BREAK = "\u00a0"  # a figure and its bounds stay on one line
 FAMILIES = {"nf4": ("nf4",), "int8": ("int8", "w8a16", "w8a8"), "fp16": ("fp16",), "fp8": ("fp8",)}
 
 
@@ -83,6 +83,7 @@ def conditions(bench: Bench) -> pd.DataFrame:
     """On what, with what and from which commit it was measured."""
     about, settings = bench.about, bench.about["parameters"]
     hardware, git = about["hardware"], about.get("git") or {}
+    precision = about.get("float32_products")
     gpus = [gpu["name"] for gpu in hardware.get("gpus") or ()]
     clocks = _clocks((hardware.get("gpus") or [{}])[0].get("state") or {})
     shown = ("torch", "triton", "transformers", "bitsandbytes", "flash-attn")
@@ -92,7 +93,7 @@ def conditions(bench: Bench) -> pd.DataFrame:
         "hardware": gpus[0] if gpus else f"{hardware['cpu']}, {hardware['cores_usable']} cores",
         "clocks afterwards": clocks,
         "software": ", ".join([f"Python {about['python']}", *versions]),
-        "products of fp32": about.get("float32_products") or "",
+        "products of fp32": {"highest": "in fp32, TF32 is off"}.get(precision, precision or ""),
         "weights": weights,
         "base": origin.sentence(about.get("base", {})).replace("**", "").replace("`", ""),
         "pictures": settings["data_source"],
