@@ -274,14 +274,13 @@ def _short(kernel: str) -> str:
 
 def readable_accuracy(quality: pd.DataFrame) -> "pd.io.formats.style.Styler":
     """The accuracy table for a report: percentages with intervals, tests and verdict."""
-    right = [f"{right} of {n}" for right, n in zip(quality["right"], quality["n"], strict=True)]
     bounds = zip(quality["top1_low"], quality["top1_high"], strict=True)
     shown = pd.DataFrame(
         {
             "variant": quality["variant"],
-            "right of n": [text.replace(" ", NO_BREAK) for text in right],
+            f"right of {quality['n'].iloc[0]}": quality["right"],  # all see the same pictures
             "Top-1 (%)": 100 * quality["top1"],
-            "95 % interval": [f"{100 * low:.1f} – {100 * high:.1f}".replace(" ", NO_BREAK) for low, high in bounds],
+            "95 % interval": [f"{100 * low:.1f} … {100 * high:.1f}".replace(" ", NO_BREAK) for low, high in bounds],
             "Top-5 (%)": 100 * quality["top5"],
             "F1": quality["f1_weighted"],
             "flips": quality["flips"],
