@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import ablation, data, models, params, quantize, records
+from vitlib import ablation, data, files, models, params, quantize, records
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_measuring_loads_nothing(subject, loads):
 
 
 def test_preparing_loads_once(checkpoints, labels, loads, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "study_folder", lambda study: checkpoints.parent)
+    monkeypatch.setattr(files, "study_folder", lambda study: checkpoints.parent)
     image = Image.new("RGB", (32, 32))
     pictures = [data.Picture(folder, folder, image.copy) for folder in labels.folders]
     ablation.prepare(params.check({"device": "cpu"}), data.Dataset({"valid": pictures}, {}))
@@ -141,7 +141,7 @@ def test_measured_share_counts_what_was_run(subject):
 
 
 def test_table_has_every_configuration_and_everything_kept_has_no_divergence(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     settings = params.check({"study": "unit", "eval_batch_size": 8})
     logits, _ = ablation.measure(subject, settings)
     frame = ablation.table(logits, subject, settings)
@@ -154,7 +154,7 @@ def test_table_has_every_configuration_and_everything_kept_has_no_divergence(sub
 
 
 def test_reliability_has_both_rankings_and_the_smallest_difference(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     settings = params.check({"study": "unit", "eval_batch_size": 8})
     logits, _ = ablation.measure(subject, settings)
     frame = ablation.table(logits, subject, settings)
@@ -194,7 +194,7 @@ def test_headline_says_what_accuracy_can_rank_and_show(change, words):
 
 
 def test_one_block_alone_quantized_diverges_less_than_everything(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     settings = params.check({"study": "unit", "eval_batch_size": 8})
     logits, _ = ablation.measure(subject, settings)
     frame = ablation.table(logits, subject, settings)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlib import bench, data, params, records
+from vitlib import bench, data, files, params, records
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_a_step_that_cannot_run_keeps_its_row_with_the_reason(checkpoints, setti
 
 
 def test_everything_is_measured_on_random_weights_where_there_is_no_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "study_folder", lambda study: tmp_path / study)
+    monkeypatch.setattr(files, "study_folder", lambda study: tmp_path / study)
     small = {"architecture": "vit-micro", "image_size": 32, "pictures_per_class": 4, "ablation_pictures": 6}
     settings = params.check({"study": "bench", **SMALL, **small, "limit": 30, "train_batch_size": 2})
     frame = bench.run(settings, ("pipeline", "ablation", "training"), None)
@@ -179,7 +179,7 @@ def test_random_checkpoints_are_those_of_a_study(tmp_path):
 
 
 def test_the_study_keeps_its_own_tuning_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "study_folder", lambda study: tmp_path / study)
+    monkeypatch.setattr(files, "study_folder", lambda study: tmp_path / study)
     kept = tmp_path / "bench" / "records" / "tuning.csv"
     kept.parent.mkdir(parents=True)
     kept.write_text("of notebook 2\n")
@@ -190,7 +190,7 @@ def test_the_study_keeps_its_own_tuning_table(tmp_path, monkeypatch):
 
 def test_a_run_without_the_engine_leaves_no_tuning_of_an_earlier_one(tmp_path, monkeypatch):
     """The page would show it as this run's."""
-    monkeypatch.setattr(records, "study_folder", lambda study: tmp_path / study)
+    monkeypatch.setattr(files, "study_folder", lambda study: tmp_path / study)
     folder = tmp_path / "bench" / "records"
     folder.mkdir(parents=True)
     (folder / "bench_tuning.csv").write_text("step\nof another run\n")
@@ -203,7 +203,7 @@ def test_what_is_measured_is_the_study_that_was_named(tmp_path, monkeypatch):
     """A parameter file need not say its own name; the default study's records must not be overwritten for it."""
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "mine.yaml").write_text("limit: 30\n")
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     monkeypatch.setattr(bench.models, "checkpoint_folder", lambda folder, variant: folder)
     options = argparse.Namespace(study="mine", batch_sizes=[1, 2])
     settings, checkpoints = bench._chosen(options)
@@ -214,14 +214,14 @@ def test_what_is_measured_is_the_study_that_was_named(tmp_path, monkeypatch):
 def test_a_study_that_was_not_trained_is_an_error_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "mine.yaml").write_text("limit: 30\n")
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     monkeypatch.setattr("sys.argv", ["bench", "--study", "mine"])
     with pytest.raises(SystemExit, match=r"^error: .*finetune"):
         bench.main()
 
 
 def test_a_bench_that_fails_at_once_leaves_the_records_of_the_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "study_folder", lambda study: tmp_path / study)
+    monkeypatch.setattr(files, "study_folder", lambda study: tmp_path / study)
     kept = tmp_path / "bench" / "records" / "bench_tuning.csv"
     kept.parent.mkdir(parents=True)
     kept.write_text("step\nof the last run\n")

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlib import benchmark, models, plots, profile, records, roofline
+from vitlib import benchmark, models, plots, profile, provenance, roofline
 from vitlib.data import Labels
 from vitlib.monitor import Monitor
 from vitlib.variants import Variant
@@ -169,7 +169,7 @@ def test_monitor_reports_ranges_and_every_throttle_reason(monkeypatch):
         clock, reasons = next(states)
         return [{"sm_clock_mhz": clock, "throttle_reasons": reasons}], None
 
-    monkeypatch.setattr(records, "gpu_state", state)
+    monkeypatch.setattr(provenance, "gpu_state", state)
     with Monitor(seconds=0.01) as monitor:
         while len(monitor.samples) < 3:
             pass
@@ -179,7 +179,7 @@ def test_monitor_reports_ranges_and_every_throttle_reason(monkeypatch):
 
 
 def test_monitor_without_a_gpu_says_so(monkeypatch):
-    monkeypatch.setattr(records, "gpu_state", lambda: (None, "nvidia-smi was not found"))
+    monkeypatch.setattr(provenance, "gpu_state", lambda: (None, "nvidia-smi was not found"))
     with Monitor() as monitor:
         pass
     assert monitor.summary() == {"samples": 0, "reason": "nvidia-smi was not found"}

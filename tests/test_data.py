@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vitlib import data, params, preprocess, records, synthetic
+from vitlib import data, files, params, preprocess, synthetic
 from vitlib.data import BadPicture, DataError, Dataset, Labels, Picture
 
 
@@ -260,7 +260,7 @@ def test_torchvision_classes_are_called_as_in_the_class_folders(tmp_path, monkey
         classes = ("pink primrose", "hard-leaved pocket orchid")
 
         def __init__(self, root, *, split, download):
-            assert root == records.project_root() / "x"
+            assert root == files.project_root() / "x"
             self._image_files, self._labels = [save(tmp_path / split / "image_1.jpg")] * 2, [1, 0]
 
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
@@ -723,11 +723,11 @@ def test_duplicates_are_exact_or_near_and_different_pictures_are_neither(tmp_pat
         "test": {"z.png": (others[2], {})},
     }
     decoded = {}
-    for split, files in copies.items():
-        for name, (image, options) in files.items():
+    for split, content in copies.items():
+        for name, (image, options) in content.items():
             (tmp_path / split).mkdir(exist_ok=True)
             image.save(tmp_path / split / name, **options)
-        pictures = [data.picture_of(tmp_path / split / name, tmp_path, None, 1) for name in files]
+        pictures = [data.picture_of(tmp_path / split / name, tmp_path, None, 1) for name in content]
         decoded[split] = data.decode(pictures, preprocess.new(64))
     found = data.duplicates(decoded)
     assert list(found[["file", "other_file", "kind"]].itertuples(index=False, name=None)) == [

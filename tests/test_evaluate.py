@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, benchmark, data, evaluate, inference, models, params, records, stats, synthetic
+from vitlib import ablation, benchmark, data, evaluate, files, inference, models, params, records, stats, synthetic
 from vitlib.data import DataError, Dataset, Picture
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
@@ -53,7 +53,7 @@ def project(checkpoints, tmp_path_factory):
     (root / "outputs" / "unit").mkdir(parents=True)
     (root / "outputs" / "unit" / "checkpoints").symlink_to(checkpoints)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "project_root", lambda: root)
+        patch.setattr(files, "project_root", lambda: root)
         yield root
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitlib import data, finetune, models, params, preprocess, quantize, records
+from vitlib import data, files, finetune, models, params, preprocess, quantize
 from vitlib.finetune import Base, FinetuneError
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_a_base_from_nowhere_says_what_is_allowed(tmp_path, monkeypatch):
 
 
 def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
     history = finetune.pd.DataFrame({"top1": [0.5]})
     paths = finetune.save_checkpoints(merged, base, settings(), history)
@@ -138,7 +138,7 @@ def test_headline_names_the_best_epoch_and_the_merged_accuracy(base):
 
 
 def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatch, pixels):
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
     paths = finetune.save_checkpoints(merged, base, settings(), finetune.pd.DataFrame({"top1": [0.5]}))
     with torch.no_grad():

@@ -13,7 +13,19 @@ from vitlib import imports
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
-    0: {"__init__", "params", "records", "stats", "variants", "imports", "monitor", "origin"},
+    0: {
+        "__init__",
+        "params",
+        "files",
+        "records",
+        "provenance",
+        "study",
+        "stats",
+        "variants",
+        "imports",
+        "monitor",
+        "origin",
+    },
     1: {
         *("data", "synthetic", "preprocess", "attention", "quantize", "adapters", "kernels", "linears", "ahead"),
         *("profile", "timing", "roofline"),

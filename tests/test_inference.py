@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import engine, inference, params, plots, records
+from vitlib import engine, files, inference, params, plots, records
 from vitlib.data import DataError
 
 
@@ -17,7 +17,7 @@ def study(checkpoints, tmp_path, monkeypatch):
     """A project whose study 'unit' has the checkpoints, and a folder of odd files to classify."""
     (tmp_path / "outputs" / "unit").mkdir(parents=True)
     (tmp_path / "outputs" / "unit" / "checkpoints").symlink_to(checkpoints)
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     folder = tmp_path / "pictures"
     for name in ("2/a.png", "10/b.png", "weeds/c.png", "d.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def test_auto_takes_the_attention_that_was_measured_to_be_fastest(study, monkeyp
         )
     ]
     table = pd.DataFrame(rows).reindex(columns=records.COLUMNS["variants"])
-    records.write_table(table, records.study_folder("unit") / "records" / "variants.csv")
+    records.write_table(table, files.study_folder("unit") / "records" / "variants.csv")
     own_flash = "" if runs else "needs a CUDA device"
     monkeypatch.setattr(inference.attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
     settings = study.model_copy(update={"eval_batch_size": size})

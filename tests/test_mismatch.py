@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import data, mismatch, params, preprocess, records
+from vitlib import data, files, mismatch, params, preprocess
 
 
 def test_the_mismatched_preprocessing_is_the_original_one():
@@ -32,7 +32,7 @@ def test_each_half_of_the_mistake_changes_what_the_network_sees():
 
 
 def test_mismatched_evaluates_the_checkpoint_in_four_ways(checkpoints, labels, monkeypatch):
-    monkeypatch.setattr(records, "study_folder", lambda study: checkpoints.parent)
+    monkeypatch.setattr(files, "study_folder", lambda study: checkpoints.parent)
     pixels = np.random.default_rng(1).integers(0, 256, (12, 40, 56, 3), dtype=np.uint8)
     pictures = [
         data.Picture(f"valid/{k}", labels.folders[k % 3], lambda k=k: Image.fromarray(pixels[k])) for k in range(12)

@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from vitlib import bench, params, records, report
+from vitlib import bench, files, params, records, report
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in params.NOTEBOOKS]
@@ -50,7 +50,7 @@ def test_prose_holds_no_measured_number(notebook):
 @pytest.fixture(scope="module")
 def smoke():
     """Runs the notebooks one after the other with params/smoke.yaml; returns the study's folder."""
-    folder = records.study_folder("smoke", root=ROOT)
+    folder = files.study_folder("smoke", root=ROOT)
     shutil.rmtree(folder, ignore_errors=True)  # what an earlier run left must not pass for what this one wrote
     for notebook in NOTEBOOKS:
         chosen = params.load(ROOT / "params" / "smoke.yaml")

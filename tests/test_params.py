@@ -174,7 +174,7 @@ def test_a_base_from_elsewhere_needs_none(base):
 
 def test_an_existing_folder_of_two_parts_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "outputs/base").mkdir(parents=True)
-    monkeypatch.setattr(params.records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(params.files, "project_root", lambda: tmp_path)
     assert not params.is_hub_id("outputs/base")
     assert params.is_hub_id("google/base")
 

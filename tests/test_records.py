@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import records
+from vitlib import files, provenance, records
 from vitlib.stats import Interval
 
 
@@ -31,17 +31,17 @@ def test_project_root_is_found_from_below(tmp_path: Path, monkeypatch: pytest.Mo
     for folder in ("vitlib", "params", "notebooks/deep"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "notebooks" / "deep")
-    assert records.project_root() == tmp_path
-    assert records.study_folder("smoke") == tmp_path / "outputs" / "smoke"
+    assert files.project_root() == tmp_path
+    assert files.study_folder("smoke") == tmp_path / "outputs" / "smoke"
 
 
 def test_project_root_without_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkout" / "vitlib").mkdir(parents=True)
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "checkout" / "vitlib" / "records.py"))
-    assert records.project_root() == tmp_path  # Colab: vitlib is installed, there is no checkout
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "checkout" / "vitlib" / "files.py"))
+    assert files.project_root() == tmp_path  # Colab: vitlib is installed, there is no checkout
     (tmp_path / "checkout" / "params").mkdir()
-    assert records.project_root() == tmp_path / "checkout"
+    assert files.project_root() == tmp_path / "checkout"
 
 
 def test_paths_of_a_user_are_looked_for_from_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,16 +49,16 @@ def test_paths_of_a_user_are_looked_for_from_the_project(tmp_path: Path, monkeyp
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "notebooks")  # where JupyterLab starts
-    assert records.resolve("data/flowers") == tmp_path / "data" / "flowers"
-    assert records.resolve("~/flowers") == tmp_path / "home" / "flowers"
-    assert records.resolve(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+    assert files.resolve("data/flowers") == tmp_path / "data" / "flowers"
+    assert files.resolve("~/flowers") == tmp_path / "home" / "flowers"
+    assert files.resolve(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "../up", "a/b", "a\\b", "a b", "é", "a\n", None])
 def test_study_names_that_are_not_plain_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="letters, digits"):
-        records.study_folder(name, root=tmp_path)
-    assert records.study_folder("vit-l_16.v2", root=tmp_path).parent == tmp_path / "outputs"
+        files.study_folder(name, root=tmp_path)
+    assert files.study_folder("vit-l_16.v2", root=tmp_path).parent == tmp_path / "outputs"
 
 
 # ----------------------------------------------------------------------------------------- atomic writes
@@ -71,7 +71,7 @@ def _names(folder: Path) -> list[str]:
 def test_an_error_midway_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), records.atomic_path(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(target) as temporary:
         temporary.write_text("ha")
         raise KeyboardInterrupt
     assert target.read_text() == "old" and _names(tmp_path) == ["report.html"]
@@ -79,10 +79,10 @@ def test_an_error_midway_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_success_replaces_file_and_folder(tmp_path: Path) -> None:
     for text in ("one", "two"):
-        with records.atomic_path(tmp_path / "new" / "a.csv") as temporary:
+        with files.atomic_path(tmp_path / "new" / "a.csv") as temporary:
             assert temporary.suffix == ".csv" and temporary.parent == tmp_path / "new"
             temporary.write_text(text)
-        with records.atomic_path(tmp_path / "new" / "checkpoint") as temporary:
+        with files.atomic_path(tmp_path / "new" / "checkpoint") as temporary:
             (temporary / "part").mkdir(parents=True)
             (temporary / "part" / text).write_text(text)
     assert (tmp_path / "new" / "a.csv").read_text() == "two"
@@ -96,7 +96,7 @@ def test_an_error_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: pyte
     (target / "weights").write_text("old")
 
     def write() -> None:
-        with records.atomic_path(target) as temporary:
+        with files.atomic_path(target) as temporary:
             temporary.mkdir()
             (temporary / "weights").write_text("new")
 
@@ -114,7 +114,7 @@ def test_an_error_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: pyte
 
 
 def test_writing_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nothing was written"), records.atomic_path(tmp_path / "a"):
+    with pytest.raises(FileNotFoundError, match="nothing was written"), files.atomic_path(tmp_path / "a"):
         pass
 
 
@@ -128,7 +128,7 @@ def test_flushing_on_windows_opens_for_writing(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.delattr(os, "O_DIRECTORY")
     monkeypatch.setattr(os, "open", spy)
-    records._flush(Path(records.write_json({}, tmp_path / "a.json")))
+    files._flush(Path(records.write_json({}, tmp_path / "a.json")))
     assert ("a.json", os.O_RDWR) in opened and all(flags for _, flags in opened)
 
 
@@ -138,7 +138,7 @@ def _killed_while_writing(folder: Path) -> int:
         child = os.fork()
     if child == 0:
         try:
-            with records.atomic_path(folder / "file") as one, records.atomic_path(folder / "folder") as two:
+            with files.atomic_path(folder / "file") as one, files.atomic_path(folder / "folder") as two:
                 two.mkdir()
                 for path in (one, two / "weights"):
                     path.write_text("half of the new")
@@ -158,12 +158,12 @@ def test_sigkill_midway_leaves_the_old_and_is_cleaned_up_later(tmp_path: Path) -
     assert len(_names(tmp_path)) == 4 and all(path.read_text() == "old" for path in targets.values())
 
     for name in targets:
-        records._clean_leftovers(tmp_path / name)
+        files._clean_leftovers(tmp_path / name)
     assert len(_names(tmp_path)) == 4  # they might belong to a run that is still writing
     for path in tmp_path.glob(".tmp-*"):
         os.utime(path, (0, 0))
     for name in targets:
-        records._clean_leftovers(tmp_path / name)
+        files._clean_leftovers(tmp_path / name)
     assert _names(tmp_path) == ["file", "folder"] and all(path.read_text() == "old" for path in targets.values())
 
 
@@ -171,7 +171,7 @@ def test_a_folder_that_stepped_aside_is_put_back(tmp_path: Path) -> None:
     aside = tmp_path / ".old-0123456789ab-merged"
     aside.mkdir()
     (aside / "weights").write_text("old")
-    with pytest.raises(RuntimeError), records.atomic_path(tmp_path / "merged"):
+    with pytest.raises(RuntimeError), files.atomic_path(tmp_path / "merged"):
         raise RuntimeError("the next run fails too")
     assert _names(tmp_path) == ["merged"] and (tmp_path / "merged" / "weights").read_text() == "old"
 
@@ -262,9 +262,9 @@ def test_json_is_plain_and_strict(tmp_path: Path) -> None:
 
 
 def test_environment_is_complete_and_names_no_machine(tmp_path: Path) -> None:
-    root = records.project_root()
+    root = files.project_root()
     parameters = {"data": "/home/alice/flowers", "set": str(root / "params" / "demo.yaml"), "rate": 1e-3}
-    found = records.environment(parameters=parameters, seeds={"numpy": 0}, checksums={"data": "ab"})
+    found = provenance.environment(parameters=parameters, seeds={"numpy": 0}, checksums={"data": "ab"})
     text = records.write_json(found, tmp_path / "environment.json").read_text(encoding="utf-8")
     assert found["parameters"] == {"data": ".../flowers", "set": "params/demo.yaml", "rate": 1e-3}
     assert found["seeds"] == {"numpy": 0} and found["checksums"] == {"data": "ab"}
@@ -276,8 +276,8 @@ def test_environment_is_complete_and_names_no_machine(tmp_path: Path) -> None:
 
 def test_importing_loads_no_torch() -> None:
     code = (
-        "import sys; from vitlib import records, stats; assert 'torch' not in sys.modules;"
-        "found = records.environment(parameters={}); assert 'torch' not in sys.modules;"
+        "import sys; from vitlib import provenance, stats; assert 'torch' not in sys.modules;"
+        "found = provenance.environment(parameters={}); assert 'torch' not in sys.modules;"
         "assert found['hardware']['gpus_reason'] == 'torch is not imported'"
     )
     home = {**os.environ, "PYTHONPATH": str(Path(records.__file__).parents[1])}
@@ -295,7 +295,7 @@ def test_gpu_state_is_read_with_units_and_reasons(tmp_path: Path, monkeypatch: p
     older = 'case "$1" in *event_reasons*) echo unknown field; exit 2;; esac'
     _fake_command(tmp_path, "nvidia-smi", f"{older}\necho '{line}'")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    (state,), reason = records.gpu_state()
+    (state,), reason = provenance.gpu_state()
     assert reason is None and state["name"] == "NVIDIA H200" and state["driver"] == "550.90.07"
     assert (state["sm_clock_mhz"], state["power_w"], state["power_limit_w"]) == (1980.0, None, 700.0)
     assert state["throttle_reasons"] == ["software power cap", "software thermal slowdown"]
@@ -307,18 +307,18 @@ def test_gpu_state_is_read_with_units_and_reasons(tmp_path: Path, monkeypatch: p
         is_available=lambda: True, device_count=lambda: 1, get_device_properties=lambda index: properties
     )
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
-    (gpu,), reason = records._gpus()
+    (gpu,), reason = provenance._gpus()
     assert gpu["compute_capability"] == "9.0" and gpu["state"]["memory_mib"] == 143771 and reason is None
     assert "1234" not in json.dumps(gpu)
 
 
 def test_gpu_state_says_why_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.gpu_state() == (None, "nvidia-smi is not installed")
+    assert provenance.gpu_state() == (None, "nvidia-smi is not installed")
     _fake_command(tmp_path, "nvidia-smi", "exit 9")
-    assert records.gpu_state() == (None, "nvidia-smi ended with code 9")
+    assert provenance.gpu_state() == (None, "nvidia-smi ended with code 9")
     _fake_command(tmp_path, "nvidia-smi", "exec /bin/sleep 5")
-    assert records._command("nvidia-smi", timeout_s=0.2) == (None, "nvidia-smi: TimeoutExpired")
+    assert provenance._command("nvidia-smi", timeout_s=0.2) == (None, "nvidia-smi: TimeoutExpired")
 
 
 def test_git_commit_and_dirty_flag(tmp_path: Path) -> None:
@@ -326,15 +326,15 @@ def test_git_commit_and_dirty_flag(tmp_path: Path) -> None:
         identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
 
-    assert records._git(tmp_path) == {"commit": None, "dirty": None}
+    assert provenance._git(tmp_path) == {"commit": None, "dirty": None}
     git("init")
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-m", "one")
-    clean = records._git(tmp_path)
+    clean = provenance._git(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", clean["commit"]) and clean["dirty"] is False
     (tmp_path / "a").write_text("2")
-    assert records._git(tmp_path) == {**clean, "dirty": True}
+    assert provenance._git(tmp_path) == {**clean, "dirty": True}
 
 
 def test_checksum_of_files_and_folders(tmp_path: Path) -> None:
@@ -342,11 +342,11 @@ def test_checksum_of_files_and_folders(tmp_path: Path) -> None:
         (tmp_path / copy / "sub").mkdir(parents=True)
         (tmp_path / copy / "sub" / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, "abc"
-    assert records.checksum(tmp_path / "one" / "sub" / "abc") == known
-    folder = records.checksum(tmp_path / "one")
+    assert files.checksum(tmp_path / "one" / "sub" / "abc") == known
+    folder = files.checksum(tmp_path / "one")
     (tmp_path / "two" / ".tmp-0123456789ab-abc").write_text("left by a killed run")
-    assert records.checksum(tmp_path / "two") == folder
+    assert files.checksum(tmp_path / "two") == folder
     (tmp_path / "two" / "sub" / "abc").rename(tmp_path / "two" / "abc")
-    assert records.checksum(tmp_path / "two") != folder
+    assert files.checksum(tmp_path / "two") != folder
     with pytest.raises(FileNotFoundError, match="nothing to take a checksum of"):
-        records.checksum(tmp_path / "three")
+        files.checksum(tmp_path / "three")

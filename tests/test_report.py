@@ -17,7 +17,7 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """An empty project: `records.project_root()` finds it from the working directory."""
+    """An empty project: `files.project_root()` finds it from the working directory."""
     for folder in ("vitlib", "params", "notebooks", "outputs/demo"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from vitlib import bench, plots, records, speed
+from vitlib import bench, files, plots, provenance, records, speed
 
 SHARED = {"part": "engine", "gelu": "checkpoint", "reference": "fp32-sdpa", "relative_error": 1e-3, "agreement": 1.0}
 
@@ -20,17 +20,19 @@ def engine_row(step: str, batch: int, ms: float, **columns) -> dict:
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """A study whose bench ran on a GPU; the engine's rows stand as `bench` writes them, plain steps first."""
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     rows = [engine_row("fp32-sdpa", 1, 8.0), engine_row("fp32-sdpa", 32, 80.0), engine_row("nf4-sdpa", 1, 20.0)]
     rows += [engine_row("fp16-direct-fused-graph", 1, 1.0), engine_row("nf4-direct-fused-graph", 1, 1.2)]
     rows += [engine_row("nf4-direct-fused-graph", 32, 7.0, agreement=0.99)]
     rows += [{"part": "engine", "step": "fp16-direct_fa2-fused-graph", "note": "not run: no flash-attn"}]
     rows += [{"part": "training", "step": "PEFT", "batch": 8, "images_per_s": 10.0, "times_baseline": 1.0}]
     frame = pd.DataFrame(rows).reindex(columns=bench.COLUMNS).assign(weights="trained")
-    folder = records.study_folder("unit") / "records"
+    folder = files.study_folder("unit") / "records"
     records.write_table(frame, folder / "bench.csv")
     records.write_table(bench.targets(frame, True), folder / "targets.csv")
-    records.write_json(records.environment(parameters={"rounds": 8, "data_source": "synthetic"}), folder / "bench.json")
+    records.write_json(
+        provenance.environment(parameters={"rounds": 8, "data_source": "synthetic"}), folder / "bench.json"
+    )
     return speed.load("unit")
 
 
@@ -76,7 +78,7 @@ def test_attention_over_all_tokens_has_its_two_ways(tuned):
 def test_a_bench_of_one_part_has_a_page(measured, part):
     """Every function of the notebook gives something to show, however little was measured."""
     row = {"part": part, "step": "shared", "batch": 8, "note": "nothing", "images_per_s": 1.0}
-    frame, folder = pd.DataFrame([row]).reindex(columns=bench.COLUMNS), records.study_folder("unit") / "records"
+    frame, folder = pd.DataFrame([row]).reindex(columns=bench.COLUMNS), files.study_folder("unit") / "records"
     records.write_table(frame.assign(weights="random"), folder / "bench.csv")  # as it is read, whole columns are empty
     records.write_table(bench.targets(frame, False), folder / "targets.csv")
     alone = speed.load("unit")
@@ -159,6 +161,6 @@ def test_what_was_not_measured_is_an_empty_table_and_no_error(measured):
 
 
 def test_a_study_without_a_bench_says_what_to_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     with pytest.raises(records.MissingRecord, match="run `make bench` with this STUDY first"):
         speed.load("unit")

@@ -10,7 +10,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
-from vitlib import data, models, preprocess, records, standin
+from vitlib import data, files, models, preprocess, records, standin
 from vitlib.data import Dataset, Labels, Picture
 from vitlib.standin import StandIn, StandInError
 
@@ -308,7 +308,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     short = StandIn(**{**TINY, "stage1_steps": 2, "stage2_steps": 2})
     for name in ("a", "b"):
         standin.train(short, coloured(), tmp_path / name, CPU)
-    sums = {records.checksum(tmp_path / name / "stage2" / "model.safetensors") for name in ("a", "b")}
+    sums = {files.checksum(tmp_path / name / "stage2" / "model.safetensors") for name in ("a", "b")}
     assert len(sums) == 1
 
 

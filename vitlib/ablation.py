@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib import data, engine, models, quantize, records, stats
+from vitlib import data, engine, files, models, quantize, records, stats
 from vitlib.data import Dataset
 from vitlib.params import Parameters
 from vitlib.variants import Variant
@@ -53,7 +53,7 @@ def prepare(settings: Parameters, dataset: Dataset) -> Subject:
     """The merged checkpoint in fp16, the format that bitsandbytes' int8 product takes, and the validation pictures."""
     models.quiet_libraries()
     device = models.pick_device(settings.device)
-    checkpoints = records.study_folder(settings.study) / "checkpoints"
+    checkpoints = files.study_folder(settings.study) / "checkpoints"
     loaded = models.load(checkpoints, Variant("fp16"), device)
     loaded.labels.check(dataset, "valid")
     dataset.splits["valid"] = data.evenly(dataset.splits["valid"], settings.ablation_pictures)
@@ -257,7 +257,7 @@ def table(logits: dict[tuple[int, str], torch.Tensor], subject: Subject, setting
         )
     frame = pd.DataFrame(rows)
     frame["holm_p"] = frame.groupby("bits")["mcnemar_p"].transform(lambda p: stats.holm(p.to_numpy()))
-    records.write_table(frame, records.study_folder(settings.study) / "records" / "ablation.csv")
+    records.write_table(frame, files.study_folder(settings.study) / "records" / "ablation.csv")
     return frame
 
 
@@ -327,7 +327,7 @@ def reliability(
             }
         )
     table_ = pd.DataFrame(rows)
-    records.write_table(table_, records.study_folder(settings.study) / "records" / "reliability.csv")
+    records.write_table(table_, files.study_folder(settings.study) / "records" / "reliability.csv")
     return table_
 
 

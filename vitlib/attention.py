@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from vitlib import records
+from vitlib import files
 from vitlib.variants import ATTENTIONS, Variant
 
 # PyTorch's backend of each name; `direct` leaves the choice to PyTorch, `direct_fa2` is the package flash-attn.
@@ -107,7 +107,7 @@ def missing_flash_attention(device: torch.device) -> str:
     try:
         importlib.import_module("flash_attn")
     except (ImportError, OSError) as error:  # built for another torch, the usual state after an upgrade
-        return f"flash-attn is installed but cannot be imported: {records.first_line(error)}"
+        return f"flash-attn is installed but cannot be imported: {files.first_line(error)}"
     return ""
 
 

@@ -24,12 +24,14 @@ from vitlib import (
     benchmark,
     data,
     engine,
+    files,
     linears,
     models,
     origin,
     params,
     pipeline,
     preprocess,
+    provenance,
     quantize,
     records,
     stats,
@@ -140,7 +142,7 @@ def _prepared(
         except linears.FAILURES as reason:  # a kernel that a card lacks: the row says so, the others go on
             if step is wanted[0]:
                 raise
-            reasons.append((step.name, f"not run: {records.first_line(reason)}"))
+            reasons.append((step.name, f"not run: {files.first_line(reason)}"))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         else:
@@ -466,13 +468,13 @@ def random_study(settings: Parameters, folder: Path, dataset: data.Dataset) -> P
 
 def default_settings(device: torch.device) -> Parameters:
     """What `make bench` measures without a study: ViT-L/16 on a GPU, a small network on a CPU."""
-    flowers = records.resolve("data/flowers102")
+    flowers = files.resolve("data/flowers102")
     common = {"study": "bench", "data_source": "data/flowers102" if flowers.is_dir() else "synthetic", **BUDGET}
     if device.type == "cpu":
         small = {"architecture": "vit-mini", "image_size": 96, "batch_sizes": [1, 8]}
         return params.check({**common, **small, "limit": 96, "ablation_pictures": 32, "eval_batch_size": 8})
     large = {"architecture": "vit-large", "image_size": 224, "batch_sizes": [1, 8, 32, 128]}
-    workers = min(records.usable_cores() or 2, 64)  # as far as the parameter goes
+    workers = min(provenance.usable_cores() or 2, 64)  # as far as the parameter goes
     sizes = {"train_batch_size": 128, "eval_batch_size": 128, "workers": workers}
     return params.check({**common, **large, **sizes, "ablation_pictures": 0})
 
@@ -486,7 +488,7 @@ def run(
     """
     dataset, device = data.load(settings), models.pick_device(settings.device)
     pictures = pipeline.pictures_in(folder_of_pictures) if folder_of_pictures else dataset.splits["valid"]
-    folder = records.study_folder(settings.study) / "records"
+    folder = files.study_folder(settings.study) / "records"
     with tempfile.TemporaryDirectory() as scratch:
         weights, base = ("trained", origin.of_study(folder.parent)) if checkpoints else ("random", {})
         checkpoints = checkpoints or random_study(settings, Path(scratch), dataset)
@@ -501,7 +503,7 @@ def run(
             # After each part: what has been measured is kept where a later part fails.
             records.write_table(frame.assign(weights=weights), folder / "bench.csv")
             records.write_table(targets(frame, device.type == "cuda"), folder / "targets.csv")
-            environment = records.environment(parameters=settings.model_dump())
+            environment = provenance.environment(parameters=settings.model_dump())
             records.write_json({**environment, "base": base}, folder / "bench.json")
     return frame
 
@@ -536,9 +538,9 @@ def _chosen(options: argparse.Namespace) -> tuple[Parameters, Path | None]:
     if not options.study:
         settings = default_settings(models.pick_device("auto"))
     else:
-        values = params.load(records.project_root() / "params" / f"{options.study}.yaml")
+        values = params.load(files.project_root() / "params" / f"{options.study}.yaml")
         settings = params.check({**values, **BUDGET, "study": options.study})
-        checkpoints = records.study_folder(settings.study) / "checkpoints"
+        checkpoints = files.study_folder(settings.study) / "checkpoints"
         models.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
     if options.batch_sizes:
         settings = params.check({**settings.model_dump(), "batch_sizes": options.batch_sizes})

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import models, profile, records, roofline, stats, timing
+from vitlib import files, models, profile, records, roofline, stats, timing
 from vitlib.engine import Engine
 from vitlib.evaluate import Bench
 from vitlib.monitor import Monitor
@@ -64,7 +64,7 @@ def device_time(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.Da
     Variants that replay a CUDA graph or compiled code have no module ranges; their network is profiled eagerly.
     """
     size, frames, rows = settings.profile_batch_size, [], []
-    folder = records.study_folder(settings.study) / "records"
+    folder = files.study_folder(settings.study) / "records"
     for variant in [variant for variant in bench.variants if variant.name in bench.engines]:
         loaded = bench.engines[variant.name].loaded
         call = rotating_calls(Engine(loaded), bench.valid.pixels, size)
@@ -153,7 +153,7 @@ def against_the_roofline(
         frame.insert(0, "variant", name)
         frames.append(frame)
     table = pd.concat(frames, ignore_index=True)
-    records.write_table(table, records.study_folder(settings.study) / "records" / "roofline.csv")
+    records.write_table(table, files.study_folder(settings.study) / "records" / "roofline.csv")
     return table
 
 
@@ -188,7 +188,7 @@ def measure(bench: Bench, settings: Parameters) -> tuple[pd.DataFrame, pd.DataFr
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
     calls = every_call(bench.engines, bench.valid.pixels, settings.batch_sizes)
     sizes = {key: key[1] for key in calls}
-    folder, frames = records.study_folder(settings.study) / "records", []
+    folder, frames = files.study_folder(settings.study) / "records", []
     with Monitor(seconds=2.0) as clocks:
         latencies = timing.latency(calls, bench.device, budget, settings.seed)
         shorter = replace(budget, seconds=budget.seconds / 3)  # calls that are queued average themselves
@@ -385,7 +385,7 @@ def validity(
         (f"{100 * f:.2f} %", f"< {100 * r:g} %") for f, r in table.loc[limits, ["found", "required"]].to_numpy()
     ]
     table["reached"] = ["yes" if reached else "no" for reached in table["reached"]]
-    records.write_table(table, records.study_folder(settings.study) / "records" / "validity.csv")
+    records.write_table(table, files.study_folder(settings.study) / "records" / "validity.csv")
     return table
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vitlib import records, stats
+from vitlib import files, records, stats
 from vitlib.variants import find
 
 SOURCE = Path(__file__).with_name("claims.yaml")
@@ -802,7 +802,7 @@ def table(study: str | Path) -> pd.DataFrame:
 
     `study` is a study's name, or its folder.
     """
-    folder = study if isinstance(study, Path) else records.study_folder(study)
+    folder = study if isinstance(study, Path) else files.study_folder(study)
     claims, found, rows = {claim.id: claim for claim in load()}, Study(folder), []
     for claim in claims.values():
         measurement = measured(claim, found, claims)

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vitlib import records, synthetic
+from vitlib import files, synthetic
 from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
 
@@ -148,7 +148,7 @@ def load(settings: Parameters) -> Dataset:
     elif kind == "torchvision":
         dataset = from_torchvision(rest, settings.max_megapixels)
     else:
-        dataset = from_folder(records.resolve(settings.data_source), settings.max_megapixels)
+        dataset = from_folder(files.resolve(settings.data_source), settings.max_megapixels)
     check(dataset)
     for split, pictures in dataset.splits.items():
         dataset.splits[split] = evenly(pictures, settings.limit)
@@ -297,7 +297,7 @@ def _decode(file: Path | BinaryIO, max_megapixels: float) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadPicture(f"too large: {error}") from None
     except DAMAGED as error:
-        raise BadPicture(f"damaged: {records.first_line(error)}") from error
+        raise BadPicture(f"damaged: {files.first_line(error)}") from error
 
 
 def plain_jpeg(path: Path, max_megapixels: float) -> tuple[bytes, str]:
@@ -369,7 +369,7 @@ def from_hub(name: str, max_megapixels: float) -> Dataset:
         import datasets
     except ImportError:
         raise DataError("`data_source: hub:…` needs the package datasets: pip install -e '.[hub]'") from None
-    folder = records.resolve(name)
+    folder = files.resolve(name)
     loaded = datasets.load_dataset(str(folder) if name and folder.is_dir() else name)
     features = next(iter(loaded.values())).features
     image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
@@ -405,15 +405,15 @@ def from_torchvision(folder: str, max_megapixels: float) -> Dataset:
         from torchvision.datasets import Flowers102
     except (ImportError, RuntimeError) as error:  # beside a CPU-only torch its import fails at run time
         raise DataError(
-            f"`data_source: torchvision:…` needs a working torchvision ({records.first_line(error)}): use class folders"
+            f"`data_source: torchvision:…` needs a working torchvision ({files.first_line(error)}): use class folders"
         ) from None
     splits = {}
     for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
-        table = Flowers102(records.resolve(folder or "data"), split=theirs, download=True)
-        files = zip(table._image_files, table._labels, strict=True)
+        table = Flowers102(files.resolve(folder or "data"), split=theirs, download=True)
+        pairs = zip(table._image_files, table._labels, strict=True)
         splits[split] = [
             Picture(f"{split}/{Path(file).name}", str(number + 1), partial(open_picture, Path(file), max_megapixels))
-            for file, number in files
+            for file, number in pairs
         ]
     return Dataset(splits, {str(number + 1): name for number, name in enumerate(Flowers102.classes)})
 
@@ -546,8 +546,8 @@ def duplicates(decoded: dict[str, Decoded]) -> pd.DataFrame:
             likeness = thumbnails[second] @ thumbnails[first].T
             for row, column in (likeness > NEAR_DUPLICATE).nonzero().tolist():
                 same = digests[second][row] == digests[first][column]
-                files = (decoded[second].pictures[row].file, decoded[first].pictures[column].file)
-                rows.append((*files, round(likeness[row, column].item(), 4), "exact" if same else "near"))
+                both = (decoded[second].pictures[row].file, decoded[first].pictures[column].file)
+                rows.append((*both, round(likeness[row, column].item(), 4), "exact" if same else "near"))
     return pd.DataFrame(rows, columns=["file", "other_file", "correlation", "kind"])
 
 

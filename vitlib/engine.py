@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vitlib import fused, linears, models, quantize, records, timing
+from vitlib import files, fused, linears, models, quantize, timing
 from vitlib.ahead import WAYS, Ahead
 from vitlib.models import Loaded
 from vitlib.variants import EXECUTIONS
@@ -118,7 +118,7 @@ class Engine:
                     self._aheads[size] = ahead  # its buffers live as long as the graph
                 other = None  # before the next is captured
         except linears.FAILURES as error:  # no memory, or a kernel that does not compile: what works goes on as it is
-            failed = records.first_line(error)
+            failed = files.first_line(error)
         finally:
             network.ahead = None
         if failed:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import data, engine, models, records, stats
+from vitlib import data, engine, files, models, provenance, records, stats
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.engine import Engine
 from vitlib.params import Parameters, used_by
@@ -42,7 +42,7 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
     """
     models.quiet_libraries()
     device = models.pick_device(settings.device)
-    checkpoints = records.study_folder(settings.study) / "checkpoints"
+    checkpoints = files.study_folder(settings.study) / "checkpoints"
     variants = [find(name) for name in settings.variants]
     engines: dict[str, Engine] = {}
     reasons: dict[str, str] = {}
@@ -53,7 +53,7 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
         except (models.NotRun, torch.OutOfMemoryError) as reason:
             if variant is variants[0]:
                 raise
-            reasons[variant.name] = records.first_line(reason)
+            reasons[variant.name] = files.first_line(reason)
     first = engines[variants[0].name].loaded
     first.labels.check(dataset, "valid")
     _same_preprocessing(engines)
@@ -77,7 +77,7 @@ def _same_preprocessing(engines: dict[str, Engine]) -> None:
 def _one_training(engines: dict[str, Engine], checkpoints: Path) -> None:
     """CheckpointError where a quantized checkpoint was made from other weights than the merged one beside it."""
     merged, labels = checkpoints / "merged", models.read_labels(checkpoints / "merged")
-    checksum = records.checksum(merged / "model.safetensors")
+    checksum = files.checksum(merged / "model.safetensors")
     for name, engine_ in engines.items():
         made_from = models.merged_checksum(engine_.loaded.folder)
         if engine_.loaded.labels != labels or made_from not in ("", checksum):
@@ -108,7 +108,7 @@ def tuning(bench: Bench, settings: Parameters) -> pd.DataFrame:
     frame = engine.tunings(bench.engines, "variant")
     if frame.empty:
         return frame
-    records.write_table(frame, records.study_folder(settings.study) / "records" / "tuning.csv")
+    records.write_table(frame, files.study_folder(settings.study) / "records" / "tuning.csv")
     taken = frame[frame["chosen"]]
     table = taken.groupby(["variant", "layer", "path", "batch"], sort=False)["us"].median().unstack()
     table = table.rename(columns={size: f"batch {size} (µs)" for size in table}).reset_index()
@@ -122,8 +122,8 @@ def outputs(bench: Bench, settings: Parameters) -> dict[str, torch.Tensor]:
         for name, engine_ in bench.engines.items()
     }
     arrays = {name: values.numpy() for name, values in found.items()}
-    target = records.study_folder(settings.study) / "records" / "logits.npz"
-    with records.atomic_path(target) as path, open(path, "wb") as file:
+    target = files.study_folder(settings.study) / "records" / "logits.npz"
+    with files.atomic_path(target) as path, open(path, "wb") as file:
         np.savez_compressed(file, labels=bench.labels.ids(bench.valid.pictures).numpy(), **arrays)
     return found
 
@@ -148,7 +148,7 @@ def accuracy(bench: Bench, logits: dict[str, torch.Tensor], settings: Parameters
         for d, low, high, p in bounds
     ]
     frame.loc[~other, "verdict"] = "baseline"
-    records.write_table(frame, records.study_folder(settings.study) / "records" / "accuracy.csv")
+    records.write_table(frame, files.study_folder(settings.study) / "records" / "accuracy.csv")
     return frame
 
 
@@ -215,12 +215,12 @@ def variants_table(
         for variant in bench.variants
     )
     table = facts.merge(measured, on="variant", how="left")
-    folder = records.study_folder(settings.study) / "records"
+    folder = files.study_folder(settings.study) / "records"
     records.write_table(table, folder / "variants.csv")
-    environment = records.environment(
+    environment = provenance.environment(
         parameters=used_by(settings, "2_evaluate"),
         seeds={"study": settings.seed},
-        checksums={"weights": records.checksum(bench.checkpoints / "merged"), "data": data_checksum(bench)},
+        checksums={"weights": files.checksum(bench.checkpoints / "merged"), "data": data_checksum(bench)},
     )
     records.write_json(environment | {"while_measuring": clocks}, folder / "environment.json")
     return table

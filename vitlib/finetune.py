@@ -12,7 +12,21 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from vitlib import adapters, data, engine, models, origin, preprocess, quantize, records, stats, synthetic, training
+from vitlib import (
+    adapters,
+    data,
+    engine,
+    files,
+    models,
+    origin,
+    preprocess,
+    provenance,
+    quantize,
+    records,
+    stats,
+    synthetic,
+    training,
+)
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.params import Parameters, is_hub_id, used_by
 from vitlib.preprocess import Preprocess
@@ -79,7 +93,7 @@ def _base_folder(settings: Parameters, device: torch.device) -> Path | str:
         return _pretrained(settings, device)
     if is_hub_id(settings.base_model):
         return settings.base_model
-    folder = records.resolve(settings.base_model)
+    folder = files.resolve(settings.base_model)
     if not folder.is_dir():
         raise FinetuneError(
             f"base_model {settings.base_model!r} is neither pretrain, random, a folder nor a Hub id (owner/name)"
@@ -91,9 +105,9 @@ def _pretrained(settings: Parameters, device: torch.device) -> Path:
     """The demo's base: a small ViT trained on the generator's other classes; kept until a setting changes."""
     keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
     settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(PRETRAIN_RECIPE)}
-    settled["generator"] = records.checksum(Path(synthetic.__file__))  # other pictures make another base
+    settled["generator"] = files.checksum(Path(synthetic.__file__))  # other pictures make another base
     name = hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8]
-    folder = records.study_folder(settings.study) / "checkpoints" / f"base-{name}"
+    folder = files.study_folder(settings.study) / "checkpoints" / f"base-{name}"
     if (folder / "config.json").is_file():
         return folder
     pictures = settings.model_copy(update={"pictures_per_class": PRETRAIN_PICTURES})
@@ -110,7 +124,7 @@ def _pretrained(settings: Parameters, device: torch.device) -> Path:
         examples_of(decoded, labels),
         pre=pre,
         recipe=recipe_,
-        folder=records.study_folder(settings.study) / "training" / "base",
+        folder=files.study_folder(settings.study) / "training" / "base",
         device=device,
     )
     provenance = {
@@ -162,7 +176,7 @@ def introduce(base: Base, settings: Parameters) -> str:
     about = dict(base.origin)
     if about["base"].startswith(("/", "~")):  # a folder of this machine: its name is enough for a reader
         about["base"] = Path(about["base"]).name
-    records.write_json(about, records.study_folder(settings.study) / "records" / "base.json")
+    records.write_json(about, files.study_folder(settings.study) / "records" / "base.json")
     return origin.sentence(about)
 
 
@@ -226,7 +240,7 @@ def parameter_table(model: nn.Module) -> pd.DataFrame:
 
 def train(model: nn.Module, base: Base, decoded: dict[str, Decoded], settings: Parameters) -> pd.DataFrame:
     """Fine-tune in place; returns and writes `records/finetune.csv`."""
-    folder = records.study_folder(settings.study)
+    folder = files.study_folder(settings.study)
     history = training.train(
         model,
         examples_of(decoded, base.labels),
@@ -290,24 +304,24 @@ def _merged(model: nn.Module, settings: Parameters) -> nn.Module:
 
 def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, history: pd.DataFrame) -> dict[str, Path]:
     """Write `merged`, `nf4` and `int8`; the quantized ones are made by transformers from the merged one."""
-    folder = records.study_folder(settings.study) / "checkpoints"
+    folder = files.study_folder(settings.study) / "checkpoints"
     merged.config.update(models.label_maps(base.labels))
-    provenance = {
+    about = {
         "study": settings.study,
         "origin": base.origin,
         "method": settings.method,
         "parameters": used_by(settings, "1_finetune"),
         "top1": float(history["top1"].iloc[-1]),
-        "versions": records.environment(parameters={})["versions"],
+        "versions": provenance.environment(parameters={})["versions"],
     }
     shared = {"pre": base.preprocess, "labels": base.labels}
-    paths = {"merged": models.save(merged, folder / "merged", provenance=provenance | {"weights": "fp16"}, **shared)}
+    paths = {"merged": models.save(merged, folder / "merged", provenance=about | {"weights": "fp16"}, **shared)}
     # The merged file's checksum ties the three together: evaluation refuses checkpoints of different trainings.
-    provenance["merged_sha256"] = records.checksum(paths["merged"] / "model.safetensors")
+    about["merged_sha256"] = files.checksum(paths["merged"] / "model.safetensors")
     for weights in ("nf4", "int8"):
         quantized = models.quantize_checkpoint(paths["merged"], weights, base.device)
         note = {"weights": weights, "quantized_from": "merged", "kept_in_16_bit": [quantize.CLASSIFIER]}
-        paths[weights] = models.save(quantized, folder / weights, provenance=provenance | note, **shared)
+        paths[weights] = models.save(quantized, folder / weights, provenance=about | note, **shared)
     return paths
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vitlib import origin, publish, records
+from vitlib import files, origin, publish
 from vitlib.params import NOTEBOOKS, STUDY
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -38,7 +38,7 @@ def reports(folder: str | Path) -> list[tuple[str, str]]:
     folder, apart = Path(folder), set(NOTEBOOKS) - set(STUDY)
     found = list(folder.glob("[0-9]*_*.html"))
     if not found or any(path.stem.removesuffix(".failed") not in apart for path in found):
-        notebooks = (records.project_root() / "notebooks").glob("[0-9]*_*.ipynb")
+        notebooks = (files.project_root() / "notebooks").glob("[0-9]*_*.ipynb")
         found += [path for path in notebooks if path.stem not in apart]
     stems = {path.stem.removesuffix(".failed") for path in found}
 
@@ -69,7 +69,7 @@ def index(study_folder: str | Path) -> Path:
         files=sorted(path.relative_to(folder).as_posix() for path in (folder / "records").glob("[!.]*.*")),
     )
     target = folder / "index.html"
-    with records.atomic_path(target) as temporary:
+    with files.atomic_path(target) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
     return target
 
@@ -81,9 +81,9 @@ def study_of(folder: Path) -> str:
 
 
 def is_study(name: object) -> bool:
-    """Whether `name` can be a study's (see `records.study_folder`)."""
+    """Whether `name` can be a study's (see `files.study_folder`)."""
     try:
-        return bool(records.study_folder(name))
+        return bool(files.study_folder(name))
     except ValueError:
         return False
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import attention, data, models, pipeline, records
+from vitlib import attention, data, files, models, pipeline, records
 from vitlib.data import DataError, Picture
 from vitlib.engine import Engine
 from vitlib.params import Parameters
@@ -51,7 +51,7 @@ def load(settings: Parameters) -> Predictor:
     models.quiet_libraries()
     device = models.pick_device(settings.device)
     variant = automatic(settings, device) if settings.variant == "auto" else find(settings.variant)
-    loaded = models.load(records.study_folder(settings.study) / "checkpoints", variant, device)
+    loaded = models.load(files.study_folder(settings.study) / "checkpoints", variant, device)
     return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)))
 
 
@@ -62,7 +62,7 @@ def automatic(settings: Parameters, device: torch.device) -> Variant:
     `attention.best` names.
     """
     try:
-        table = records.read_table(records.study_folder(settings.study) / "records" / "variants.csv")
+        table = records.read_table(files.study_folder(settings.study) / "records" / "variants.csv")
     except (records.MissingRecord, ValueError):
         return Variant("nf4", attention.best(device))
     rows = table[(table["weights"] == "nf4") & (table["execution"] == "eager") & (table["status"] == "ok")]
@@ -87,7 +87,7 @@ def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, 
         split = "test" if dataset.splits.get("test") else "valid"
         skipped = [(file, reason) for file, where, reason in dataset.skipped if where == split]
         return dataset.splits[split], skipped
-    folder = records.resolve(settings.pictures)
+    folder = files.resolve(settings.pictures)
     if not folder.is_dir():
         raise DataError(f"there is no folder of pictures {settings.pictures!r} (looked from the project's root)")
     pictures, skipped = [], []
@@ -150,7 +150,7 @@ def predict(
     faults = pd.DataFrame(lost, columns=["file", "reason"]).assign(status="skipped", label="", label_name="")
     filled = [part for part in (frame, faults) if len(part)] or [frame]
     frame = pd.concat(filled, ignore_index=True).reindex(columns=records.COLUMNS["predictions"])
-    records.write_table(frame, records.study_folder(settings.study) / "records" / "predictions.csv")
+    records.write_table(frame, files.study_folder(settings.study) / "records" / "predictions.csv")
     return frame, passed, rate
 
 

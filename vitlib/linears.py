@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vitlib import kernels, records
+from vitlib import files, kernels
 from vitlib.kernels import BLOCK
 from vitlib.quantize import relative_error
 
@@ -613,7 +613,7 @@ def _measured(parts: list[Tuned], rows: int, path: str, config: str) -> dict[str
         graph, _ = captured(lambda: _each(parts * times, path, config, inputs), device)
         row["us"] = replay_us(graph) / (times * len(parts))
     except FAILURES as error:
-        row["note"] = records.first_line(error)
+        row["note"] = files.first_line(error)
     return row
 
 

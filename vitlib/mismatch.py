@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import claims, data, engine, models, preprocess, records, stats
+from vitlib import claims, data, engine, files, models, preprocess, records, stats
 from vitlib.data import Dataset
 from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
@@ -59,7 +59,7 @@ def mismatched(settings: Parameters, dataset: Dataset) -> pd.DataFrame:
     fp32 weights with the same preprocessing. Written to `records/preprocessing.csv`.
     """
     models.quiet_libraries()
-    checkpoints, device = records.study_folder(settings.study) / "checkpoints", models.pick_device(settings.device)
+    checkpoints, device = files.study_folder(settings.study) / "checkpoints", models.pick_device(settings.device)
     decoded, found, rows = {}, {}, []
     for weights in WEIGHTS:
         loaded = _loaded(checkpoints, weights, device)
@@ -77,7 +77,7 @@ def mismatched(settings: Parameters, dataset: Dataset) -> pd.DataFrame:
             labels = loaded.labels.ids(decoded[shape].pictures).numpy()
             rows.append(_preprocessing_row(weights, name, labels, found))
     frame = pd.DataFrame(rows)
-    records.write_table(frame, records.study_folder(settings.study) / "records" / "preprocessing.csv")
+    records.write_table(frame, files.study_folder(settings.study) / "records" / "preprocessing.csv")
     return frame
 
 
@@ -152,7 +152,7 @@ def looks(settings: Parameters, dataset: Dataset, count: int = 1) -> tuple[list[
 
     uint8 pictures (h, w, 3), a row for each of `count` pictures, and their titles.
     """
-    own = preprocess.load(records.study_folder(settings.study) / "checkpoints" / "merged")
+    own = preprocess.load(files.study_folder(settings.study) / "checkpoints" / "merged")
     images, titles = [], []
     for picture in data.evenly(dataset.splits["valid"], count):
         for name, pre in preprocessings(own).items():

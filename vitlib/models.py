@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
-from vitlib import attention, preprocess, quantize, records
+from vitlib import attention, files, preprocess, quantize, records
 from vitlib.data import Labels
 from vitlib.preprocess import Preprocess
 from vitlib.variants import Variant, nearest
@@ -149,7 +149,7 @@ def quantize_checkpoint(merged: Path, weights: str, device: torch.device) -> nn.
 
 def save(model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: dict[str, object]) -> Path:
     """Write a self-sufficient checkpoint to `folder`, complete or not at all."""
-    with records.atomic_path(folder) as target:
+    with files.atomic_path(folder) as target:
         model.save_pretrained(target)
         pre.save(target)
         pairs = zip(labels.folders, labels.names, strict=True)

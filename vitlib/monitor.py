@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from vitlib import records
+from vitlib import provenance
 
 FIELDS = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w")
 
 
 class Monitor:
-    """Samples `records.gpu_state` every `seconds` in a thread, between entering and leaving a `with` block.
+    """Samples `provenance.gpu_state` every `seconds` in a thread, between entering and leaving a `with` block.
 
     Where there is no nvidia-smi it samples nothing and `summary` says why.
     """
@@ -34,7 +34,7 @@ class Monitor:
 
     def _sample(self) -> None:
         while not self._stop.is_set():
-            states, self.reason = records.gpu_state()
+            states, self.reason = provenance.gpu_state()
             if states is None:
                 return
             self.samples.append(states)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vitlib import records
+from vitlib import files, records
 from vitlib.params import is_hub_id
 
 KINDS = ("random", "generator", "stand-in", "hub", "folder")
@@ -35,7 +35,7 @@ def describe(base: str, *, revision: str = "", architecture: str = "") -> dict[s
         return {"base": base, "kind": "generator", "revision": revision}
     if is_hub_id(base) and revision:  # a folder that is gone has no commit, and is not called a repository
         return {"base": base, "kind": "hub", "revision": revision}
-    said = _read(records.resolve(base) / "provenance.json")
+    said = _read(files.resolve(base) / "provenance.json")
     found = {"base": base, "kind": "folder", "revision": revision}
     if said.get("pretrained") is False:
         found |= {"kind": "stand-in", "origin": said.get("origin", "")}
@@ -64,7 +64,7 @@ def sentence(about: Mapping[str, Any] | Path | str) -> str:
     `about` is what `describe` gives, a study's folder, or a study's name.
     """
     if not isinstance(about, Mapping):
-        about = of_study(about if isinstance(about, Path) else records.study_folder(about))
+        about = of_study(about if isinstance(about, Path) else files.study_folder(about))
     return _SENTENCES[about["kind"]](about) if about.get("kind") in KINDS else ""
 
 

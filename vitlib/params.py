@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vitlib import records
+from vitlib import files
 from vitlib import variants as variant_table
 from vitlib.variants import nearest
 
@@ -152,7 +152,7 @@ def used_by(settings: Parameters, notebook: str) -> dict[str, Any]:
 
 def is_hub_id(base: str) -> bool:
     """Whether `base` names a Hub repository (owner/name) rather than a folder or a keyword."""
-    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not records.resolve(base).exists()
+    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not files.resolve(base).exists()
 
 
 class _PlainLoader(yaml.SafeLoader):

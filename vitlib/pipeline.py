@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vitlib import data, records, stats, timing
+from vitlib import data, files, stats, timing
 from vitlib.data import Picture
 from vitlib.engine import Engine
 from vitlib.models import Loaded, NotRun
@@ -154,7 +154,7 @@ class NvJpegDecoder(PilDecoder):
             raise
         except RuntimeError as error:
             if len(encoded) == 1:
-                return [f"nvJPEG refused it: {records.first_line(error)}"]
+                return [f"nvJPEG refused it: {files.first_line(error)}"]
             return [self._decode([one])[0] for one in encoded]
 
     def note(self) -> str:
@@ -182,7 +182,7 @@ def no_nvjpeg(loaded: Loaded) -> str:
     try:
         decode_on_device([torch.frombuffer(bytearray(sample.getvalue()), dtype=torch.uint8)], loaded.device)
     except (ImportError, RuntimeError, AttributeError, TypeError) as error:  # an old one takes no list, or no device
-        return f"nvJPEG needs torchvision 0.20 or newer with CUDA ({records.first_line(error)})"
+        return f"nvJPEG needs torchvision 0.20 or newer with CUDA ({files.first_line(error)})"
     return ""
 
 

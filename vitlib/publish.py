@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitlib import records
+from vitlib import files
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -209,7 +209,7 @@ def scrubbed(value: Any) -> Any:
     Files of installed libraries start at the library's name.
     """
     if isinstance(value, str):
-        for pattern, short in _machine_paths(str(records.project_root()), str(Path.home())):
+        for pattern, short in _machine_paths(str(files.project_root()), str(Path.home())):
             value = pattern.sub(short, value)
         return value
     if isinstance(value, Mapping):
@@ -235,5 +235,5 @@ def _machine_paths(root: str, home: str) -> list[tuple[re.Pattern[str], str]]:
 
 def display(path: Path) -> str:
     """The path as a reader would type it: relative to the project where it lies inside."""
-    root = records.project_root()
+    root = files.project_root()
     return str(path.absolute().relative_to(root)) if path.absolute().is_relative_to(root) else str(path)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitlib import params, publish, records
+from vitlib import files, params, publish
 from vitlib.frontpage import POLICY, TEMPLATES, index, is_study, reports, summary
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _papermill(
             _unformatted(output),
             parameters=parameters,
             kernel_name="python3",
-            cwd=str(records.project_root()),
+            cwd=str(files.project_root()),
             progress_bar={"desc": notebook.stem} if progress else False,
             log_output=False,
             start_timeout=start_timeout_s,
@@ -289,7 +289,7 @@ def render(ipynb: str | Path) -> Path:
     ipynb = Path(ipynb)
     page = ipynb.with_suffix(".html")
     text = page_of(_read(ipynb), page)
-    with records.atomic_path(page) as temporary:
+    with files.atomic_path(page) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
     return page
 
@@ -385,7 +385,7 @@ def _write(executed: "NotebookNode", ipynb: Path) -> None:
 
     page = ipynb.with_suffix(".html")
     text = page_of(executed, page)
-    with records.atomic_path(ipynb) as notebook_file, records.atomic_path(page) as page_file:
+    with files.atomic_path(ipynb) as notebook_file, files.atomic_path(page) as page_file:
         Path(notebook_file).write_text(nbformat.writes(executed) + "\n", encoding="utf-8")
         Path(page_file).write_text(text, encoding="utf-8")
 
@@ -411,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else each kernel prints a warning
     try:
-        folder = records.study_folder(options.study)
+        folder = files.study_folder(options.study)
         _COMMANDS[options.command](options, folder)
     except (ReportError, params.ParameterError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -420,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, folder: Path) -> None:
-    values = params.load(options.params or records.project_root() / "params" / f"{options.study}.yaml")
+    values = params.load(options.params or files.project_root() / "params" / f"{options.study}.yaml")
     try:
         execute(options.notebook, parameters={**values, "study": options.study}, folder=folder)
     finally:

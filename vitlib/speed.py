@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from vitlib import origin, records
+from vitlib import files, origin, records
 from vitlib.records import NO_BREAK
 
 NAMES = {
@@ -60,7 +60,7 @@ class Bench:
 
 def load(study: str) -> Bench:
     """The records of `make bench` for `study`. MissingRecord says how to make them."""
-    folder = records.study_folder(study) / "records"
+    folder = files.study_folder(study) / "records"
     tuning = folder / "bench_tuning.csv"  # a machine without fused rows leaves none
     frame, targets = (records.read_table(folder / name) for name in ("bench.csv", "targets.csv"))
     # Without bounds the column holds numbers alone, which a table would round to two digits.

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import set_seed
 
-from vitlib import data, models, preprocess, records
+from vitlib import data, models, preprocess, provenance, records
 from vitlib.data import Dataset, Labels
 from vitlib.preprocess import Preprocess
 from vitlib.training import Examples
@@ -507,7 +507,7 @@ def _provenance(settings: StandIn, history: list[dict], accuracy: list[dict], pi
         "top5": accuracy[-1]["top5"],
         "weights": "fp32",
         "settings": asdict(settings),
-        "versions": records.environment(parameters={})["versions"],
+        "versions": provenance.environment(parameters={})["versions"],
     }
 
 

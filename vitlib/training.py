@@ -29,7 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
 from transformers.trainer_utils import sort_checkpoints
 
-from vitlib import adapters, attention, preprocess, records
+from vitlib import adapters, attention, files, preprocess, records
 from vitlib.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
@@ -161,7 +161,7 @@ class ImageTrainer(Trainer):
             except torch._dynamo.exc.TorchDynamoException as error:
                 if self.recipe.compile != "auto":
                     raise
-                return records.first_line(error)
+                return files.first_line(error)
             else:
                 return ""
             self._freed()
@@ -203,7 +203,7 @@ class ImageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        sums = {file.name: records.checksum(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+        sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
         records.write_json({"identity": self.identity, "files": sums}, folder / MANIFEST)
 
 
@@ -460,13 +460,13 @@ def newest_whole_checkpoint(folder: Path, identity: Mapping[str, object]) -> Pat
 def damage(checkpoint: Path) -> str:
     """What is wrong with a training checkpoint ('' if it is whole)."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest: saving was cut off"
     present = {file.name for file in checkpoint.iterdir()} - {MANIFEST}
-    if missing := sorted(set(files) - present):
+    if missing := sorted(set(listed) - present):
         return f"{missing[0]} is missing"
-    changed = [name for name, checksum in files.items() if records.checksum(checkpoint / name) != checksum]
+    changed = [name for name, checksum in listed.items() if files.checksum(checkpoint / name) != checksum]
     return f"{changed[0]} was changed" if changed else ""
 
 

@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import nn
 
-from vitlib import adapters, quantize, records, training
+from vitlib import adapters, files, quantize, training
 from vitlib.preprocess import Preprocess
 from vitlib.training import Examples, Recipe
 
@@ -80,7 +80,7 @@ def step_speed(
             trained = _trainable(model, step, rank, alpha, dropout).to(device).train()
             found = _measured(trained, step, examples, batch, pre, device, calls, seconds, backend)
         except (RuntimeError, ImportError) as error:  # of CUDA's memory, or of the compiler
-            found = {"reason": records.first_line(error)[:200]}
+            found = {"reason": files.first_line(error)[:200]}
         trained = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
