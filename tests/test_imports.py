@@ -35,7 +35,7 @@ LEVELS = {
         *("finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"),
         *("trainspeed", "bench", "speed"),
     },
-    4: {"plots", "report", "frontpage", "publish"},
+    4: {"tables", "plots", "report", "frontpage", "publish"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 MODULES = sorted(path.stem for path in imports.PACKAGE.glob("*.py"))

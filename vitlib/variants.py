@@ -13,6 +13,8 @@ ATTENTIONS = (
     *("direct", "direct_cudnn", "direct_efficient", "direct_math", "direct_fa", "direct_fa2"),
 )
 EXECUTIONS = ("eager", "graph", "compile", "fused", "fused-graph", "fused-compile", "fused-compile-graph")
+_ATTENTION_WORDS = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2", "eager": "unfused attention"}
+_EXECUTION_WORDS = {"fused": "fused", "graph": "CUDA graph", "compile": "torch.compile"}
 _CHECKPOINTS = {"nf4": "nf4", "int8": "int8", "w8a16": "int8", "w8a8": "int8"}
 
 
@@ -43,6 +45,13 @@ class Variant:
     @property
     def name(self) -> str:
         return "-".join((self.weights, self.attention, self.execution)).removesuffix("-eager")
+
+    @property
+    def label(self) -> str:
+        """The variant in words, as pages and legends name it."""
+        kernel = "" if self.fused else _ATTENTION_WORDS.get(self.attention, self.attention)
+        parts = self.execution.split("-") if self.execution != "eager" else []
+        return " · ".join(filter(None, (self.weights.upper(), kernel, *(_EXECUTION_WORDS[part] for part in parts))))
 
     @property
     def quantized(self) -> bool:
@@ -119,3 +128,8 @@ def find(name: str) -> Variant:
     if name not in VARIANTS:
         raise ValueError(f"unknown variant {name!r}: {nearest(name, list(VARIANTS))}")
     return VARIANTS[name]
+
+
+def label(name: str) -> str:
+    """The variant called `name` in words; `name` itself where there is no such variant."""
+    return VARIANTS[name].label if name in VARIANTS else name
