@@ -41,7 +41,8 @@ def test_a_notebooks_first_cell_can_run_twice(study):
 
 
 def test_a_second_process_is_refused_until_the_first_ends(study):
-    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    take = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
+    code = f"{take}; print('held', flush=True); sys.stdin.read()"
     study.folder.mkdir(parents=True)
     words = [sys.executable, "-c", code, str(study.folder / ".lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

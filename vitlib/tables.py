@@ -64,7 +64,7 @@ def table(
 
 
 def _chosen(frame: pd.DataFrame, columns: Mapping[str | tuple[str, str], str | Column]) -> pd.DataFrame:
-    """The columns named, each under its heading; those with a format as text, whose headings are in `attrs["right"]`."""
+    """The columns named, each under its heading. Formatted ones are text; their headings are in `attrs["right"]`."""
     made, right = {}, []
     for key, about in columns.items():
         about = Column(about) if isinstance(about, str) else about
