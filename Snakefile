@@ -28,7 +28,7 @@ NOTEBOOKS = {
 # One file stands for each checkpoint, whose folder is put in place as a whole.
 CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "int8")]}
 # What a notebook reads beside the code and records.
-FILES = {"5_claims": ["vitlib/claims.yaml", "vitlib/claims_ablation.csv"]}
+FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
 sys.path.insert(0, str(workflow.basedir))

@@ -32,7 +32,7 @@ LEVELS = {
     },
     2: {"models", "fused", "engine", "pipeline", "training"},
     3: {
-        *("finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"),
+        *("finetune", "evaluate", "benchmark", "ablation", "inference", "standin"),
         *("trainspeed", "bench", "speed"),
     },
     4: {"tables", "plots", "report", "frontpage", "publish"},
