@@ -39,17 +39,15 @@ study = claims.open(globals())
 # %% [markdown]
 # ## The claims
 #
-# They are data, in `vitlib/claims/claims.yaml`, without any verdict. One of them, as an object:
+# They are data, in `vitlib/claims/claims.yaml`, without any verdict. Each measures its own quantity on the study. One
+# of them, as an object, and its measurement:
 
 # %%
 claim = claims.find("own-top1")
-claim
+claim, claim.quantity.measure(study)
 
 # %% [markdown]
-# Each claim measures its own quantity on the study. Where variants are compared, the figure comes with its interval.
-
-# %%
-claim.quantity.measure(study)
+# All of them, starting with the original's objectives. Where variants are compared, a figure comes with its interval:
 
 # %%
 verdicts = claims.verdicts(study)

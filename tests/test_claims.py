@@ -210,9 +210,11 @@ def test_of_another_network_one_sentence_counts_the_claims(made):
     frame = made.study.read("claims")
     assert list(frame.columns) == list(records.COLUMNS["claims"])
     assert claims.show(frame, "sensitivity", "objectives") == (
-        "*13 claims are not tested: the network is not ViT-L/16 (4 blocks of width 128).*"
+        "*13 of 13 claims are not tested: the network is not ViT-L/16 (4 blocks of width 128).*"
     )
-    assert claims.show(frame, "slides table").to_html().count("</tr>") == 3  # a heading and the two calculated bounds
+    page = claims.show(frame, "slides table").to_html()
+    assert page.count("</tr>") == 3  # a heading and the two calculated bounds
+    assert "9 of 11 claims are not tested" in page
     with pytest.raises(Missing, match="not ViT-L/16"):
         quantities.require(made.study)
 

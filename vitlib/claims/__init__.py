@@ -59,16 +59,19 @@ def verdicts(study: Study) -> pd.DataFrame:
 
 
 def show(frame: pd.DataFrame, *subjects: str) -> Styler | Markdown:
-    """The claims of some subjects; where all of them need the original's network, one sentence that counts them."""
+    """The claims of some subjects; those that need the original's network, where this one is another, as one count."""
     chosen = frame[frame["subject"].isin(subjects)]
     other = chosen["verdict"].str.startswith(f"{UNTESTED}: {OTHER_NETWORK}")
+    reason = "".join(chosen.loc[other, "verdict"].head(1)).removeprefix(f"{UNTESTED}: ")
+    note = f"{other.sum()} of {len(chosen)} claims are not tested: {reason}." if reason else ""
     if other.all():
-        return Markdown(f"*{len(chosen)} claims are not tested: {chosen['verdict'].iloc[0].partition(': ')[2]}.*")
+        return Markdown(f"*{note}*")
     shown = chosen[~other].fillna("").replace("; ", "\n", regex=True)
     shown["claim"] += "\n(" + shown["source"] + ")"
     shown["original"] += "\nholds if " + shown["counts_as"]
     styled = table(shown, _COLUMNS).set_properties(**{"white-space": "pre-line", "text-align": "left"})
-    return styled.map(lambda verdict: f"color: {_COLOURS[kind_of(verdict)]}", subset="verdict")
+    styled = styled.map(lambda verdict: f"color: {_COLOURS[kind_of(verdict)]}", subset="verdict")
+    return styled.set_caption(note) if note else styled
 
 
 def counts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -106,7 +109,8 @@ def reanalysis_in_words(frame: pd.DataFrame) -> Markdown:
     return Markdown(
         f"Of {tests} comparisons **{significant} can be significant**: the largest difference, {first['kept']} kept at "
         f"{first['bits']} bits, is {first['pictures']:+.0f} of {first['n']} pictures, with p = "
-        f"{first['least_holm_p']:.2f} or more after Holm's correction. It would take {stats.fewest_significant(tests)}."
+        f"{first['least_holm_p']:.2f} or more after Holm's correction. It would take "
+        f"{stats.fewest_significant(tests)} pictures."
     )
 
 
@@ -120,5 +124,5 @@ def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
     reasons = frame.loc[frame["verdict"].map(kind_of) == UNTESTED, "verdict"].str.partition(": ")[2].value_counts()
     if len(reasons):
         sentences.append(f"The most frequent reason ({reasons.iloc[0]} claims): {reasons.index[0]}.")
-    sentences.append(mistake_in_words(costs).splitlines()[-1])
+    sentences.append("Its largest error is in preprocessing. " + mistake_in_words(costs).splitlines()[-1])
     return Markdown(" ".join(sentences) + f"\n\n{origin.sentence(study.folder)}")

@@ -160,12 +160,12 @@ def mistake_in_words(frame: pd.DataFrame) -> Markdown:
                 f"- **{weights.upper()}** against FP32: {own} with its own preprocessing, {wrong} with the original's. "
                 f"The slides, with the wrong one: {said:+.1f} points."
             )
-    apart, change = readme - slides["fp32-sdpa"], rows.loc[ORIGINAL, "difference"]
-    share = f"{-10000 * change / apart:.0f} %" if change < 0 else "none"
+    apart, change = readme - slides["fp32-sdpa"], rows.loc[ORIGINAL]
+    share = f"**{-10000 * change['difference'] / apart:.0f} %** of that difference; other weights may lose more"
     lines.append(
         f"\nThe original's two baselines differ by **{apart:.0f} points** of Top-1. The same preprocessing mistake "
-        f"changes this checkpoint by {_points(rows.loc[ORIGINAL], 'difference')}, **{share}** of that difference; "
-        "other weights may lose more."
+        f"changes this checkpoint by {_points(change, 'difference')}, "
+        f"{share if change['difference_high'] < 0 else 'which is **no significant loss**'}."
     )
     return Markdown("\n".join(lines))
 
