@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import claims, data, engine, files, models, preprocess, records, stats
+from vitlib import checkpoint, claims, data, engine, files, preprocess, records, stats
 from vitlib.data import Dataset
 from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
@@ -58,8 +58,8 @@ def mismatched(settings: Parameters, dataset: Dataset) -> pd.DataFrame:
     preprocessing and the paired difference of top1 to it with its bounds; and `from_fp32`, the paired difference to
     fp32 weights with the same preprocessing. Written to `records/preprocessing.csv`.
     """
-    models.quiet_libraries()
-    checkpoints, device = files.study_folder(settings.study) / "checkpoints", models.pick_device(settings.device)
+    checkpoint.quiet_libraries()
+    checkpoints, device = files.study_folder(settings.study) / "checkpoints", checkpoint.pick_device(settings.device)
     decoded, found, rows = {}, {}, []
     for weights in WEIGHTS:
         loaded = _loaded(checkpoints, weights, device)
@@ -72,7 +72,7 @@ def mismatched(settings: Parameters, dataset: Dataset) -> pd.DataFrame:
             shape = str(pre.describe()["size"])
             if shape not in decoded:  # normalising comes after decoding, so two of the four share their pictures
                 decoded[shape] = data.decode_splits(dataset, ["valid"], pre, settings.workers)["valid"]
-            runner = engine.Engine(models.Loaded(**{**vars(loaded), "preprocess": pre}))
+            runner = engine.Engine(checkpoint.Loaded(**{**vars(loaded), "preprocess": pre}))
             found[weights, name] = engine.logits(runner, decoded[shape].pixels, settings.eval_batch_size).numpy()
             labels = loaded.labels.ids(decoded[shape].pictures).numpy()
             rows.append(_preprocessing_row(weights, name, labels, found))
@@ -81,14 +81,14 @@ def mismatched(settings: Parameters, dataset: Dataset) -> pd.DataFrame:
     return frame
 
 
-def _loaded(checkpoints: Path, weights: str, device: torch.device) -> models.Loaded | None:
+def _loaded(checkpoints: Path, weights: str, device: torch.device) -> checkpoint.Loaded | None:
     """The checkpoint with these weights; None where a quantized one is missing or cannot run here. fp32 must run."""
     variant = Variant(weights)
     if variant.quantized and not (checkpoints / variant.checkpoint).is_dir():
         return None
     try:
-        return models.load(checkpoints, variant, device)
-    except models.NotRun:
+        return checkpoint.load(checkpoints, variant, device)
+    except checkpoint.NotRun:
         if not variant.quantized:
             raise
         return None

@@ -194,7 +194,7 @@ def find(name: str) -> Variant:
         reason = str(error) if "-" in str(name) else "a name is <weights>-<attention>[-<execution>][-tanh]"
         close = difflib.get_close_matches(str(name), VARIANTS, n=1, cutoff=0.5)
         known = f"did you mean {close[0]!r}?" if close else f"one that exists is {BASELINE.name!r}"
-        raise ValueError(f"unknown variant {name!r}: {reason}; {known}") from None
+        raise ValueError(f"unknown variant {name!r}: {known} ({reason})") from None
     if variant.name != name:
         raise ValueError(f"unknown variant {name!r}: did you mean {variant.name!r}?")
     return variant
