@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, benchmark, data, evaluate, files, inference, models, params, records, stats, synthetic
+from vitlib import ablation, benchmark, checkpoint, data, evaluate, files, inference, params, records, stats, synthetic
 from vitlib.data import DataError, Dataset, Picture
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
@@ -199,7 +199,7 @@ def test_checkpoints_of_different_trainings_are_not_compared(project, settings, 
     copy = project / "outputs" / "mixed" / "checkpoints"
     shutil.copytree(checkpoints, copy)
     (copy / "nf4" / "provenance.json").write_text(json.dumps({"merged_sha256": "of another training"}))
-    with pytest.raises(models.CheckpointError, match="other weights"):
+    with pytest.raises(checkpoint.CheckpointError, match="other weights"):
         evaluate.prepare(settings.model_copy(update={"study": "mixed"}), dataset_for(labels))
 
 
@@ -216,7 +216,7 @@ def test_checkpoints_of_different_preprocessing_are_not_compared(project, settin
     config = json.loads((copy / "nf4" / "preprocessor_config.json").read_text())
     config["image_mean"] = [0.485, 0.456, 0.406]
     (copy / "nf4" / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(models.CheckpointError, match="different preprocessing"):
+    with pytest.raises(checkpoint.CheckpointError, match="different preprocessing"):
         evaluate.prepare(settings.model_copy(update={"study": "other"}), dataset_for(labels))
 
 

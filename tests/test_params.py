@@ -280,7 +280,7 @@ def test_collect_checks_values_that_papermill_did_not_bring():
 
 
 def test_names_of_variants_are_unique():
-    rows = (*variants.STUDY, *variants.EXTRA)
+    rows = variants.VARIANTS.values()
     assert len({row.name for row in rows}) == len(set(rows)) == len(rows) == len(variants.VARIANTS)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitlib import models, profile
+from vitlib import checkpoint, profile
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", params=["fp32", "nf4", "int8"])
 def profiled(request, checkpoints):
-    loaded = models.load(checkpoints, Variant(request.param), CPU)
+    loaded = checkpoint.load(checkpoints, Variant(request.param), CPU)
     pixel_values = torch.randn(2, 3, 32, 32, dtype=loaded.dtype)
     with torch.inference_mode():
         frame = profile.profile(lambda: loaded.model(pixel_values=pixel_values), loaded.model, CPU, passes=2)
@@ -46,7 +46,7 @@ def test_every_part_of_a_vit_is_there(profiled):
 
 def test_time_is_a_sum_over_calls_not_a_sum_of_averages(checkpoints):
     """The original study added up averages per call: twice the calls would have given the same number."""
-    loaded = models.load(checkpoints, Variant("fp32"), CPU)
+    loaded = checkpoint.load(checkpoints, Variant("fp32"), CPU)
     pixel_values = torch.randn(8, 3, 32, 32)
 
     def times(repeats: int) -> float:
@@ -60,7 +60,7 @@ def test_time_is_a_sum_over_calls_not_a_sum_of_averages(checkpoints):
 
 
 def test_profiling_leaves_the_network_as_it_was(checkpoints):
-    loaded = models.load(checkpoints, Variant("fp32"), CPU)
+    loaded = checkpoint.load(checkpoints, Variant("fp32"), CPU)
     before = dict(profile.ALL_ATTENTION_FUNCTIONS.items())
     with profile.annotated(loaded.model):
         pass

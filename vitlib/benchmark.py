@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import files, models, profile, records, roofline, stats, timing
+from vitlib import checkpoint, files, profile, records, roofline, stats, timing, verify
 from vitlib.engine import Engine
 from vitlib.evaluate import Bench
 from vitlib.monitor import Monitor
@@ -125,7 +125,7 @@ def identity_fault(variant: Variant, frame: pd.DataFrame) -> str:
     if unfused and any(part in kernel for part in ("scaled_dot_product", "fmha", "sdpa", "flash")):
         return f"attention ran fused, in {kernel}"
     through_bitsandbytes = frame["operation"].str.startswith("bitsandbytes::").any()
-    if variant.fused and variant.quantized:  # several libraries can compute these; `models.verify` saw the layers
+    if variant.fused and variant.quantized:  # several libraries can compute these; `verify.verify` saw the layers
         return ""
     if through_bitsandbytes != variant.quantized:
         return "bitsandbytes was " + ("not used" if variant.quantized else "used")
@@ -142,9 +142,9 @@ def against_the_roofline(
         counted = roofline.work(
             loaded.model.config,
             batch=settings.profile_batch_size,
-            bytes_per_weight=models.encoder_bytes_per_weight(loaded.model),
+            bytes_per_weight=verify.encoder_bytes_per_weight(loaded.model),
             bytes_per_value=loaded.dtype.itemsize,
-            class_token_only=hasattr(loaded.model, "evidence"),
+            class_token_only=loaded.variant.fused,
         )
         times = profile.by_part(kernels[kernels["variant"] == name])
         dtype = str(loaded.dtype).removeprefix("torch.")
@@ -297,7 +297,7 @@ def memory(bench: Bench, settings: Parameters) -> pd.DataFrame:
                     "variant": name,
                     "batch": size,
                     "model_mb": weights,
-                    "disk_mb": models.disk_mb(engine.loaded.folder),
+                    "disk_mb": checkpoint.disk_mb(engine.loaded.folder),
                     "peak_above_weights_mb": used.allocated,
                     "peak_memory_mb": weights + used.allocated,
                     "peak_vram_mb": weights + used.allocated if cuda else np.nan,
@@ -334,8 +334,8 @@ def cpu_latency(bench: Bench, settings: Parameters) -> pd.Series:
         if variant.quantized and bench.device.type == "cuda":
             continue
         try:
-            loaded = models.load(bench.checkpoints, variant, cpu)
-        except models.NotRun:  # FlashAttention-2: the row has no CPU latency
+            loaded = checkpoint.load(bench.checkpoints, variant, cpu)
+        except checkpoint.NotRun:  # FlashAttention-2: the row has no CPU latency
             continue
         calls[variant.name] = rotating_calls(Engine(loaded, variant.execution, (1,)), bench.valid.pixels, 1)
     samples = timing.latency(calls, cpu, timing.Budget(2, settings.cpu_samples, 5.0), settings.seed)

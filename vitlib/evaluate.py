@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import data, engine, files, models, provenance, records, stats
+from vitlib import checkpoint, data, engine, files, provenance, records, stats, verify
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.engine import Engine
 from vitlib.params import Parameters, used_by
@@ -40,8 +40,8 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
 
     A variant that cannot run here keeps its row with the reason. The baseline must run: its error is raised.
     """
-    models.quiet_libraries()
-    device = models.pick_device(settings.device)
+    checkpoint.quiet_libraries()
+    device = checkpoint.pick_device(settings.device)
     checkpoints = files.study_folder(settings.study) / "checkpoints"
     variants = [find(name) for name in settings.variants]
     engines: dict[str, Engine] = {}
@@ -49,8 +49,8 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
     sizes = tuple(sorted({*settings.batch_sizes, settings.eval_batch_size, settings.profile_batch_size}))
     for variant in variants:
         try:
-            engines[variant.name] = Engine(models.load(checkpoints, variant, device), variant.execution, sizes)
-        except (models.NotRun, torch.OutOfMemoryError) as reason:
+            engines[variant.name] = Engine(checkpoint.load(checkpoints, variant, device), variant.execution, sizes)
+        except (checkpoint.NotRun, torch.OutOfMemoryError) as reason:
             if variant is variants[0]:
                 raise
             reasons[variant.name] = files.first_line(reason)
@@ -59,7 +59,7 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
     _same_preprocessing(engines)
     _one_training(engines, checkpoints)
     valid = data.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
-    found = {name: models.evidence(engine_.loaded.model) for name, engine_ in engines.items()}
+    found = {name: verify.evidence(engine_.loaded.model) for name, engine_ in engines.items()}
     return Bench(variants, engines, reasons, first.labels, device, valid, checkpoints, found)
 
 
@@ -68,7 +68,7 @@ def _same_preprocessing(engines: dict[str, Engine]) -> None:
     first = next(iter(described))
     for name, settings in described.items():
         if settings != described[first]:
-            raise models.CheckpointError(
+            raise checkpoint.CheckpointError(
                 f"{name} and {first} were saved with different preprocessing ({settings} against {described[first]}): "
                 "run 1_finetune again, so that all checkpoints come from one training"
             )
@@ -76,12 +76,12 @@ def _same_preprocessing(engines: dict[str, Engine]) -> None:
 
 def _one_training(engines: dict[str, Engine], checkpoints: Path) -> None:
     """CheckpointError where a quantized checkpoint was made from other weights than the merged one beside it."""
-    merged, labels = checkpoints / "merged", models.read_labels(checkpoints / "merged")
+    merged, labels = checkpoints / "merged", checkpoint.read_labels(checkpoints / "merged")
     checksum = files.checksum(merged / "model.safetensors")
     for name, engine_ in engines.items():
-        made_from = models.merged_checksum(engine_.loaded.folder)
+        made_from = checkpoint.merged_checksum(engine_.loaded.folder)
         if engine_.loaded.labels != labels or made_from not in ("", checksum):
-            raise models.CheckpointError(
+            raise checkpoint.CheckpointError(
                 f"{name} was quantized from other weights or labels than {merged.name}/ holds: run 1_finetune again, "
                 "so that all checkpoints come from one training"
             )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import data, engine, models, preprocess, stats
+from vitlib import checkpoint, data, engine, preprocess, stats
 from vitlib.claims.claim import load
 from vitlib.data import Dataset
 from vitlib.preprocess import Preprocess
@@ -73,7 +73,7 @@ def mistake(study: Study, dataset: Dataset) -> pd.DataFrame:
     preprocessing and the paired difference of top1 to it with its interval; and `from_fp32`, the paired difference to
     fp32 weights with the same preprocessing. Written to `records/preprocessing.csv`.
     """
-    models.quiet_libraries()
+    checkpoint.quiet_libraries()
     decoded, found, rows = {}, {}, []
     for weights in WEIGHTS:
         loaded = _loaded(study, weights)
@@ -93,14 +93,14 @@ def mistake(study: Study, dataset: Dataset) -> pd.DataFrame:
     return study.write("preprocessing", pd.DataFrame(rows))
 
 
-def _loaded(study: Study, weights: str) -> models.Loaded | None:
+def _loaded(study: Study, weights: str) -> checkpoint.Loaded | None:
     """The checkpoint with these weights; None where a quantized one is missing or cannot run here. fp32 must run."""
     variant = Variant(weights)
     if variant.quantized and not study.checkpoint(variant.checkpoint).is_dir():
         return None
     try:
-        return models.load(study.checkpoints, variant, models.pick_device(study.settings.device))
-    except models.NotRun:
+        return checkpoint.load(study.checkpoints, variant, checkpoint.pick_device(study.settings.device))
+    except checkpoint.NotRun:
         if not variant.quantized:
             raise
         return None
