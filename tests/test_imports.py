@@ -23,7 +23,6 @@ LEVELS = {
         "stats",
         "variants",
         "imports",
-        "monitor",
         "origin",
     },
     1: {
