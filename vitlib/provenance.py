@@ -71,8 +71,8 @@ def environment(
 
 def facts(made: Any) -> dict[str, str]:
     """Hardware, software and commit of an `environment` record, a line of text each; unknown ones are left out."""
-    hardware, versions, git = (_part(made, key) for key in ("hardware", "versions", "git"))
-    gpus = [str(_part({"gpu": gpu}, "gpu").get("name", gpu)) for gpu in hardware.get("gpus") or ()]
+    hardware, versions, git = (part(made, key) for key in ("hardware", "versions", "git"))
+    gpus = [str(part({"gpu": gpu}, "gpu").get("name", gpu)) for gpu in hardware.get("gpus") or ()]
     parts = [
         f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else "".join(gpus) or str(hardware.get("gpus_reason") or ""),
         str(hardware.get("cpu") or ""),
@@ -89,7 +89,7 @@ def facts(made: Any) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
-def _part(record: Any, key: str) -> Mapping[str, Any]:
+def part(record: Any, key: str) -> Mapping[str, Any]:
     """The mapping under `key`, empty if there is none: a record of another version must not stop a page."""
     part = record.get(key) if isinstance(record, Mapping) else None
     return part if isinstance(part, Mapping) else {}
