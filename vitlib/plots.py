@@ -6,6 +6,7 @@ in every figure; marker and line style are the execution.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -183,7 +184,7 @@ def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[st
     low, high = np.log(axis.get_ylim())
     names = sorted(ends, key=ends.__getitem__)
     heights = {name: float((np.log(ends[name]) - low) / (high - low)) for name in names}
-    for below, name in zip(names, names[1:], strict=False):
+    for below, name in itertools.pairwise(names):
         heights[name] = max(heights[name], heights[below] + gap)
     top = 1.0
     for name in reversed(names):
