@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from vitlib import bench, files, params, records, report
+from vitlib import bench, files, index, params, records, run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in params.NOTEBOOKS]
@@ -57,8 +57,8 @@ def smoke():
         if notebook.stem == "6_speed":  # reads what `make bench` measured
             few = {"rounds": 2, "samples": 2, "round_seconds": 0.02, "device": "cpu", "batch_sizes": [1, 2]}
             bench.run(params.check(chosen | few), ("engine", "pipeline"), folder / "checkpoints")
-        report.execute(notebook, parameters=chosen, folder=folder, progress=False)
-    report.index(folder)
+        run.execute(notebook, parameters=chosen, folder=folder, progress=False)
+    index.write(folder)
     return folder
 
 

@@ -10,8 +10,8 @@ import torch
 from vitlib import checkpoint, files, profile, records, roofline, stats, timing, verify
 from vitlib.engine import Engine
 from vitlib.evaluate import Bench
-from vitlib.monitor import Monitor
 from vitlib.params import Parameters
+from vitlib.provenance import Monitor
 from vitlib.records import NO_BREAK
 from vitlib.variants import Variant
 
