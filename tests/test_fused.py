@@ -216,8 +216,9 @@ def test_the_profiler_knows_the_parts_of_a_fused_network(checkpoints, weights):
     frame = profile.profile(lambda: fast(pixel_values), fast.network, CPU, passes=2)
     expected_parts = {"patch embedding", "attention", "mlp", "norm", "head"}
     assert expected_parts | ({"quantization"} if weights != "fp16" else set()) <= set(frame["part"])
-    assert frame.attrs["unattributed_share"] < 0.05
-    assert "scaled_dot_product" in profile.attention_kernel(frame)
+    assert not frame.loc[frame["part"] == "other", "kernel"].str.contains("mm|scaled_dot|norm").any()
+    inside = frame.loc[frame["operation"] == profile.ATTENTION_FUNCTION, "kernel"]  # not which of them took longest
+    assert inside.str.contains("scaled_dot_product").any()
 
 
 def test_every_module_that_may_launch_a_kernel_of_our_own_is_part_of_a_range(checkpoints, kernel_paths):

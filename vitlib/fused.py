@@ -3,7 +3,7 @@
 The same changes for every weight format: one product for query, key and value; the patch embedding as a product; bias
 and, where the form allows, GELU in the product's epilogue; residual and norm in one step; attention on views of the
 QKV product; and after the attention of the last block only the class token, as nothing else reaches the head (an
-exact saving: nothing that is left out enters the logits). The checkpoint stays a plain one.
+exact saving: nothing that is left out enters the logits). The checkpoint itself is not changed.
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ class AddNorm(nn.Module):
 
 
 def _codes_for(reader: Linear | None) -> torch.dtype | None:
-    """In which 8-bit format a norm may hand its rows to `reader`, the one layer that reads them; None: in 16 bit."""
+    """In which 8-bit format a norm may hand its rows to `reader`, the one layer that reads them; None: unquantized."""
     if not isinstance(reader, EightBit) or reader.in_features > ROW_LIMIT:
         return None
     fp8 = reader.codes_dtype == torch.float8_e4m3fn
@@ -307,7 +307,7 @@ def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
         (Attention if number < end else ClassAttention)(layer.attention, make)
         for number, layer in enumerate(vit.layers)
     ]
-    # The norm before the last attention has two readers, the last norm only the classifier: both stay in 16 bit.
+    # The norm before the last attention has two readers, the last norm only the classifier: neither quantizes.
     readers = [core.qkv if isinstance(core, Attention) else None for core in cores[1:]] + [None]
     for number, layer in enumerate(vit.layers):
         mlp = MLP(layer.mlp, gelu, make, only_class=number == end)

@@ -6,7 +6,7 @@ measures. Formats:
 
 - `Dense`: fp32, fp16 or bf16;
 - `NF4`: blocks of 64 with a scale each (Dettmers et al. 2023, section 3);
-- `Int8WeightOnly`: int8 rows with a scale each, dequantized and multiplied in 16 bit;
+- `Int8WeightOnly`: int8 rows with a scale each, dequantized, then multiplied in FP16;
 - `W8A8`: the same rows, the input quantized row by row too (LLM.int8(), Dettmers et al. 2022, without its outliers);
 - `FP8`: float8_e4m3fn rows with a scale each, the input as well (Micikevicius et al. 2022).
 """
@@ -87,7 +87,7 @@ class Linear(Tuned):
         self.usual_gelu: str | None = None  # the one that it is called with, so that tuning times the same work
         self.dtype = torch.float16 if bias is None else bias.dtype  # of inputs and outputs
         self.norm_quantizes = False  # whether its input comes as `Quantized`
-        self.prepared: torch.Tensor | None = None  # the weight in 16 bit, while its block's are dequantized at once
+        self.prepared: torch.Tensor | None = None  # the dequantized weight, while its block runs
 
     @classmethod
     def from_linears(cls, layers: list[nn.Linear]) -> Self:
