@@ -92,9 +92,9 @@ Markdown(claims.reanalysis_headline(ablation))
 # checkpoints get them in both ways too: does the mistake change what quantization costs?
 
 # %%
-from vitlib import data, mismatch
+from vitlib import mismatch, sources
 
-dataset = data.load(settings)
+dataset = sources.load(settings)
 costs = mismatch.mismatched(settings, dataset)
 plots.table(mismatch.readable(costs))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import ablation, data, files, models, params, quantize, records
+from vitlib import ablation, files, models, params, quantize, records, sources
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
@@ -130,8 +130,8 @@ def test_measuring_loads_nothing(subject, loads):
 def test_preparing_loads_once(checkpoints, labels, loads, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "study_folder", lambda study: checkpoints.parent)
     image = Image.new("RGB", (32, 32))
-    pictures = [data.Picture(folder, folder, image.copy) for folder in labels.folders]
-    ablation.prepare(params.check({"device": "cpu"}), data.Dataset({"valid": pictures}, {}))
+    pictures = [sources.Picture(folder, folder, image.copy) for folder in labels.folders]
+    ablation.prepare(params.check({"device": "cpu"}), sources.Dataset({"valid": pictures}, {}))
     assert len(loads) == 1
 
 

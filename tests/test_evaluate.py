@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, benchmark, data, evaluate, files, inference, models, params, records, stats, synthetic
-from vitlib.data import DataError, Dataset, Picture
+from vitlib import ablation, benchmark, evaluate, files, inference, models, params, records, stats, synthetic
+from vitlib.sources import DataError, Dataset, Decoded, Picture
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
 
@@ -40,7 +41,7 @@ def dataset_for(labels) -> Dataset:
     def draw(folder: str, index: int) -> Picture:
         flower = synthetic.TARGET_CLASSES[int(folder) % len(synthetic.TARGET_CLASSES)]
         pixels = synthetic.render(flower, index=index, split="valid", seed=0, size=32)
-        return Picture(f"valid/{folder}/{index}", folder, lambda: evaluate.data.Image.fromarray(pixels))
+        return Picture(f"valid/{folder}/{index}", folder, lambda: Image.fromarray(pixels))
 
     pictures = [draw(folder, index) for folder in labels.folders for index in range(3)]
     return Dataset({"train": list(pictures), "valid": pictures}, dict(zip(labels.folders, labels.names, strict=True)))
@@ -223,5 +224,5 @@ def test_checkpoints_of_different_preprocessing_are_not_compared(project, settin
 def test_data_checksum_changes_with_a_label(bench):
     before = evaluate.data_checksum(bench)
     changed = [*bench.valid.pictures[:-1], Picture(bench.valid.pictures[-1].file, "2", None)]
-    other = evaluate.Bench(**{**vars(bench), "valid": data.Decoded(bench.valid.pixels, changed, [])})
+    other = evaluate.Bench(**{**vars(bench), "valid": Decoded(bench.valid.pixels, changed, [])})
     assert evaluate.data_checksum(other) != before

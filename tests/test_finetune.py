@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitlib import data, files, finetune, models, params, preprocess, quantize
+from vitlib import files, finetune, models, params, preprocess, quantize, sources
 from vitlib.finetune import Base, FinetuneError
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_merging_qlora_keeps_the_dequantized_weights(nf4_base):
 def test_a_base_from_nowhere_says_what_is_allowed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = settings(base_model="no-such-folder")
-    dataset = data.from_synthetic(finetune.synthetic.TARGET_CLASSES[:2], chosen)
+    dataset = sources.from_synthetic(finetune.synthetic.TARGET_CLASSES[:2], chosen)
     with pytest.raises(FinetuneError, match="pretrain, random, a folder"):
         finetune.load_base(chosen, dataset)
 
@@ -109,7 +109,7 @@ def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
     merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
     history = finetune.pd.DataFrame({"top1": [0.5]})
     paths = finetune.save_checkpoints(merged, base, settings(), history)
-    valid = data.Decoded(pixels, _pictures(base), [])
+    valid = sources.Decoded(pixels, _pictures(base), [])
     table = finetune.check_reload(merged, base, paths, valid)
     assert table.loc["merged", "reload_difference"] == 0
     assert 0 < table.loc["int8", "from_merged"] < table.loc["nf4", "from_merged"] < 0.5
@@ -120,7 +120,7 @@ def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
 
 
 def _pictures(base):
-    return [data.Picture(str(k), base.labels.folders[k % len(base.labels.folders)], None) for k in range(8)]
+    return [sources.Picture(str(k), base.labels.folders[k % len(base.labels.folders)], None) for k in range(8)]
 
 
 def test_headline_names_the_best_epoch_and_the_merged_accuracy(base):
@@ -128,7 +128,7 @@ def test_headline_names_the_best_epoch_and_the_merged_accuracy(base):
     rows = {"model_mb": [4.0, 1.0, 2.0], "top1": [0.776, 0.77, 0.77], "reload_difference": 0.0, "same_class": 1.0}
     reloaded = finetune.pd.DataFrame(rows, index=["merged", "nf4", "int8"])
     decoded = {
-        split: data.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], []) for split in ("train", "valid")
+        split: sources.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], []) for split in ("train", "valid")
     }
     text = finetune.headline(history, reloaded, base, decoded)
     assert "best epoch was 2 with 79.00 %" in text
@@ -144,4 +144,4 @@ def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatc
     with torch.no_grad():
         merged.classifier.weight.mul_(1.5)
     with pytest.raises(FinetuneError, match="other logits"):
-        finetune.check_reload(merged, base, paths, data.Decoded(pixels, _pictures(base), []))
+        finetune.check_reload(merged, base, paths, sources.Decoded(pixels, _pictures(base), []))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vitlib import engine, files, inference, params, plots, records
-from vitlib.data import DataError
+from vitlib.sources import DataError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import data, files, mismatch, params, preprocess
+from vitlib import files, mismatch, params, preprocess, sources
 
 
 def test_the_mismatched_preprocessing_is_the_original_one():
@@ -35,9 +35,9 @@ def test_mismatched_evaluates_the_checkpoint_in_four_ways(checkpoints, labels, m
     monkeypatch.setattr(files, "study_folder", lambda study: checkpoints.parent)
     pixels = np.random.default_rng(1).integers(0, 256, (12, 40, 56, 3), dtype=np.uint8)
     pictures = [
-        data.Picture(f"valid/{k}", labels.folders[k % 3], lambda k=k: Image.fromarray(pixels[k])) for k in range(12)
+        sources.Picture(f"valid/{k}", labels.folders[k % 3], lambda k=k: Image.fromarray(pixels[k])) for k in range(12)
     ]
-    dataset = data.Dataset({"valid": pictures}, dict(zip(labels.folders, labels.names, strict=True)))
+    dataset = sources.Dataset({"valid": pictures}, dict(zip(labels.folders, labels.names, strict=True)))
     settings = params.Parameters(device="cpu", eval_batch_size=5)
     frame = mismatch.mismatched(settings, dataset)
     fp32 = frame[frame["weights"] == "fp32"].set_index("preprocessing")

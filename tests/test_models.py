@@ -9,8 +9,8 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, DeiTConfig
 
 from vitlib import attention, models, preprocess
-from vitlib.data import Labels, Picture
 from vitlib.models import CheckpointError, EvidenceError, NotRun
+from vitlib.sources import Labels, Picture
 from vitlib.variants import STUDY, VARIANTS, Variant
 
 CPU = torch.device("cpu")

@@ -67,6 +67,28 @@ def test_normalise_computes_in_fp32_and_rounds_last(dtype):
     assert pre.normalise(pixels, dtype).equal(pre.normalise(pixels).to(dtype))
 
 
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("size", [(200, 150), (31, 500), (12, 9)])
+def test_the_resize_of_the_device_is_that_of_pillow_but_for_rounding(resample, size):
+    pre = preprocess.new(32)
+    pre.processor.resample = resample
+    small = np.random.default_rng(0).integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    difference = (pre.resize_on_device([pixels])[0].int() - pre.resize(image).int()).abs()
+    assert difference.max() <= resample - 1 and difference.float().mean() < 0.25  # 1 bilinear, 2 bicubic
+
+
+def test_constants_of_the_normalisation_are_made_once_and_training_may_use_them():
+    pre = preprocess.new(8)
+    with torch.inference_mode():
+        pre.normalise(torch.zeros(1, 3, 8, 8))
+    kept = pre._mean_and_std(torch.device("cpu"))
+    values = torch.ones(1, 3, 8, 8, requires_grad=True)
+    pre.normalise(values).sum().backward()
+    assert pre._mean_and_std(torch.device("cpu"))[0] is kept[0] and values.grad is not None
+
+
 # Which preprocessing
 
 

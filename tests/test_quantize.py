@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vitlib import models, quantize
-from vitlib.data import Labels
+from vitlib.sources import Labels
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,8 +10,8 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
-from vitlib import data, files, models, preprocess, records, standin
-from vitlib.data import Dataset, Labels, Picture
+from vitlib import files, models, preprocess, records, sources, standin
+from vitlib.sources import Dataset, Labels, Picture
 from vitlib.standin import StandIn, StandInError
 
 CPU = torch.device("cpu")
@@ -289,7 +289,7 @@ def test_each_checkpoint_is_enough_by_itself_and_as_good_as_it_says(trained, sta
     assert [(entry["after stage"], entry["side"]) for entry in note["accuracy"]] == [(1, 16), (1, 32), (2, 32)][
         : stage + 1
     ]
-    part = data.decode(coloured().splits["valid"], pre)
+    part = sources.decode(coloured().splits["valid"], pre)
     with torch.no_grad():
         found = model(pixel_values=pre.normalise(part.pixels)).logits.argmax(dim=1)
     right = (found == models.read_labels(folder).ids(part.pictures)).double().mean().item()

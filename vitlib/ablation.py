@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib import data, engine, files, models, quantize, records, stats
-from vitlib.data import Dataset
+from vitlib import engine, files, models, quantize, records, sources, stats
 from vitlib.params import Parameters
+from vitlib.sources import Dataset
 from vitlib.variants import Variant
 
 TOGETHER = 256  # pictures of one call of a block at most, where configurations go through it together
@@ -56,8 +56,8 @@ def prepare(settings: Parameters, dataset: Dataset) -> Subject:
     checkpoints = files.study_folder(settings.study) / "checkpoints"
     loaded = models.load(checkpoints, Variant("fp16"), device)
     loaded.labels.check(dataset, "valid")
-    dataset.splits["valid"] = data.evenly(dataset.splits["valid"], settings.ablation_pictures)
-    valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
+    dataset.splits["valid"] = sources.evenly(dataset.splits["valid"], settings.ablation_pictures)
+    valid = sources.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
     return Subject(loaded, valid.pixels, loaded.labels.ids(valid.pictures))
 
 

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from vitlib import (
     adapters,
-    data,
+    decode,
     engine,
     files,
     models,
@@ -23,13 +23,14 @@ from vitlib import (
     provenance,
     quantize,
     records,
+    sources,
     stats,
     synthetic,
     training,
 )
-from vitlib.data import Dataset, Decoded, Labels
 from vitlib.params import Parameters, is_hub_id, used_by
 from vitlib.preprocess import Preprocess
+from vitlib.sources import Dataset, Decoded, Labels
 from vitlib.training import Examples, Recipe
 from vitlib.variants import Variant
 
@@ -68,7 +69,7 @@ def recipe(settings: Parameters) -> Recipe:
 def load_base(settings: Parameters, dataset: Dataset) -> Base:
     """The base that `settings.base_model` names, with a new head for the classes of the data."""
     models.quiet_libraries()
-    device, labels = models.pick_device(settings.device), data.new_labels(dataset)
+    device, labels = models.pick_device(settings.device), sources.new_labels(dataset)
     labels.check(dataset, "valid")  # here, and not only in the evaluation after the training
     if settings.base_model == "random":
         set_seed(settings.seed)
@@ -111,14 +112,14 @@ def _pretrained(settings: Parameters, device: torch.device) -> Path:
     if (folder / "config.json").is_file():
         return folder
     pictures = settings.model_copy(update={"pictures_per_class": PRETRAIN_PICTURES})
-    dataset = data.from_synthetic(synthetic.PRETRAIN_CLASSES, pictures)
-    pre, labels = preprocess.new(settings.image_size), data.new_labels(dataset)
+    dataset = sources.from_synthetic(synthetic.PRETRAIN_CLASSES, pictures)
+    pre, labels = preprocess.new(settings.image_size), sources.new_labels(dataset)
     set_seed(settings.seed)
     model = models.new(settings.architecture, image_size=settings.image_size, labels=labels)
     recipe_ = replace(
         PRETRAIN_RECIPE, epochs=settings.pretrain_epochs, seed=settings.seed, precision=settings.precision
     )
-    decoded = data.decode_splits(dataset, ("train", "valid"), pre, settings.workers)
+    decoded = sources.decode_splits(dataset, ("train", "valid"), pre, settings.workers)
     history = training.train(
         model,
         examples_of(decoded, labels),
@@ -366,7 +367,7 @@ RELOAD_TOLERANCE = 1e-3
 def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> str:
     """What the records say, in a few sentences (Markdown)."""
     used = {split: decoded[split] for split in ("train", "valid")}  # only these copies touch the accuracy below
-    last, copies = history.iloc[-1], data.duplicates(used)
+    last, copies = history.iloc[-1], decode.duplicates(used)
     best, merged = history.loc[history["top1"].idxmax()], 100 * reloaded.loc["merged", "top1"]
     found = (copies["kind"] == "exact").sum(), (copies["kind"] == "near").sum()
     why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ": it is rounded otherwise than the network in training"

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import attention, data, files, models, pipeline, records
-from vitlib.data import DataError, Picture
+from vitlib import attention, decode, files, models, records, sources, stream
 from vitlib.engine import Engine
 from vitlib.params import Parameters
-from vitlib.pipeline import Passed
+from vitlib.sources import DataError, Picture
+from vitlib.stream import Passed
 from vitlib.variants import VARIANTS, Variant, find
 
 TOP = 5
@@ -83,7 +83,7 @@ def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, 
     validation split.
     """
     if not settings.pictures:
-        dataset = data.load(settings)
+        dataset = sources.load(settings)
         split = "test" if dataset.splits.get("test") else "valid"
         skipped = [(file, reason) for file, where, reason in dataset.skipped if where == split]
         return dataset.splits[split], skipped
@@ -92,11 +92,11 @@ def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, 
         raise DataError(f"there is no folder of pictures {settings.pictures!r} (looked from the project's root)")
     pictures, skipped = [], []
     for path, reason in sorted(_walk(folder)):
-        if reason := reason or data.not_a_picture(path):
-            skipped.append((data.shown(path, folder), reason))
+        if reason := reason or decode.not_a_picture(path):
+            skipped.append((sources.shown(path, folder), reason))
         else:
             label = None if path.parent == folder else path.parent.name
-            pictures.append(data.picture_of(path, folder, label, settings.max_megapixels))
+            pictures.append(sources.picture_of(path, folder, label, settings.max_megapixels))
     if not (pictures or skipped):
         raise DataError(f"the folder {settings.pictures!r} holds no picture")
     return pictures, skipped
@@ -132,12 +132,12 @@ def predict(
 ) -> tuple[pd.DataFrame, Passed, float]:
     """Classify every picture: `records/predictions.csv` (a row a file), what was passed, and images per second.
 
-    Decoding and the network run at the same time (`pipeline.classify`). The rate covers decoding, resizing, the network
+    Decoding and the network run at the same time (`stream.classify`). The rate covers decoding, resizing, the network
     and its results; it is NaN where no picture can be read, and the network is not called then. A label that the
     checkpoint does not know stands in the table and does not count for accuracy.
     """
     start = time.perf_counter()
-    passed = pipeline.classify(
+    passed = stream.classify(
         pictures,
         predictor.engine,
         batch_size=settings.eval_batch_size,
@@ -154,7 +154,7 @@ def predict(
     return frame, passed, rate
 
 
-def _rows(passed: Passed, labels: data.Labels) -> pd.DataFrame:
+def _rows(passed: Passed, labels: sources.Labels) -> pd.DataFrame:
     best = passed.logits.softmax(dim=1).topk(min(TOP, passed.logits.shape[1]), dim=1)
     names = dict(zip(labels.folders, labels.names, strict=True))
     rows = []

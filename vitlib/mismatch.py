@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import claims, data, engine, files, models, preprocess, records, stats
-from vitlib.data import Dataset
+from vitlib import claims, engine, files, models, preprocess, records, sources, stats
 from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
+from vitlib.sources import Dataset
 from vitlib.variants import Variant
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -71,7 +71,7 @@ def mismatched(settings: Parameters, dataset: Dataset) -> pd.DataFrame:
                 continue
             shape = str(pre.describe()["size"])
             if shape not in decoded:  # normalising comes after decoding, so two of the four share their pictures
-                decoded[shape] = data.decode_splits(dataset, ["valid"], pre, settings.workers)["valid"]
+                decoded[shape] = sources.decode_splits(dataset, ["valid"], pre, settings.workers)["valid"]
             runner = engine.Engine(models.Loaded(**{**vars(loaded), "preprocess": pre}))
             found[weights, name] = engine.logits(runner, decoded[shape].pixels, settings.eval_batch_size).numpy()
             labels = loaded.labels.ids(decoded[shape].pictures).numpy()
@@ -154,7 +154,7 @@ def looks(settings: Parameters, dataset: Dataset, count: int = 1) -> tuple[list[
     """
     own = preprocess.load(files.study_folder(settings.study) / "checkpoints" / "merged")
     images, titles = [], []
-    for picture in data.evenly(dataset.splits["valid"], count):
+    for picture in sources.evenly(dataset.splits["valid"], count):
         for name, pre in preprocessings(own).items():
             images.append(_as_read(pre.normalise(pre.resize(picture.open())[None])[0], own))
             titles.append(name)

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig,
 from transformers.utils import logging as transformers_logging
 
 from vitlib import attention, files, preprocess, quantize, records
-from vitlib.data import Labels
 from vitlib.preprocess import Preprocess
+from vitlib.sources import Labels
 from vitlib.variants import Variant, nearest
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

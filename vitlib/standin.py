@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import set_seed
 
-from vitlib import data, models, preprocess, provenance, records
-from vitlib.data import Dataset, Labels
+from vitlib import models, preprocess, provenance, records, sources
 from vitlib.preprocess import Preprocess
+from vitlib.sources import Dataset, Labels
 from vitlib.training import Examples
 from vitlib.variants import nearest
 
@@ -447,10 +447,10 @@ def evaluate(
 def _decode(settings: StandIn, dataset: Dataset, labels: Labels) -> tuple[Examples, dict[int, Examples]]:
     """Training pictures at `decode_side`, and validation pictures as each stage's preprocessing makes them, by side."""
     pre = preprocess.new(settings.decode_side)
-    part = data.decode_splits(dataset, ("train",), pre, settings.workers)["train"]
+    part = sources.decode_splits(dataset, ("train",), pre, settings.workers)["train"]
     train, valid = Examples(part.pixels, labels.ids(part.pictures)), {}
     for side in {stage.side: None for stage in settings.stages()}:
-        part = data.decode_splits(dataset, ("valid",), preprocess.new(side), settings.workers)["valid"]
+        part = sources.decode_splits(dataset, ("valid",), preprocess.new(side), settings.workers)["valid"]
         valid[side] = Examples(part.pixels, labels.ids(part.pictures))
     return train, valid
 
@@ -463,10 +463,10 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
     images_per_s, loss, learning_rate; top1 and top5 (shares of the validation split at the stage's side) stand in the
     last row of each stage. Raises DataError, StandInError. Unreadable pictures join `dataset.skipped`.
     """
-    data.check(dataset)
+    sources.check(dataset)
     models.quiet_libraries()
     first, second = settings.stages()
-    labels, pre = data.new_labels(dataset), preprocess.new(second.side)
+    labels, pre = sources.new_labels(dataset), preprocess.new(second.side)
     examples, valid = _decode(settings, dataset, labels)
     set_seed(settings.seed)
     model = models.new(settings.architecture, image_size=first.side, labels=labels).to(device)
@@ -553,9 +553,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         settings = StandIn(**{spec.name: given[spec.name] for spec in fields(StandIn)})
         device = models.pick_device(given["device"])
-        dataset = data.from_folder(given["data"], given["max_megapixels"])
+        dataset = sources.from_folder(given["data"], given["max_megapixels"])
         history = train(settings, dataset, given["out"], device)
-    except (data.DataError, StandInError, models.NotRun, OSError) as error:
+    except (sources.DataError, StandInError, models.NotRun, OSError) as error:
         sys.exit(f"standin: {error}")
     for file, split, reason in dataset.skipped:
         print(f"skipped in {split}: {file} ({reason})")
