@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from vitlib import adapters, finetune, models, params, preprocess, training
+from vitlib import adapters, finetune, models, params, preprocess, trainer
 from vitlib.finetune import Base
 
 CPU = torch.device("cpu")
@@ -132,11 +132,11 @@ def test_after_training_in_bf16_the_network_merges_and_its_frozen_weights_are_un
     model = finetune.make_trainable(base, chosen)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     draw = torch.Generator().manual_seed(0)
-    examples = training.Examples(
+    examples = trainer.Examples(
         torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=draw),
         torch.randint(0, 3, (24,), generator=draw),
     )
-    history = training.train(
+    history = trainer.train(
         model, {"train": examples, "valid": examples}, pre=base.preprocess, recipe=finetune.recipe(chosen),
         folder=tmp_path, device=CPU,
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""LoRA adapters that train fast: no needless casts, and on request added into the weights. Level 1.
+"""LoRA adapters that train fast: no needless casts, and on request added into the weights.
 
 PEFT computes W x + s B A dropout(x). The second product is small, but its dropout, its cast to the adapters' fp32 and
 its sum with the first pass over every activation several times, and that traffic takes longer than the products.
-Two remedies: under autocast the input is not cast (autocast casts the small matrices instead), and without dropout
-(W + s B A) x is the same function, for which nothing but the product itself passes over the activations.
+There are two remedies: under autocast the input is not cast (autocast casts the small matrices instead), and without
+dropout (W + s B A) x is the same function, for which nothing but the product itself passes over the activations.
 """
 
 from collections.abc import Iterator

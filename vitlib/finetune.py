@@ -26,12 +26,12 @@ from vitlib import (
     sources,
     stats,
     synthetic,
-    training,
+    trainer,
 )
 from vitlib.params import Parameters, is_hub_id, used_by
 from vitlib.preprocess import Preprocess
 from vitlib.sources import Dataset, Decoded, Labels
-from vitlib.training import Examples, Recipe
+from vitlib.trainer import Examples, Recipe
 from vitlib.variants import Variant
 
 
@@ -120,7 +120,7 @@ def _pretrained(settings: Parameters, device: torch.device) -> Path:
         PRETRAIN_RECIPE, epochs=settings.pretrain_epochs, seed=settings.seed, precision=settings.precision
     )
     decoded = sources.decode_splits(dataset, ("train", "valid"), pre, settings.workers)
-    history = training.train(
+    history = trainer.train(
         model,
         examples_of(decoded, labels),
         pre=pre,
@@ -208,7 +208,7 @@ def make_trainable(base: Base, settings: Parameters) -> nn.Module:
         model.requires_grad_(settings.method == "full")
         model.classifier.requires_grad_(True)
     check_trainable(model, settings.method)
-    if settings.method in ("lora", "head") and training.precision_of(settings.precision, base.device) == "bf16":
+    if settings.method in ("lora", "head") and trainer.precision_of(settings.precision, base.device) == "bf16":
         adapters.round_frozen(model, torch.bfloat16)
     return model
 
@@ -242,7 +242,7 @@ def parameter_table(model: nn.Module) -> pd.DataFrame:
 def train(model: nn.Module, base: Base, decoded: dict[str, Decoded], settings: Parameters) -> pd.DataFrame:
     """Fine-tune in place; returns and writes `records/finetune.csv`."""
     folder = files.study_folder(settings.study)
-    history = training.train(
+    history = trainer.train(
         model,
         examples_of(decoded, base.labels),
         pre=base.preprocess,
