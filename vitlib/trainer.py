@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +32,7 @@ from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
 from transformers.trainer_utils import sort_checkpoints
 
 from vitlib import adapters, attention, files, preprocess, records
+from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
@@ -53,6 +54,13 @@ class Recipe:
     precision: str
     seed: int
     compile: str = "never"
+
+    @classmethod
+    def of(cls, settings: Parameters) -> Recipe:
+        """What a parameter set says about fine-tuning."""
+        renamed = {"batch_size": settings.train_batch_size, "compile": settings.compile_training}
+        same = (field.name for field in fields(cls) if field.name not in renamed)
+        return cls(**renamed, **{name: getattr(settings, name) for name in same})
 
 
 @dataclass(frozen=True)
