@@ -98,7 +98,12 @@ class Parameters(BaseModel):
     ablation_pictures: int = _parameter(0, "validation pictures used, evenly over the classes; 0 takes all", 3, ge=0)
 
     pictures: str = _parameter("", "folder of pictures, flat or in class folders; empty: the test split", 4)
-    variant: str = _parameter("auto", "a row of the table; auto: NF4 with the fastest attention of this study", 4)
+    checkpoints_of: str = _parameter(
+        "", "study whose checkpoints are used; empty: this one", 4, pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$"
+    )
+    variant: str = _parameter(
+        "auto", "a row of the table; auto: the fastest that notebook 2 measured and that runs here", 4
+    )
     decoder: Literal["pil", "nvjpeg", "auto"] = _parameter(
         "pil", "auto takes the GPU's (nvjpeg) where it works; its pixels differ a little", 4
     )
