@@ -9,9 +9,9 @@
 # %% [markdown]
 # # Fine-tuning: train small adapters on a Vision Transformer
 #
-# A Vision Transformer is the base. It gets a new head for the classes of this study, and small LoRA adapters are trained
-# beside its frozen weights. The result is saved as three checkpoints (16 bit, NF4 and int8) that hold everything a later
-# notebook needs: weights, class names, image size and normalisation.
+# A Vision Transformer is the base. It gets a new head for the classes of this study, and small LoRA adapters are
+# trained beside its frozen weights. The result is saved as three checkpoints (16 bit, NF4 and int8) that hold
+# everything a later notebook needs: weights, class names, image size and normalisation.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -59,8 +59,8 @@ dataset = finetune.dataset(study)
 tables.table(dataset.summary(), index=True)
 
 # %% [markdown]
-# The base is loaded first, because it decides how pictures are resized and normalised. `pretrain` trains a small network
-# on *other* flowers from the generator; a Hub id or a folder loads a pretrained one.
+# The base is loaded first, because it decides how pictures are resized and normalised. `pretrain` trains a small
+# network on *other* flowers from the generator; a Hub id or a folder loads a pretrained one.
 
 # %%
 base = finetune.load_base(study, dataset)
@@ -102,8 +102,8 @@ pixels.shape, pixels.dtype, (pixels.min().item(), pixels.max().item())
 tables.table(dataset.problems(), none="every file could be used")
 
 # %% [markdown]
-# A picture in both splits would reward memory, so copies are searched for in every pair of splits: exact ones, and near
-# ones (the same photograph, saved again). The test split is read for this search only; training never sees it.
+# A picture in both splits would reward memory, so copies are searched for in every pair of splits: exact ones, and
+# near ones (the same photograph, saved again). The test split is read for this search only; training never sees it.
 
 # %%
 tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in two splits")
@@ -111,9 +111,9 @@ tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in
 # %% [markdown]
 # ## What is trained
 #
-# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers of
-# attention and MLP get one. The head is new and starts at random, so it must be trained too: left frozen, it would stay
-# random and no adapter could repair it.
+# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers
+# of attention and MLP get one. The head is new and starts at random, so it must be trained too: left frozen, it would
+# stay random and no adapter could repair it.
 
 # %%
 model = finetune.make_trainable(study, base)
@@ -134,9 +134,9 @@ plots.learning_curves(history)
 # %% [markdown]
 # ## Three checkpoints
 #
-# The adapters are added into the weights, and the result is saved in 16 bit, in NF4 (4 bits a weight) and in int8. Each
-# is loaded again and compared with the network in memory: the 16-bit one must give the same logits, and the others show
-# what quantization alone changes.
+# The adapters are added into the weights, and the result is saved in 16 bit, in NF4 (4 bits a weight) and in int8.
+# Each is loaded again and compared with the network in memory: the 16-bit one must give the same logits, and the
+# others show what quantization alone changes.
 
 # %%
 merged = finetune.merge(study, model, base)

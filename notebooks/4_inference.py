@@ -7,17 +7,10 @@
 # ---
 
 # %% [markdown]
-# # Inference: what is in these pictures?
+# # Inference: classify a folder of pictures
 #
-# A folder of pictures goes in, flat or in class folders; names and probabilities come out. We will see
-#
-# - which variant is used, and that it is the one asked for;
-# - a prediction for every file, or the reason why there is none;
-# - how many images a second pass from file to answer;
-# - the accuracy, where the folders say what is right.
-#
-# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
-# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
+# A folder of pictures goes in, flat or in class folders; the record has five names with probabilities for every file,
+# or the reason why there are none. Where the folders say what is right, the accuracy is reported too.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -31,61 +24,68 @@ workers: int = 2  # threads that decode pictures
 image_size: int = 48  # side in pixels, of synthetic pictures and of a base that is not loaded
 eval_batch_size: int = 32  # pictures a call when only outputs matter
 pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
-variant: str = "auto"  # a row of the table; auto: NF4 with the fastest attention of this study
+checkpoints_of: str = ""  # study whose checkpoints are used; empty: this one
+variant: str = "auto"  # a row of the table; auto: the fastest that notebook 2 measured and that runs here
 decoder: str = "pil"  # pil, nvjpeg, auto: auto takes the GPU's (nvjpeg) where it works; its pixels differ a little
 grid: int = 12  # pictures shown
 
 # %%
-from vitlib import params
+from vitlib import inference
 
-settings = params.collect(globals())
+study = inference.open(globals())
 
 # %% [markdown]
 # ## The network
 #
-# `auto` takes the NF4 weights with the attention that notebook 2 measured to be fastest for them, of those that this
-# machine can run, eagerly: preparing a fused network takes longer than it saves on a few thousand pictures. For more,
-# set `variant` to a fused one. Preprocessing and class names come with the checkpoint.
+# `auto` takes the fastest variant that notebook 2 measured and that this machine can run. Preprocessing and class
+# names come with the checkpoint. For pictures of your own set `study` to a new name and `checkpoints_of` to the study
+# whose network is used: a study's page and its predictions belong together.
 
 # %%
-from vitlib import inference, plots
+from vitlib import plots, tables
 
-predictor = inference.load(settings)
-plots.table(predictor.describe())
+predictor = inference.load(study)
+tables.table(predictor.describe())
+
+# %%
+predictor.reason()
 
 # %% [markdown]
 # ## The pictures
 #
-# Without a folder of your own this is the test split, or the validation split where there is no test.
+# Without a folder of your own this is the test split, or the validation split where there is no test. A file that is
+# no picture is found when it is read, so it is among the files here and among the skipped ones below.
 
 # %%
-pictures_found, skipped = inference.find_pictures(settings)
-print(f"{len(pictures_found)} pictures, {len(skipped)} other files")
+found, skipped = inference.find_pictures(study)
+print(f"{len(found)} files to read, {len(skipped)} skipped without reading")
 
 # %% [markdown]
 # ## Predictions
 #
-# The record has one row for each file, also for what could not be read, with the five best names and their
-# probabilities. Pictures are decoded while the network works on those before them.
+# Pictures are decoded while the network works on the batch before.
 
 # %%
-frame, passed, rate = inference.predict(predictor, pictures_found, skipped, settings)
-plots.table(inference.readable(frame))
-
-# %%
-from IPython.display import Markdown
-
-Markdown(inference.caption(frame))
+frame, passed, rate = inference.predict(study, predictor, found, skipped)
+plots.picture_grid(
+    *inference.examples(frame, passed, study.settings.grid), right=inference.marks(frame, study.settings.grid)
+)
 
 # %% [markdown]
-# Some of them to look at. Where the right answer is known, the title is green for a right and red for a wrong
-# prediction.
+# Where the class is known, the title is green for a right and red for a wrong prediction. The table shows a sample of
+# the files with the three best names; all of them, with five names, are in `records/predictions.csv`.
 
 # %%
-plots.picture_grid(*inference.examples(frame, passed, settings.grid), right=inference.marks(frame, settings.grid))
+tables.table(inference.sample(frame), inference.PREDICTIONS)
 
 # %% [markdown]
-# ## What we saw
+# One call of the network by hand: a picture as a tensor goes in, a logit for each class comes out.
 
 # %%
-Markdown(inference.headline(frame, predictor, rate, passed.note))
+[predictor.engine(inference.tensor_of(predictor, picture)).shape for picture in passed.pictures[:1]]
+
+# %% [markdown]
+# ## Summary
+
+# %% tags=["summary"]
+inference.headline(frame, predictor, rate, passed.note)

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor
 
 from vitlib import ablation, benchmark, evaluate, files, inference, models, params, records, stats, synthetic
 from vitlib.sources import DataError, Dataset, Decoded, Picture
+from vitlib.study import Study
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
 
@@ -165,7 +166,7 @@ def test_classes_in_another_order_change_nothing(project, settings, labels, benc
 
 def test_ids_are_the_checkpoints_everywhere(bench, labels, project, settings):
     assert bench.labels == labels
-    subject = ablation.prepare(settings, dataset_for(labels))
+    subject = ablation.prepare(Study.of(settings), dataset_for(labels))
     assert subject.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
@@ -182,13 +183,13 @@ def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, settin
     def watched(model):
         return model.vit.embeddings.register_forward_pre_hook(spy, with_kwargs=True)
 
-    subject = ablation.prepare(settings, dataset_for(labels))
-    predictor = inference.load(settings)
+    subject = ablation.prepare(Study.of(settings), dataset_for(labels))
+    predictor = inference.load(Study.of(settings))
     networks = [bench.engines["fp32-sdpa"].loaded.model, subject.loaded.model, predictor.engine.loaded.model]
     handles = [watched(network) for network in networks]
     evaluate.outputs(dataclasses.replace(bench, engines={"fp32-sdpa": bench.engines["fp32-sdpa"]}), settings)
-    ablation.measure(subject, settings.model_copy(update={"ablation_bits": [8]}))
-    inference.predict(predictor, pictures, [], settings)
+    ablation.measure(Study.of(settings.model_copy(update={"ablation_bits": [8]})), subject)
+    inference.predict(Study.of(settings), predictor, pictures, [])
     for handle in handles:
         handle.remove()
     assert len(seen) == 3

@@ -309,7 +309,6 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
     last, best = history.iloc[-1], history.loc[history["top1"].idxmax()]
     merged = 100 * reloaded.loc["merged", "top1"]
     why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ", because its weights are rounded to 16 bits"
-    device = "the GPU" if base.device.type == "cuda" else "the CPU"
     lines = [
         f"After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of {len(base.labels.names)} "
         f"classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 {100 * last['top5']:.2f} % of "
@@ -318,7 +317,7 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
         + _overfits(history),
         f"The merged 16-bit checkpoint, where every later notebook starts, has Top-1 **{merged:.2f} %**{why}.",
         _copies(decode.duplicates(used)["kind"]),
-        f"Training ran at {history['images_per_s'].median():,.0f} images/s on {device}.",
+        f"Training ran at {history['images_per_s'].median():,.0f} images/s on {base.device.type}.",
         _quantized(reloaded),
     ]
     return Markdown("\n".join(f"- {line}" for line in lines))
