@@ -134,8 +134,8 @@ def test_after_training_in_bf16_the_network_merges_and_its_frozen_weights_are_un
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     draw = torch.Generator().manual_seed(0)
     examples = trainer.Examples(
-        torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=draw),
-        torch.randint(0, 3, (8,), generator=draw),
+        torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=draw),
+        torch.randint(0, 3, (16,), generator=draw),
     )
     history = trainer.train(
         model, {"train": examples, "valid": examples}, pre=base.preprocess, recipe=trainer.Recipe.of(chosen.settings),

@@ -68,7 +68,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Which blocks, and whether the classifier, stay in FP16; the patch embedding, a convolution, always does."""
+    """Which blocks and whether the classifier stay in FP16; the patch embedding, a convolution, always does."""
 
     kept: str
     blocks: frozenset[int]
@@ -244,8 +244,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
 
     The first is a share of the KL of quantizing everything, the second a KL.
     """
-    by_name = frame.set_index(["bits", "kept"])
-    rows = []
+    by_name, rows = frame.set_index(["bits", "kept"]), []
     for bits, kept in by_name.index:
         if kept.startswith("block "):
             only_kept, nothing = by_name.loc[(bits, kept)], by_name.loc[(bits, NONE)]
@@ -258,8 +257,6 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                     "kl_alone": alone["logit_kl"],
                     "kl_alone_low": alone["logit_kl_low"],
                     "kl_alone_high": alone["logit_kl_high"],
-                    "top1": only_kept["top1"],
-                    "holm_p": only_kept["holm_p"],
                 }
             )
     return pd.DataFrame(rows)
@@ -276,8 +273,7 @@ def reliability(
     `detectable_points` is the true difference that is found with a power of 80 % at the share of discordant pairs that
     single blocks had, before any adjustment; NaN where these are too few.
     """
-    labels, rows = subject.labels.numpy(), []
-    blocks = range(len(subject.blocks))
+    labels, rows, blocks = subject.labels.numpy(), [], range(len(subject.blocks))
     for bits in study.settings.ablation_bits:
         reference = logits[bits, ALL].numpy()
         alone = [logits[bits, f"all but block {k}"].numpy() for k in blocks]
@@ -313,14 +309,13 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
         nothing = rows.set_index("kept").loc[NONE]
         own = blocks[blocks["bits"] == bits]
         worst, best = own.loc[own["kl_alone"].idxmax()], own.loc[own["kl_removed"].idxmax()]
-        removed = best["kl_removed"]
-        most = "most of it" if removed > 0.5 else "the largest share"
+        most = "most of it" if best["kl_removed"] > 0.5 else "the largest share"
         surviving = int((rows["holm_p"] < stats.SIGNIFICANCE).sum())
         trust = reliable.set_index("bits").loc[bits]
         lines.append(
             f"- **{bits} bits**: quantizing everything changes the probabilities by {nothing['logit_kl']:.1e} nats on "
             f"average (KL; Top-1 {100 * nothing['top1']:.2f} %). Keeping block {best['block']:.0f} removes {most} "
-            f"({100 * removed:.0f} %). Block {worst['block']:.0f} changes them most when it alone is quantized "
+            f"({100 * best['kl_removed']:.0f} %). Block {worst['block']:.0f} changes them most when it alone is quantized "
             f"({worst['kl_alone']:.1e}). "
             f"{_repeats('one quantized block', trust['split_half_kl_only_quantized'])} "
             f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} By accuracy "

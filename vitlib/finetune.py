@@ -305,7 +305,6 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
 
 def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> Markdown:
     """What the records say, in a few sentences."""
-    used = {split: decoded[split] for split in ("train", "valid")}  # only these copies affect the accuracy below
     last, best = history.iloc[-1], history.loc[history["top1"].idxmax()]
     merged = 100 * reloaded.loc["merged", "top1"]
     why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ", because its weights are rounded to 16 bits"
@@ -316,7 +315,7 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
         f"{100 * best['top1']:.2f} %. The last one is saved, as choosing by these pictures would flatter it."
         + _overfits(history),
         f"The merged 16-bit checkpoint, where every later notebook starts, has Top-1 **{merged:.2f} %**{why}.",
-        _copies(decode.duplicates(used)["kind"]),
+        _copies(decode.duplicates({split: decoded[split] for split in ("train", "valid")})["kind"]),
         f"Training ran at {history['images_per_s'].median():,.0f} images/s on {base.device.type}.",
         _quantized(reloaded),
     ]
