@@ -240,10 +240,7 @@ def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Su
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a block and number of bits: `kl_removed` when it alone is kept, `kl_alone` when it alone is quantized.
-
-    The first is a share of the KL of quantizing everything, the second a KL.
-    """
+    """By block: the share of the total KL that is removed when it alone is kept, and the KL when it alone is quantized."""
     by_name, rows = frame.set_index(["bits", "kept"]), []
     for bits, kept in by_name.index:
         if kept.startswith("block "):
@@ -315,7 +312,7 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
         lines.append(
             f"- **{bits} bits**: quantizing everything changes the probabilities by {nothing['logit_kl']:.1e} nats on "
             f"average (KL; Top-1 {100 * nothing['top1']:.2f} %). Keeping block {best['block']:.0f} removes {most} "
-            f"({100 * best['kl_removed']:.0f} %). Block {worst['block']:.0f} changes them most when it alone is quantized "
+            f"({100 * best['kl_removed']:.0f} %). Block {worst['block']:.0f} changes them most when quantized alone "
             f"({worst['kl_alone']:.1e}). "
             f"{_repeats('one quantized block', trust['split_half_kl_only_quantized'])} "
             f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} By accuracy "
@@ -333,7 +330,7 @@ def _repeats(what: str, correlation: float) -> str:
 
 def _by_accuracy(trust: pd.Series) -> str:
     """How far accuracy ranks the blocks, and in how many splits it ranks them at all."""
-    splits, undefined = (int(trust[key]) for key in ("top1_splits", "top1_splits_undefined"))
+    splits, undefined = int(trust["top1_splits"]), int(trust["top1_splits_undefined"])
     if undefined == splits:
         return f"Accuracy cannot rank the blocks: in each of {splits} splits all blocks tie in a half."
     ties = f", over the {splits - undefined} of {splits} splits in which no half ties" if undefined else ""
