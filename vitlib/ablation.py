@@ -240,7 +240,7 @@ def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Su
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
-    """By block: the share of the total KL that is removed when it alone is kept, and the KL when it alone is quantized."""
+    """By block: the share of the KL that is removed when it alone is kept, and the KL when it alone is quantized."""
     by_name, rows = frame.set_index(["bits", "kept"]), []
     for bits, kept in by_name.index:
         if kept.startswith("block "):
