@@ -7,22 +7,11 @@
 # ---
 
 # %% [markdown]
-# # Fine-tuning: can a few adapters teach a Vision Transformer new flowers?
+# # Fine-tuning: train small adapters on a Vision Transformer
 #
-# We take a Vision Transformer as the base, give it a new head for our classes, and train small LoRA adapters beside
-# its frozen weights. We will see
-#
-# - what the base is, and what its accuracies may be compared with;
-# - what the pictures are, and whether any stands in two splits;
-# - how many parameters are trained, and that the head is among them;
-# - how loss and accuracy develop;
-# - three checkpoints that can be loaded without this notebook: 16 bit, NF4 and int8.
-#
-# Nothing after this notebook types a class name, an image size or a normalisation again: it all travels with the
-# checkpoint.
-#
-# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
-# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
+# A Vision Transformer is the base. It gets a new head for the classes of this study, and small LoRA adapters are
+# trained beside its frozen weights. The result is saved as three checkpoints (16 bit, NF4 and int8) that hold
+# everything a later notebook needs: weights, class names, image size and normalisation.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -54,84 +43,90 @@ compile_training: str = "auto"  # auto, always, never; compile the blocks; auto 
 resume: bool = False  # continue from the last complete training checkpoint
 
 # %%
-from vitlib import params
+from vitlib import finetune
 
-settings = params.collect(globals())
+study = finetune.open(globals())
 
 # %% [markdown]
 # ## The pictures
 #
-# Every source looks alike from here: pictures with a class, in a training, a validation and perhaps a test split.
+# Every source gives the same thing: pictures with a class, in a training, a validation and perhaps a test split.
 
 # %%
-from vitlib import data, plots
+from vitlib import plots, tables
 
-dataset = data.load(settings)
-plots.table(dataset.summary(), index=True)
+dataset = finetune.dataset(study)
+tables.table(dataset.summary(), index=True)
 
 # %% [markdown]
-# The base network comes first, because it decides how pictures are resized and normalised. `pretrain` trains a
-# small network on *other* flowers from the generator; a Hub id or a folder loads one that somebody else trained.
+# The base is loaded first, because it decides how pictures are resized and normalised. `pretrain` trains a small
+# network on *other* flowers from the generator; a Hub id or a folder loads a pretrained one.
 
 # %%
-from vitlib import finetune
-
-base = finetune.load_base(settings, dataset)
-plots.table(finetune.describe(base))
+base = finetune.load_base(study, dataset)
+tables.table(finetune.describe(base))
 
 # %%
-from IPython.display import Markdown
-
-Markdown(finetune.introduce(base, settings))
+finetune.introduce(study, base)
 
 # %% [markdown]
-# This is what the preprocessing does to every picture, in training and in evaluation alike.
+# The first block of the network: attention and an MLP, each behind a layer norm.
+
+# %%
+base.model.vit.layers[0]
+
+# %% [markdown]
+# The preprocessing of the base is applied to every picture, in training and in evaluation.
 
 # %%
 base.preprocess.describe()
 
 # %% [markdown]
-# Now the pictures are read and resized once. A few of them, as the network sees them:
+# The pictures are read and resized once. This is what the network sees, one picture of each class:
 
 # %%
-decoded = data.decode_splits(dataset, list(dataset.splits), base.preprocess, settings.workers)
-
-# %%
-plots.picture_grid(*data.one_of_each(decoded["train"], base.labels, 18))
+decoded = finetune.decoded(study, dataset, base)
+plots.picture_grid(*finetune.examples(decoded, base, 18))
 
 # %% [markdown]
-# Files that could not be used are named here with the reason, not dropped in silence.
+# To the network a picture is a tensor: channels, rows and columns, here as a batch of one after normalisation.
 
 # %%
-plots.table(dataset.problems(), none="every file could be used")
+pixels = base.preprocess.normalise(decoded["train"].pixels[:1])
+pixels.shape, pixels.dtype, (pixels.min().item(), pixels.max().item())
 
 # %% [markdown]
-# A picture that stands in two splits would be tested on what was learnt by heart. Exact copies and near copies (the
-# same photograph, saved again) are listed, for every pair of splits; both make the accuracy of a split look better
-# than it is. The test split is read for this search only: training never sees it.
+# Files that could not be used, with the reason.
 
 # %%
-plots.table(data.duplicates(decoded), digits=4, none="no picture stands in two splits")
+tables.table(dataset.problems(), none="every file could be used")
+
+# %% [markdown]
+# A picture in both splits would reward memory, so copies are searched for in every pair of splits: exact ones, and
+# near ones (the same photograph, saved again). The test split is read for this search only; training never sees it.
+
+# %%
+tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in two splits")
 
 # %% [markdown]
 # ## What is trained
 #
-# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear
-# layers of attention and MLP get one. The head is new and starts at random, so it must be trained too: left frozen,
-# it would stay random and no adapter could repair it.
+# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers
+# of attention and MLP get one. The head is new and starts at random, so it must be trained too: left frozen, it would
+# stay random and no adapter could repair it.
 
 # %%
-model = finetune.make_trainable(base, settings)
-plots.table(finetune.parameter_table(model), index=True)
+model = finetune.make_trainable(study, base)
+tables.table(finetune.parameter_table(model), index=True)
 
 # %% [markdown]
 # ## Training
 #
-# Random crops and flips, AdamW, a cosine schedule; after each epoch the validation split is measured as it is.
+# Random crops and flips, AdamW, a cosine schedule. The validation split is measured after each epoch, without crops.
 
 # %%
-history = finetune.train(model, base, decoded, settings)
-plots.table(history, digits=3)
+history = finetune.train(study, model, base, decoded)
+tables.table(history, finetune.HISTORY)
 
 # %%
 plots.learning_curves(history)
@@ -140,19 +135,19 @@ plots.learning_curves(history)
 # ## Three checkpoints
 #
 # The adapters are added into the weights, and the result is saved in 16 bit, in NF4 (4 bits a weight) and in int8.
-# Each is then loaded again and compared with the network in memory: the 16-bit one must give the same logits, and
-# the others show what quantization alone changes.
+# Each is loaded again and compared with the network in memory: the 16-bit one must give the same logits, and the
+# others show what quantization alone changes.
 
 # %%
-merged = finetune.merge(model, base, settings)
-checkpoints = finetune.save_checkpoints(merged, base, settings, history)
+merged = finetune.merge(study, model, base)
+checkpoints = finetune.save_checkpoints(study, merged, base, history)
 
 # %%
 reloaded = finetune.check_reload(merged, base, checkpoints, decoded["valid"])
-plots.table(reloaded, digits=4, index=True)
+tables.table(reloaded, finetune.RELOADED)
 
 # %% [markdown]
-# ## What we saw
+# ## Summary
 
-# %%
-Markdown(finetune.headline(history, reloaded, base, decoded))
+# %% tags=["summary"]
+finetune.headline(history, reloaded, base, decoded)

@@ -62,9 +62,9 @@ settings = params.collect(globals())
 # row with the reason; nothing is replaced by something else.
 
 # %%
-from vitlib import data, evaluate, plots
+from vitlib import evaluate, plots, sources
 
-bench = evaluate.prepare(settings, data.load(settings))
+bench = evaluate.prepare(settings, sources.load(settings))
 plots.table(evaluate.status_table(bench))
 
 # %% [markdown]
