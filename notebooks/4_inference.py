@@ -32,6 +32,7 @@ image_size: int = 48  # side in pixels of synthetic pictures and of a base that 
 eval_batch_size: int = 32  # batch size where only the outputs matter
 pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
 variant: str = "auto"  # name of a variant; auto is the fastest that this study measured
+checkpoints_of: str = ""  # study whose checkpoints are used; empty: this one
 decoder: str = "pil"  # pil, nvjpeg, auto; auto is nvJPEG on the GPU where it works; its pixels differ slightly
 grid: int = 12  # pictures shown
 

@@ -33,15 +33,14 @@ def project_root() -> Path:
 def study_folder(study: str, *, root: Path | str | None = None) -> Path:
     """Folder of a study, `<root>/outputs/<study>`; it is not created. `root` defaults to the project's.
 
-    Raises ValueError unless the name is plain (letters, digits, `.`, `_`, `-`, not first a dot): it becomes
-    a folder and a link in the index, and must not lead out of outputs/.
+    Raises ValueError unless the name is plain: it becomes a folder, a link and a word of a command line.
     """
-    if not isinstance(study, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", study):
+    if not isinstance(study, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study):
         raise ValueError(
-            f"{study!r} cannot name a study: use letters, digits, '.', '_' or '-', not starting with '.', "
+            f"{study!r} cannot name a study: use letters, digits, '.', '_' or '-', a letter or digit first, "
             "such as the name of a file in params/ without .yaml"
         )
-    return Path(root if root is not None else project_root()) / "outputs" / study
+    return Path(root or project_root()) / "outputs" / study
 
 
 def resolve(path: Path | str) -> Path:
