@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def _facts(study: Study, made: Any) -> dict[str, str]:
             parameters.pop(name, None)
     facts = {
         "parameter set": f"params/{_name(study, made)}.yaml",
-        "base": origin.plain_sentence(study.folder),
+        "base": re.sub("[*`]", "", origin.sentence(study.folder)),
         "last report": max((_minute(path) for path in pages if path.exists()), default=""),
         **provenance.facts(made),
         "parameters": ", ".join(f"{name} = {value}" for name, value in parameters.items()),

@@ -289,16 +289,3 @@ def _sizes(metadata: Any) -> dict[str, int]:
     # The template writes them without quotes, so anything but an integer could become a second attribute.
     sizes = metadata if isinstance(metadata, dict) else {}
     return {key: sizes[key] for key in ("width", "height") if type(sizes.get(key)) is int}
-
-
-def marked_failed(executed: NotebookNode, at: int, cell: int, text: str) -> NotebookNode:
-    """`executed` with a banner on top and another before the cell that failed: position `at`, the `cell`-th of code."""
-    from nbformat.v4 import new_markdown_cell
-
-    stop = '<div class="alert alert-danger" id="failed-cell">It stopped in the next cell.</div>'
-    banner = (
-        f'<div class="alert alert-danger">FAILED in <a href="#failed-cell">cell {cell}</a>: {html.escape(text)}</div>'
-    )
-    executed.cells.insert(at, new_markdown_cell(stop))
-    executed.cells.insert(0, new_markdown_cell(banner))
-    return executed
