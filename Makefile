@@ -8,11 +8,8 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-# The study that `make bench` is asked for; without one it measures random weights.
-BENCHED := $(if $(filter-out file default,$(origin STUDY)),$(STUDY))
-
 .DEFAULT_GOAL := help
-.PHONY: help setup study bench test lab sync clean
+.PHONY: help setup study test lab sync clean
 
 help:  ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,10 +27,6 @@ setup: .venv/installed  ## make .venv with the pinned versions
 study: setup  ## run the notebooks of STUDY that are out of date, then print the table of variants
 	@$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet host progress rules reason --config study=$(STUDY)
 	@$(BIN)/python -m vitlib.report summary --study $(STUDY)
-
-bench: setup  ## measure what each step towards speed brings; with STUDY=<name> on its checkpoints, else on random weights
-	$(BIN)/python -m vitlib.bench $(if $(BENCHED),--study $(BENCHED))
-	$(BIN)/python -m vitlib.report run notebooks/6_speed.ipynb --study $(or $(BENCHED),bench) --params params/$(or $(BENCHED),demo).yaml
 
 test: setup  ## linter and tests; those of one file share a process, as the notebooks' share a folder
 	$(BIN)/ruff check .

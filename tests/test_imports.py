@@ -33,7 +33,7 @@ LEVELS = {
     2: {"models", "fused", "engine", "pipeline", "training"},
     3: {
         *("finetune", "evaluate", "benchmark", "ablation", "inference", "standin", "claims", "mismatch"),
-        *("trainspeed", "bench", "speed"),
+        "speed",
     },
     4: {"tables", "plots", "report", "frontpage", "publish"},
 }
