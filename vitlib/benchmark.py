@@ -232,7 +232,7 @@ def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> 
                 "latency_high_ms": interval.high,
                 "samples": len(samples),
                 "latency_note": clock_note(part),
-                "against_baseline": "" if variant == baseline else compared.verdict,
+                "against_baseline": "" if variant == baseline else compared,
                 "throughput_img_s": rates.estimate,
                 "throughput_low_img_s": rates.low,
                 "throughput_high_img_s": rates.high,
@@ -417,8 +417,8 @@ def _simulated(latencies: pd.DataFrame, baseline: str, batch: int, seed: int) ->
     for _ in range(SIMULATED):
         halves = [np.array_split(draw.permutation(samples), 2) for samples in by_round]
         first, second = [half[0] for half in halves], [half[1] for half in halves]
-        same += stats.same_or_slower(first, second).verdict == "same"
-        slower += stats.same_or_slower(first, [1.02 * half for half in second]).verdict == "slower"
+        same += stats.same_or_slower(first, second) == "same"
+        slower += stats.same_or_slower(first, [1.02 * half for half in second]) == "slower"
     return same, slower
 
 
