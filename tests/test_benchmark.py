@@ -93,11 +93,22 @@ def test_clocks_that_differ_are_said():
     assert "+30 µs" in benchmark.clock_note(pd.DataFrame({"latency_ms": [1.03], "device_ms": [1.0]}))
 
 
-def test_what_was_not_reached_is_said():
+def test_failed_checks_are_named():
     checks = pd.DataFrame({"check": ["nothing changed", "2 % slower", "clocks"], "reached": ["no", "no", "yes"]})
-    text = benchmark.unreached(checks)
+    text = benchmark.failed(checks)
     assert "*nothing changed*; *2 % slower*" in text and "clocks" not in text
-    assert benchmark.unreached(checks.tail(1)) == "All checks passed."
+    assert benchmark.failed(checks.tail(1)) == ""
+
+
+def test_chosen_implementations_have_a_column_a_batch_size():
+    row = {"variant": "nf4-direct-fused-graph", "layer": "NF4", "path": "dequantize", "batch": 1, "chosen": True}
+    rows = [row | {"us": us} for us in (4.0, 6.0)] + [
+        row | {"batch": 8, "us": 9.0},
+        row | {"us": 99.0, "chosen": False},
+    ]
+    (found,) = benchmark.chosen(pd.DataFrame(rows)).to_dict("records")
+    assert (found["batch size 1 (µs)"], found["batch size 8 (µs)"]) == (5.0, 9.0)
+    assert benchmark.chosen(pd.DataFrame()).empty
 
 
 def test_calls_of_a_round_are_a_range():

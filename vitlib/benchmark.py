@@ -145,6 +145,18 @@ def _ratio(times: stats.Interval) -> str:
     return f"{value} times {'faster' if faster else 'slower'} ({low} … {high})"
 
 
+def chosen(tuning: pd.DataFrame) -> pd.DataFrame:
+    """The implementations that were chosen (`records/tuning.csv`), a row a variant, layer format and implementation.
+
+    A column a batch size: the median µs of the layer shapes that use it, missing where none does.
+    """
+    if tuning.empty:
+        return tuning
+    taken = tuning[tuning["chosen"]].groupby(["variant", "layer", "path", "batch"], sort=False)["us"].median()
+    table = taken.unstack().rename(columns=lambda size: f"batch size {size} (µs)").rename_axis(columns=None)
+    return table.reset_index().rename(columns={"layer": "layers", "path": "implementation"})
+
+
 def clock_note(samples: pd.DataFrame) -> str:
     """'' where wall clock and device events agree within 2 %, otherwise by how much they differ and why."""
     wall, device = samples["latency_ms"].median(), samples["device_ms"].median()
@@ -183,13 +195,13 @@ def validity(
     return table.assign(reached=table["reached"].map({True: "yes", False: "no"}))
 
 
-def unreached(checks: pd.DataFrame) -> str:
-    """The checks of `validity` that failed, as a sentence (Markdown)."""
+def failed(checks: pd.DataFrame) -> str:
+    """The checks of `validity` that failed, as a sentence (Markdown), '' if none did."""
     missed = checks.loc[checks["reached"] == "no", "check"]
     if missed.empty:
-        return "All checks passed."
+        return ""
     named = "; ".join(f"*{check}*" for check in missed)
-    return f"**Failed**: {named}. This run does not establish differences as small as these checks ask for."
+    return f"**Failed checks**: {named}. This run does not establish differences as small as these checks ask for."
 
 
 def calls_of(per_round: pd.Series) -> str:

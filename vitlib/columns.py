@@ -9,6 +9,7 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "variant": "variant",
     "part": "part",
     "batch": Column("batch size", ".0f"),
+    "profiled_batch": Column("batch size", ".0f"),
     "right": "right",
     "n": "pictures",
     "top1": Column("Top-1 (%)", ".2f", 100),
@@ -42,7 +43,6 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     ("throughput_low_img_s", "throughput_high_img_s"): Column("95 % interval of images/s", ",.0f"),
     "latency_note": "wall clock and GPU timer",
     "cpu_latency_ms": Column("one picture on the CPU (ms)", ",.2f"),
-    "profiled_batch": "batch size",
     "kernels_per_pass": Column("kernels per pass", ",.0f"),
     "device_time_us": Column("device time (ms)", ",.3f", 1e-3),
     "attention_device_time_us": Column("attention (ms)", ",.3f", 1e-3),
@@ -62,7 +62,13 @@ SUMMARY = {
     name: OF_VARIANTS[name]
     for name in (
         *("variant", "batch", "model_mb", "latency_p50_ms", "times_baseline", "throughput_img_s", "peak_memory_mb"),
-        *("top1", "flips", "reason"),
+        *("cpu_latency_ms", "top1", "flips", "reason"),
     )
 }
 """The columns of `records/variants.csv` that one compares."""
+
+MEMORY = {
+    **{name: OF_VARIANTS[name] for name in ("variant", "model_mb", "held_mb", "disk_mb")},
+    "times_smaller": Column("times smaller", ".1f"),
+}
+"""What a variant keeps in memory, whatever the batch size."""

@@ -37,9 +37,12 @@ def status(bench: Bench) -> pd.DataFrame:
 
 
 def tuning(study: Study, bench: Bench) -> pd.DataFrame:
-    """What was timed to choose the kernels of fused variants; written to `records/tuning.csv` where there are any."""
+    """`benchmark.chosen` of what was timed to choose the kernels of fused variants; all of it to `records/tuning.csv`.
+
+    Empty where the study has no fused variant; there is no record then.
+    """
     frame = engine.tunings(bench.engines, "variant")
-    return frame if frame.empty else study.write("tuning", frame)
+    return benchmark.chosen(frame if frame.empty else study.write("tuning", frame))
 
 
 def base(study: Study) -> Markdown:
@@ -248,11 +251,6 @@ def validity(study: Study, bench: Bench, measured: Measured, totals: pd.DataFram
     return study.write("validity", checks)
 
 
-def unreached(checks: pd.DataFrame) -> Markdown:
-    """The checks of `validity` that failed, as a sentence."""
-    return Markdown(benchmark.unreached(checks))
-
-
 def variants_table(
     study: Study, bench: Bench, *measured: pd.DataFrame, clocks: dict[str, object] | None = None
 ) -> pd.DataFrame:
@@ -284,8 +282,8 @@ def variants_table(
     return study.write("variants", table)
 
 
-def headline(table: pd.DataFrame) -> Markdown:
-    """What the table of variants says, in three to five sentences."""
+def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
+    """What the table of variants and the checks of `validity` say, in a few sentences."""
     ran, baseline = table[table["status"] == "ok"], str(table["variant"].iloc[0])
     others = ran[ran["variant"] != baseline].drop_duplicates("variant").set_index("variant")
     sentences = [_fastest(ran, batch) for batch in dict.fromkeys((ran["batch"].min(), ran["batch"].max()))]
@@ -293,7 +291,8 @@ def headline(table: pd.DataFrame) -> Markdown:
         sentences = [_quality(others), *sentences, _smallest(others, ran["model_mb"].iloc[0])]
     for reason, rows in table[table["status"] != "ok"].groupby("reason", sort=False):
         sentences.append(f"**Not run**: {', '.join(map(label, rows['variant']))} ({reason}).")
-    return Markdown("\n".join(f"- {sentence}" for sentence in sentences))
+    sentences.append(benchmark.failed(checks))
+    return Markdown("\n".join(f"- {sentence}" for sentence in sentences if sentence))
 
 
 def _quality(rows: pd.DataFrame) -> str:

@@ -13,6 +13,8 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from vitlib import variants
+
 PALETTE = "colorblind"
 
 
@@ -160,28 +162,29 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
     return figure
 
 
-def steps(engine: pd.DataFrame, *, words: str = "") -> Figure | Markdown:
-    """Median latency of each step of the bench with its bounds, a panel a batch size, a colour a format.
+def steps(table: pd.DataFrame, *, words: str = "") -> Figure | Markdown:
+    """Median latency of each variant with its interval, a panel a batch size, a colour a format; from `variants.csv`.
 
-    On a log scale; only the steps whose name holds `words`, where given, on a linear one.
+    On a log scale; only the variants whose execution holds `words`, where given, on a linear one.
     """
-    engine = engine[engine["step"].str.contains(words, regex=False)]
-    sizes, names = sorted(engine["batch"].unique()), list(dict.fromkeys(engine["step"]))
+    table = table[table["execution"].str.contains(words, regex=False)]
+    sizes, names = sorted(table["batch"].unique()), list(dict.fromkeys(table["variant"]))
     if not names:
         return Markdown("*none*")
     figure, axes = _axes(len(sizes), width=4.2 + 3.6 * len(sizes), height=0.27 * len(names) + 1.2)
     colours = _colours(("fp32", "fp16", "nf4", "int8", "w8a16", "w8a8", "fp8"))  # the same in every figure
     for axis, size in zip(axes, sizes, strict=True):
-        rows = engine[engine["batch"] == size].set_index("step").reindex(names)
+        rows = table[table["batch"] == size].set_index("variant").reindex(names)
         for number, row in enumerate(rows.itertuples()):
-            error = [[row.ms - row.ms_low], [row.ms_high - row.ms]]
-            axis.errorbar(row.ms, number, xerr=error, fmt="o", capsize=3, color=colours.get(row.weights, "grey"))
-        axis.set(xlabel=f"median latency (ms{'' if words else ', log scale'})", title=f"batch {size}")
+            median = row.latency_p50_ms
+            error = [[max(0, median - row.latency_low_ms)], [max(0, row.latency_high_ms - median)]]
+            axis.errorbar(median, number, xerr=error, fmt="o", capsize=3, color=colours.get(row.weights, "grey"))
+        axis.set(xlabel=f"median latency (ms{'' if words else ', log scale'})", title=f"batch size {size}")
         if not words:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.xaxis.set_minor_formatter(plt.FuncFormatter(_two_or_five))
-        axis.set_yticks(range(len(names)), names, fontsize=9)
+        axis.set_yticks(range(len(names)), [variants.label(name) for name in names], fontsize=9)
         axis.tick_params(axis="y", labelleft=axis is axes[0])
         axis.invert_yaxis()
     return figure

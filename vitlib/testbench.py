@@ -100,7 +100,7 @@ def engines_of(
     for variant in variants:
         try:
             loaded = models.load(checkpoints, variant, device)
-            engines[variant.name] = Engine(loaded, variant.execution, sizes, gelu=variant.gelu)
+            engines[variant.name] = Engine(loaded, variant.execution, sizes)
         except (models.NotRun, torch.OutOfMemoryError) as reason:
             if variant is variants[0]:
                 raise
