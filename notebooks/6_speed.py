@@ -28,7 +28,7 @@ study = speed.open(globals())
 # ## Step by step
 #
 # Each row adds one technique to the variant in the column *added to*. *Times faster* is the ratio of the two median
-# latencies with its 95 % interval; below 1 the technique makes it slower.
+# latencies with its bootstrap interval; below 1 the technique makes it slower.
 
 # %%
 from vitlib import columns, plots, tables

@@ -297,7 +297,11 @@ def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
 
 def _quality(rows: pd.DataFrame) -> str:
     n, most, changed = int(rows["n"].iloc[0]), str(rows["flips"].idxmax()), int(rows["flips"].max())
-    flips = f"{label(most)} changes most classes, {changed} of {n}" if changed else "no picture changes class"
+    flips = (
+        f"{changed} of {n} pictures change class with {label(most)}, the most"
+        if changed
+        else "no picture changes class"
+    )
     different, unknown = (
         ", ".join(map(label, rows.index[rows["verdict"] == verdict])) for verdict in ("different", "not shown")
     )
