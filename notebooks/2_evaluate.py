@@ -189,7 +189,7 @@ tables.table(evaluate.status(bench))
 # inputs too are another function than their reference.
 
 # %%
-tables.table(references.dropna(), columns.OF_VARIANTS)
+tables.table(columns.with_reference(references), columns.OF_VARIANTS, none="nothing to compare")
 
 # %% [markdown]
 # A *fused* variant is the same network with fewer and larger kernels. Each of its layers has several implementations.

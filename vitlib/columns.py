@@ -3,7 +3,10 @@
 A table shows those columns that its frame has, in this order.
 """
 
+import pandas as pd
+
 from vitlib.tables import Column
+from vitlib.variants import label
 
 OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "variant": "variant",
@@ -50,8 +53,8 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "attention_kernel": "attention kernel",
     "tflop_s": Column("TFLOP/s", ",.3g"),
     "ceiling_tflop_s": Column("peak TFLOP/s", ",.3g"),
-    "gb_s": Column("GB/s", ",.0f"),
-    "ceiling_gb_s": Column("peak GB/s", ",.0f"),
+    "gb_s": Column("GB/s", ",.3g"),
+    "ceiling_gb_s": Column("peak GB/s", ",.3g"),
     "bound": "limited by",
     "share_of_floor": Column("of the possible (%)", ".0f", 100),
     "reason": "not run because",
@@ -72,3 +75,9 @@ MEMORY = {
     "times_smaller": Column("times smaller", ".1f"),
 }
 """What a variant keeps in memory, whatever the batch size."""
+
+
+def with_reference(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that were compared with a reference, whose name becomes words."""
+    compared = frame.dropna(subset=["relative_error"])
+    return compared.assign(reference=compared["reference"].map(label))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from vitlib import benchmark, provenance, stats
+from vitlib import benchmark, columns, provenance, stats
 from vitlib.stats import Interval
 from vitlib.study import Study
 from vitlib.tables import MISSING, NO_BREAK, Markdown
@@ -79,8 +79,8 @@ def ladder(study: Study) -> pd.DataFrame:
 
 def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     """(variant, technique, the variant it is added to), each after the one it is added to."""
-    columns = ["weights", "attention", "execution", "gelu"]
-    keys = {tuple(row[columns]): row["variant"] for _, row in table.drop_duplicates("variant").iterrows()}
+    parts = ["weights", "attention", "execution", "gelu"]
+    keys = {tuple(row[parts]): row["variant"] for _, row in table.drop_duplicates("variant").iterrows()}
     baseline = next(iter(keys))
     below: dict[str, list[tuple[str, str]]] = {}
     for key, name in keys.items():
@@ -157,7 +157,7 @@ def agreement(study: Study) -> pd.DataFrame:
     table = variants(study)
     if "relative_error" not in table:
         return pd.DataFrame()
-    rows = table.dropna(subset=["relative_error"]).groupby(["variant", "reference"], sort=False)
+    rows = columns.with_reference(table).groupby(["variant", "reference"], sort=False)
     return rows.agg({"relative_error": "max", "agreement_with_reference": "min"}).reset_index()
 
 
