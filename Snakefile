@@ -3,7 +3,6 @@
     snakemake -c all --config study=demo
 """
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 STUDY = config.get("study", "demo")
 SET = f"params/{STUDY}.yaml"
 OUT = f"outputs/{STUDY}"
-RUN = f"{shlex.quote(sys.executable)} -m vitlib.report"
+RUN = f"{shlex.quote(sys.executable)} -m vitlib.run"
 
-# notebook: the records it leaves, and the notebooks whose records it needs. A further notebook is a further row.
+# notebook: the records it writes, and the notebooks whose records it needs. Another notebook is another row.
 NOTEBOOKS = {
     "1_finetune": (["finetune.csv", "base.json"], []),
     "2_evaluate": (
@@ -24,15 +23,16 @@ NOTEBOOKS = {
     "3_ablation": (["ablation.csv", "reliability.csv"], ["2_evaluate"]),
     "4_inference": (["predictions.csv"], ["2_evaluate"]),
     "5_claims": (["claims.csv", "preprocessing.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
+    "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),
 }
-# One file stands for each checkpoint, whose folder is put in place as a whole.
+# One file represents each checkpoint, whose folder is put in place as a whole.
 CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "int8")]}
-# What a notebook reads beside the code and records.
-FILES = {"5_claims": ["vitlib/claims.yaml", "vitlib/claims_ablation.csv"]}
+# Other files that a notebook reads.
+FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
 sys.path.insert(0, str(workflow.basedir))
-from vitlib.imports import sources
+from vitlib.run import sources
 
 if not Path(SET).is_file():
     sys.exit(f"error: there is no parameter set {SET}")
@@ -53,7 +53,7 @@ def mark_of(notebook):
 
 
 rule all:
-    # All files by name, not the index alone: Snakemake takes no notice of a missing file that lies further back.
+    # All files by name, not the index alone: Snakemake ignores a missing file further back.
     input:
         f"{OUT}/index.html",
         [file for notebook in NOTEBOOKS for file in reports_of(notebook) + records_of(notebook)],
@@ -64,7 +64,7 @@ rule index:
     input:
         [file for notebook in NOTEBOOKS for file in reports_of(notebook) + records_of(notebook)],
         [mark_of(notebook) for notebook in NOTEBOOKS],
-        "vitlib/frontpage.py",
+        "vitlib/index.py",
         "vitlib/templates/index.html.j2",
         "vitlib/templates/report/static/report.css",
     output:
@@ -81,7 +81,7 @@ for notebook, (_, needs) in NOTEBOOKS.items():
             script=f"notebooks/{notebook}.py",
             parameters=SET,
             files=FILES.get(notebook, []),
-            code=[os.path.relpath(file) for file in sources(f"notebooks/{notebook}.py")],
+            code=sources(f"notebooks/{notebook}.py"),
             records=[record for other in needs for record in records_of(other)],
             marks=[mark_of(other) for other in needs],
         output:

@@ -9,25 +9,15 @@
 # %% [markdown]
 # # Claims: does what the original study said hold?
 #
-# The study that this one rebuilds published two tables and many sentences with numbers. Each is a row here: what was
-# said and where, what this study measured on the same quantity, and a verdict that is computed. We will see
+# This project rebuilds the student project
+# [Vision Model Optimization with Quantization & Efficient Attention](https://github.com/jayrajpamnani/Vision-Model-Optimization-with-Quantization-Efficient-Attention),
+# called *the original* here. It published a README and slides, each with a table of results. This notebook tests what
+# they claim on the records of this study, and makes the original's preprocessing mistake again.
 #
-# - whether the original's own figures agree with each other;
-# - what its ablation can show, given how many pictures it had;
-# - what its wrong preprocessing costs, by making the same mistake on our checkpoint;
-# - size, speed, accuracy, sensitivity and the recommendations, claim by claim;
-# - both tables, cell by cell, and a count of all verdicts.
-#
-# A claim *holds* or it does not, or it holds *only* for some numbers of pictures a call. It *cannot be tested here*
-# where the study lacks what the claim is about: the network, a GPU, the same card for milliseconds, the same weights
-# for accuracies. A verdict belongs to the study that this page was made from: which blocks are sensitive and what
-# quantization costs depend on the weights, and how an eager network's latency compares at batch 1 on the host as well.
-#
-# What a measurement must be for its claim to hold stands in the column *holds if*: a bound, a range, or a factor
-# in either direction for ratios. Where variants are compared, one is better only if the intervals of both lie apart.
-#
-# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
-# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
+# Every verdict is computed. A claim *holds*, *holds only* for some batch sizes or variants, or *does not hold*. It
+# *cannot be tested here* where the study lacks what the claim is about: the same network, a GPU, the same pretrained
+# weights. Verdicts apply to this study only: sensitivity and the cost of quantization depend on the weights, and the
+# latency of eager networks at batch 1 also depends on the CPU.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -42,152 +32,99 @@ image_size: int = 48  # side in pixels, of synthetic pictures and of a base that
 eval_batch_size: int = 32  # pictures a call when only outputs matter
 
 # %%
-from vitlib import params
+from vitlib import claims, plots, tables
 
-settings = params.collect(globals())
+study = claims.open(globals())
 
 # %% [markdown]
 # ## The claims
 #
-# They stand in one file, `vitlib/claims.yaml`, without any verdict. What was measured comes from this study's records.
+# They are data, in `vitlib/claims/claims.yaml`, without any verdict. Each measures its own quantity on the study. One
+# of them, as an object, and its measurement:
 
 # %%
-from vitlib import claims
+claim = claims.find("own-top1")
+claim, claim.quantity.measure(study)
 
-frame = claims.table(settings.study)
-print(f"{len(frame)} claims")
+# %% [markdown]
+# All of them, starting with the original's objectives. Where variants are compared, a figure comes with its interval:
+
+# %%
+verdicts = claims.verdicts(study)
+claims.show(verdicts, "objectives")
 
 # %% [markdown]
 # ## The original against itself
 #
-# Its two texts give figures for the same things. No machine is needed to compare them.
+# The README and the slides report some of the same quantities. Here they are compared with each other.
 
 # %%
-claims.readable(frame, "own figures")
+claims.show(verdicts, "own figures", "training and inference")
 
 # %% [markdown]
 # ## What its ablation can show
 #
-# The original kept one block at a time in 16 bit and counted right answers. Which pictures changed was not published,
-# so the table gives the smallest p that McNemar's exact test could have had for each difference, adjusted for all
-# comparisons. The ten largest differences:
+# The original kept one part at a time in FP16 and counted right answers. It did not publish which pictures changed, so
+# the table gives the smallest p that McNemar's exact test could have for each difference. The ten largest differences:
 
 # %%
-from vitlib import plots
-
 ablation = claims.reanalysis()
-plots.table(claims.readable_reanalysis(ablation.head(10)), digits=4)
+tables.table(ablation.head(10), claims.REANALYSIS)
 
 # %%
-from IPython.display import Markdown
-
-Markdown(claims.reanalysis_headline(ablation))
+claims.reanalysis_in_words(ablation)
 
 # %% [markdown]
 # ## The preprocessing mistake, made again
 #
-# The original trained with one preprocessing and evaluated with another: a centre crop from a larger picture in
-# place of a plain resize, and the mean and standard deviation of ImageNet in place of the checkpoint's own. Here our
-# merged checkpoint gets its validation pictures in both ways, and with either half of the mistake alone. The quantized
-# checkpoints get them in both ways too: does the mistake change what quantization costs?
+# The original trained with a plain resize and the checkpoint's normalisation. It evaluated with a centre crop from a
+# larger picture and ImageNet's mean and standard deviation. The table evaluates our checkpoint with both, and with
+# either half of the mistake alone; the quantized checkpoints show whether the mistake changes what quantization costs.
 
 # %%
-from vitlib import data, mismatch
-
-dataset = data.load(settings)
-costs = mismatch.mismatched(settings, dataset)
-plots.table(mismatch.readable(costs))
+dataset = claims.pictures(study)
+costs = claims.mistake(study, dataset)
+tables.table(costs, claims.MISTAKE)
 
 # %%
-Markdown(mismatch.headline(costs))
+claims.mistake_in_words(costs)
 
 # %% [markdown]
-# The same pictures as the network takes them, which reads all values with the normalisation of its training:
+# The same pictures as the network sees them, which reads all values with the normalisation of its training:
 
 # %%
-plots.picture_grid(*mismatch.looks(settings, dataset, 3), columns=4)
+plots.picture_grid(*claims.looks(study, dataset, 3), columns=4)
 
 # %% [markdown]
-# ## Size and memory
-
-# %%
-claims.readable(frame, "size", "memory")
-
-# %% [markdown]
-# ## Speed
+# ## The two tables, column by column
 #
-# Milliseconds belong to a card, so the sentences are tested as ratios, at every batch size that was measured.
+# Milliseconds depend on the GPU, so latencies are compared as ratios to the same table's baseline.
 
 # %%
-claims.readable(frame, "speed", "kernels")
+claims.show(verdicts, "slides table", "README table")
 
 # %% [markdown]
-# ## Accuracy and training
+# ## Speed, accuracy and recommendations
 #
-# A difference of accuracies comes with its interval over pictures. Where the interval reaches across what was
-# claimed, the pictures are too few for a verdict.
+# An interval that includes the limit of a claim leaves it undecided.
 
 # %%
-claims.readable(frame, "accuracy", "training")
-
-# %%
-from vitlib import origin
-
-Markdown(origin.sentence(settings.study))
+claims.show(verdicts, "speed and accuracy", "recommendations")
 
 # %% [markdown]
-# ## Sensitivity
+# ## Sensitivity of blocks, and the first and last layers
 #
-# Accuracies as such belong to the original's weights. Which blocks matter is asked of this study's network, by the KL
-# that comes when one block alone is quantized and by Holm's adjusted p of keeping it. The other ranking, by the KL that
-# goes away when a block is kept, holds errors that cancel each other (notebook 3 says how far either repeats itself).
+# A block is called sensitive by the KL that appears when it alone is quantized. A gain is called significant by Holm's
+# adjusted p of keeping a part in FP16.
 
 # %%
-claims.readable(frame, "sensitivity")
+claims.show(verdicts, "sensitivity")
 
 # %% [markdown]
-# ## Recommendations
+# ## Summary
 
 # %%
-claims.readable(frame, "recommendation")
+tables.table(claims.counts(verdicts), index=True)
 
-# %% [markdown]
-# ## The benchmark tables, cell by cell
-#
-# What was said → what was measured, with a mark: ✓ holds, ✗ does not hold, · cannot be tested here. Rows are named as
-# in the records; accuracies stand in percent. First the slides' table:
-
-# %%
-claims.grid(frame, "slides table")
-
-# %%
-Markdown(claims.reasons(frame, "slides table"))
-
-# %% [markdown]
-# Its columns that depend on the card, as ratios to its own baseline:
-
-# %%
-claims.grid(frame, "slides table, as ratios")
-
-# %%
-Markdown(claims.reasons(frame, "slides table, as ratios"))
-
-# %% [markdown]
-# And the table of the original's README:
-
-# %%
-claims.grid(frame, "README table")
-
-# %%
-Markdown(claims.reasons(frame, "README table"))
-
-# %% [markdown]
-# ## What we saw
-#
-# How many claims of each subject got which verdict:
-
-# %%
-plots.table(claims.counts(frame), index=True)
-
-# %%
-Markdown(claims.headline(frame))
+# %% tags=["summary"]
+claims.summary(study, verdicts, costs)

@@ -36,13 +36,7 @@ from vitlib import columns, plots, tables
 tables.table(speed.ladder(study))
 
 # %%
-plots.steps(speed.variants(study))
-
-# %% [markdown]
-# The fused ones alone, on a linear scale:
-
-# %%
-plots.steps(speed.variants(study), words="fused")
+plots.ladder(speed.steps(study))
 
 # %% [markdown]
 # ## As fast as FP16?

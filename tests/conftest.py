@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import ViTImageProcessorPil
 
-from vitlib import models, preprocess
+from vitlib import checkpoint, preprocess
 from vitlib.data import Labels
 
 torch.set_num_threads(1)
@@ -33,14 +33,14 @@ def checkpoints(tmp_path_factory, labels, pre):
     """A folder with merged, nf4 and int8 checkpoints of a small random ViT."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("study") / "checkpoints"
-    network = models.new("vit-micro", image_size=32, labels=labels).eval()
+    network = checkpoint.new("vit-micro", image_size=32, labels=labels).eval()
     with torch.no_grad():  # logits of random weights are all alike; a larger head makes classes differ
         network.classifier.weight.mul_(20)
     cpu = torch.device("cpu")
-    models.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={})
+    checkpoint.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={})
     for weights in ("nf4", "int8"):
-        quantized = models.quantize_checkpoint(folder / "merged", weights, cpu)
-        models.save(quantized, folder / weights, pre=pre, labels=labels, provenance={})
+        quantized = checkpoint.quantize_checkpoint(folder / "merged", weights, cpu)
+        checkpoint.save(quantized, folder / weights, pre=pre, labels=labels, provenance={})
     return folder
 
 

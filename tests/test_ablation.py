@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import ablation, data, files, models, params, quantize, records
+from vitlib import ablation, checkpoint, data, files, params, quantize, records
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def subject(checkpoints, pixels):
-    loaded = models.load(checkpoints, Variant("fp16"), CPU)
+    loaded = checkpoint.load(checkpoints, Variant("fp16"), CPU)
     return ablation.Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
 
 
@@ -70,13 +70,13 @@ def needed_runs(blocks: int) -> int:
 @pytest.fixture
 def deep(tmp_path, labels, pre, pixels, monkeypatch):
     """A network of 24 blocks, as ViT-L has: 52 configurations."""
-    monkeypatch.setitem(models.ARCHITECTURES, "unit", (64, 24, 1, 64, 16))
+    monkeypatch.setitem(checkpoint.ARCHITECTURES, "unit", (64, 24, 1, 64, 16))
     torch.manual_seed(0)
-    network = models.new("unit", image_size=32, labels=labels).eval()
+    network = checkpoint.new("unit", image_size=32, labels=labels).eval()
     with torch.no_grad():
         network.classifier.weight.mul_(20)
-    models.save(network.half(), tmp_path / "checkpoints" / "merged", pre=pre, labels=labels, provenance={})
-    loaded = models.load(tmp_path / "checkpoints", Variant("fp16"), CPU)
+    checkpoint.save(network.half(), tmp_path / "checkpoints" / "merged", pre=pre, labels=labels, provenance={})
+    loaded = checkpoint.load(tmp_path / "checkpoints", Variant("fp16"), CPU)
     return ablation.Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
 
 
@@ -105,8 +105,8 @@ def test_together_bounds_the_pictures_of_a_call(subject):
 @pytest.fixture
 def loads(monkeypatch):
     """How often a checkpoint was loaded."""
-    calls, load = [], models.load
-    monkeypatch.setattr(models, "load", lambda *args: calls.append(args) or load(*args))
+    calls, load = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda *args: calls.append(args) or load(*args))
     return calls
 
 

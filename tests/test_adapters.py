@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from vitlib import adapters, finetune, models, params, preprocess, training
+from vitlib import adapters, checkpoint, finetune, params, preprocess, training
 from vitlib.finetune import Base
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ def settings(**changes):
 @pytest.fixture
 def base(labels):
     torch.manual_seed(0)
-    return Base(models.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
+    return Base(checkpoint.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
 
 
 def stir(model):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from vitlib import adapters, finetune, models, params, preprocess, training
+from vitlib import adapters, checkpoint, finetune, params, preprocess, training
 from vitlib.finetune import Base
 from vitlib.training import Examples, Recipe
 
@@ -33,7 +33,7 @@ def train(examples, labels, tmp_path):
 
     def run(folder="run", *, recipe=RECIPE, method="lora", dropout=0.0, resume=False):
         torch.manual_seed(0)
-        base = Base(models.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
+        base = Base(checkpoint.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
         chosen = params.check({"precision": recipe.precision, "method": method, "lora_dropout": dropout})
         network = finetune.make_trainable(base, chosen)
         history = training.train(
@@ -129,14 +129,14 @@ def test_every_picture_counts_once_an_epoch_and_every_batch_is_full(train, examp
 
 
 def test_auto_compiles_only_where_it_pays(labels):
-    network, auto = models.new("vit-micro", image_size=32, labels=labels), replace(RECIPE, compile="auto")
+    network, auto = checkpoint.new("vit-micro", image_size=32, labels=labels), replace(RECIPE, compile="auto")
     assert not training.compiles(auto, network, 10**9, CPU)
     assert training.compiles(replace(auto, compile="always"), network, 1, CPU)
     assert not training.compiles(auto, network, 1000, torch.device("cuda"))
 
 
 def test_a_block_without_mask_gives_what_transformers_gives(labels):
-    network = models.new("vit-micro", image_size=32, labels=labels).eval()
+    network = checkpoint.new("vit-micro", image_size=32, labels=labels).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = network(pixel_values=x).logits
@@ -145,7 +145,7 @@ def test_a_block_without_mask_gives_what_transformers_gives(labels):
 
 
 def test_the_configuration_saved_while_compiled_names_no_attention_of_ours(labels, tmp_path):
-    network = models.new("vit-micro", image_size=32, labels=labels)
+    network = checkpoint.new("vit-micro", image_size=32, labels=labels)
     with training.compiled_blocks(network, "eager"):
         network.save_pretrained(tmp_path)
     assert "direct" not in (tmp_path / "config.json").read_text()
@@ -171,7 +171,7 @@ def test_the_compilers_advice_on_fp32_is_not_shown(examples, labels, tmp_path):
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         training.train(
-            models.new("vit-micro", image_size=32, labels=labels), examples, pre=preprocess.new(32), recipe=RECIPE,
+            checkpoint.new("vit-micro", image_size=32, labels=labels), examples, pre=preprocess.new(32), recipe=RECIPE,
             folder=tmp_path, device=CPU, backend=_advises,
         )  # fmt: skip
     assert not [str(warning.message) for warning in shown if "TensorFloat32" in str(warning.message)]
@@ -186,7 +186,7 @@ def test_where_the_compiler_fails_auto_says_so_and_trains(examples, labels, tmp_
     torch._dynamo.reset()
 
     def run(compile_):
-        network = models.new("vit-micro", image_size=32, labels=labels)
+        network = checkpoint.new("vit-micro", image_size=32, labels=labels)
         return training.train(
             network, examples, pre=preprocess.new(32), recipe=replace(RECIPE, compile=compile_), folder=tmp_path,
             device=CPU, backend=_broken,

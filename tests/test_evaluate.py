@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, data, evaluate, files, inference, models, params, records, stats, synthetic
+from vitlib import ablation, data, evaluate, files, inference, params, records, stats, synthetic
+from vitlib.checkpoint import CheckpointError
 from vitlib.data import DataError, Dataset, Picture
-from vitlib.gate import GateError
 from vitlib.study import Study
+from vitlib.verify import GateError
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
 
@@ -231,7 +232,7 @@ def test_checkpoints_of_different_trainings_are_not_compared(project, settings, 
     copy = project / "outputs" / "mixed" / "checkpoints"
     shutil.copytree(checkpoints, copy)
     (copy / "nf4" / "provenance.json").write_text(json.dumps({"merged_sha256": "of another training"}))
-    with pytest.raises(models.CheckpointError, match="other weights"):
+    with pytest.raises(CheckpointError, match="other weights"):
         evaluate.prepare(Study.of(settings.model_copy(update={"study": "mixed"})), dataset_for(labels))
 
 
@@ -248,7 +249,7 @@ def test_checkpoints_of_different_preprocessing_are_not_compared(project, settin
     config = json.loads((copy / "nf4" / "preprocessor_config.json").read_text())
     config["image_mean"] = [0.485, 0.456, 0.406]
     (copy / "nf4" / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(models.CheckpointError, match="different preprocessing"):
+    with pytest.raises(CheckpointError, match="different preprocessing"):
         evaluate.prepare(Study.of(settings.model_copy(update={"study": "other"})), dataset_for(labels))
 
 

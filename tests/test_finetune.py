@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitlib import data, files, finetune, models, params, preprocess, quantize
+from vitlib import checkpoint, data, files, finetune, params, preprocess, quantize
 from vitlib.finetune import Base, FinetuneError
 
 CPU = torch.device("cpu")
@@ -16,12 +16,12 @@ def settings(**changes):
 @pytest.fixture
 def base(labels):
     torch.manual_seed(0)
-    return Base(models.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
+    return Base(checkpoint.new("vit-micro", image_size=32, labels=labels), preprocess.new(32), labels, CPU, {})
 
 
 @pytest.fixture
 def nf4_base(checkpoints, labels):
-    network = models.load_base(
+    network = checkpoint.load_base(
         str(checkpoints / "merged"), revision="", labels=labels, dtype=torch.bfloat16, quantized=True, device=CPU
     )
     return Base(network, preprocess.new(32), labels, CPU, {})
@@ -113,7 +113,7 @@ def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
     table = finetune.check_reload(merged, base, paths, valid)
     assert table.loc["merged", "reload_difference"] == 0
     assert 0 < table.loc["int8", "from_merged"] < table.loc["nf4", "from_merged"] < 0.5
-    assert models.read_labels(paths["nf4"]) == base.labels
+    assert checkpoint.read_labels(paths["nf4"]) == base.labels
     with torch.no_grad():
         found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.argmax(1)
     assert table.loc["merged", "top1"] == (found == base.labels.ids(valid.pictures)).float().mean().item()

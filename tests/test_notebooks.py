@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from vitlib import files, params, records, report
+from vitlib import files, index, params, records, run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in params.NOTEBOOKS]
@@ -54,8 +54,8 @@ def smoke():
     shutil.rmtree(folder, ignore_errors=True)  # what an earlier run left must not pass for what this one wrote
     for notebook in NOTEBOOKS:
         chosen = params.load(ROOT / "params" / "smoke.yaml")
-        report.execute(notebook, parameters=chosen, folder=folder, progress=False)
-    report.index(folder)
+        run.execute(notebook, parameters=chosen, folder=folder, progress=False)
+    index.write(folder)
     return folder
 
 

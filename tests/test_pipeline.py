@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import data, engine, inference, models, pipeline, preprocess
+from vitlib import checkpoint, data, engine, inference, pipeline, preprocess
 from vitlib.data import Picture
 from vitlib.variants import Variant
 
@@ -74,7 +74,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 50])
 def test_logits_are_those_of_decoding_first(checkpoints, pixels, batch_size):
-    runner = engine.Engine(models.load(checkpoints, Variant("fp32"), CPU))
+    runner = engine.Engine(checkpoint.load(checkpoints, Variant("fp32"), CPU))
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
     pictures = [Picture(str(i), None, image.copy) for i, image in enumerate(images)]
     passed = pipeline.classify(pictures, runner, batch_size=batch_size, workers=3)
@@ -176,7 +176,7 @@ def test_both_together_reach_80_percent_of_the_slower(decode_s, model_s):
 
 
 def test_speed_of_real_pictures(checkpoints, folder):
-    runner = engine.Engine(models.load(checkpoints, Variant("fp32"), CPU))
+    runner = engine.Engine(checkpoint.load(checkpoints, Variant("fp32"), CPU))
     frame = pipeline.speed(folder, runner, batch_size=4, workers=2, rounds=1)
     assert frame["stage"].tolist() == ["decoder", "model", "overlapped"]
     assert (frame["pictures"] == 9).all() and (frame["images_per_s"] > 0).all()  # the cut one does not count
@@ -336,20 +336,20 @@ def test_the_speed_of_nvjpeg_is_not_that_of_pillow(torchvision, tmp_path):
     """On files of another kind Pillow does all the work: a rate under nvJPEG's name would be a lie."""
     Image.new("RGB", (40, 30), "green").save(tmp_path / "a.webp")
     options = {"batch_size": 4, "workers": 1, "decoder": "nvjpeg"}
-    with pytest.raises(models.NotRun, match="none of 1 pictures is a JPEG"):
+    with pytest.raises(checkpoint.NotRun, match="none of 1 pictures is a JPEG"):
         pipeline.speed(tmp_path, Slow(preprocess.new(8)), **options)
     Image.new("RGB", (40, 30), "green").save(tmp_path / "b.jpg")
     assert "by Pillow: 1 × not a JPEG" in pipeline.speed(tmp_path, Slow(preprocess.new(8)), **options)["note"][0]
     (tmp_path / "b.jpg").unlink()
     refused = Picture("c.jpg", None, pipeline.pictures_in(tmp_path)[0].open, lambda: (b"\xff\xd8\xff nonsense", ""))
-    with pytest.raises(models.NotRun, match="none of 1 pictures is a JPEG"):  # it looked like one
+    with pytest.raises(checkpoint.NotRun, match="none of 1 pictures is a JPEG"):  # it looked like one
         pipeline.speed([refused], Slow(preprocess.new(8)), **options)
 
 
 def test_nvjpeg_is_never_taken_unasked_nor_silently_replaced():
     loaded = Slow(preprocess.new(8)).loaded
     assert type(pipeline.pick_decoder("pil", loaded)) is pipeline.PilDecoder
-    with pytest.raises(models.NotRun, match=r"CUDA device, this one is cpu; set decoder to"):
+    with pytest.raises(checkpoint.NotRun, match=r"CUDA device, this one is cpu; set decoder to"):
         pipeline.pick_decoder("nvjpeg", loaded)
     assert pipeline.pick_decoder("auto", loaded).note().endswith("nvJPEG decodes on a CUDA device, this one is cpu.")
     with pytest.raises(ValueError, match="known are pil, nvjpeg, auto"):
@@ -395,7 +395,7 @@ def test_a_notebook_says_which_decoder_made_its_pixels(predictor_frame):
 
 @pytest.fixture
 def predictor_frame(checkpoints, pixels):
-    runner = engine.Engine(models.load(checkpoints, Variant("fp32"), CPU))
+    runner = engine.Engine(checkpoint.load(checkpoints, Variant("fp32"), CPU))
     pictures = [Picture("a", None, Image.new("RGB", (32, 32)).copy)]
     passed = pipeline.classify(pictures, runner, batch_size=1, workers=1)
     return inference.Predictor(Variant("fp32"), runner), inference._rows(passed, runner.loaded.labels)

@@ -6,7 +6,7 @@ import torch
 import transformers
 from PIL import Image
 
-from vitlib import models, preprocess
+from vitlib import checkpoint, preprocess
 from vitlib.preprocess import Preprocess, PreprocessError
 
 SQUARE = {"height": 32, "width": 32}
@@ -108,7 +108,7 @@ def test_what_trained_a_network_evaluates_it(checkpoints, pre):
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator())
     trained = pre
     for name in ("fp32", "nf4", "int8"):
-        evaluated = models.load(checkpoints, models.Variant(name), torch.device("cpu")).preprocess
+        evaluated = checkpoint.load(checkpoints, checkpoint.Variant(name), torch.device("cpu")).preprocess
         assert evaluated.describe() == trained.describe()
         assert evaluated.normalise(pixels).equal(trained.normalise(pixels))
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from vitlib import models, quantize
+from vitlib import checkpoint, quantize, verify
 from vitlib.data import Labels
+from vitlib.variants import Variant
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -45,7 +46,7 @@ def test_the_int8_layer_never_hands_a_strided_input_to_bitsandbytes(monkeypatch)
 
 @pytest.mark.parametrize("weights", ["nf4", "int8"])
 def test_saved_checkpoints_keep_the_classifier_in_16_bit(checkpoints, weights):
-    network = models.load(checkpoints, models.Variant(weights), torch.device("cpu")).model
+    network = checkpoint.load(checkpoints, Variant(weights), torch.device("cpu")).model
     assert type(network.classifier) is nn.Linear
     assert network.config.quantization_config.llm_int8_skip_modules == ["classifier"]
     encoder = [m for n, m in network.named_modules() if isinstance(m, nn.Linear) and n != "classifier"]
@@ -54,15 +55,34 @@ def test_saved_checkpoints_keep_the_classifier_in_16_bit(checkpoints, weights):
     assert all(type(m) is kind for m in encoder)
 
 
-def test_nf4_computes_in_16_bit():
-    assert quantize.config("nf4", torch.float16).bnb_4bit_compute_dtype == torch.float16
+def test_nf4_is_quantized_twice_and_computes_in_16_bit():
+    settings = quantize.config(4, torch.float16)
+    assert settings.bnb_4bit_compute_dtype == torch.float16 and settings.bnb_4bit_use_double_quant
+    with pytest.raises(ValueError, match="not in 16"):
+        quantize.config(16, torch.float16)
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_saved_checkpoints_hold_what_the_layers_made_here_hold(checkpoints, weights):
+    """The same codes and scales, of NF4 on both levels; int8 rows reach 127, the end of their range."""
+    merged, stored = (checkpoint.load(checkpoints, Variant(w), torch.device("cpu")).model for w in ("fp16", weights))
+    found, bits = stored.vit.layers[2].mlp.fc1, {"nf4": 4, "int8": 8}[weights]
+    expected = quantize.quantize_linear(merged.vit.layers[2].mlp.fc1, bits)
+    assert torch.equal(found.weight.data, expected.weight.data)
+    if bits == 8:
+        assert torch.equal(found.weight.SCB, expected.weight.SCB)
+        assert found.weight.data.abs().amax(dim=1).eq(127).all()
+        return
+    state, other = found.weight.quant_state, expected.weight.quant_state
+    assert state.nested and (state.blocksize, state.state2.blocksize) == (64, 256)
+    assert torch.equal(state.absmax, other.absmax) and torch.equal(state.state2.absmax, other.state2.absmax)
 
 
 def test_model_mb_counts_every_byte_once():
     network = nn.Sequential(nn.Linear(1024, 512, bias=False))
-    assert quantize.model_mb(network) == 1024 * 512 * 4 / 2**20
+    assert verify.model_mb(network) == 1024 * 512 * 4 / 2**20
     network.append(network[0])  # the same tensor twice weighs nothing more
-    assert quantize.model_mb(network) == 1024 * 512 * 4 / 2**20
+    assert verify.model_mb(network) == 1024 * 512 * 4 / 2**20
 
 
 def test_model_mb_of_nf4_counts_scales_of_both_levels():
@@ -71,12 +91,12 @@ def test_model_mb_of_nf4_counts_scales_of_both_levels():
     expected = (
         1024 * 512 // 2 + blocks + 4 * blocks // 256 + 16 * 4 + 256 * 4 + 4
     )  # codes, scales, their scales, tables
-    assert quantize.model_mb(layer) == pytest.approx(expected / 2**20)
+    assert verify.model_mb(layer) == pytest.approx(expected / 2**20)
 
 
 def test_quantized_copy_shares_norms_and_leaves_the_original_alone():
     labels = Labels(("a", "b"), ("a", "b"))
-    block = models.new("vit-micro", image_size=32, labels=labels).half().eval().vit.layers[0]
+    block = checkpoint.new("vit-micro", image_size=32, labels=labels).half().eval().vit.layers[0]
     twin = quantize.quantized_copy(block, 4)
     assert twin.layernorm_before is not None
     assert twin.layernorm_before.weight is block.layernorm_before.weight

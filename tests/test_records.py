@@ -1,14 +1,8 @@
-"""Schemas, atomic writes under errors and SIGKILL, provenance that names no machine."""
+"""Paths, atomic writes under errors and SIGKILL, schemas of the records."""
 
-import getpass
 import json
 import os
-import re
 import signal
-import socket
-import subprocess
-import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -16,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import files, provenance, records
+from vitlib import files, records
 from vitlib.stats import Interval
 
 
@@ -256,85 +250,6 @@ def test_json_is_plain_and_strict(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="object"):
         records.write_json({"a": object()}, path)
     assert records.read_json(path) == read
-
-
-# -------------------------------------------------------------------------------------------- provenance
-
-
-def test_environment_is_complete_and_names_no_machine(tmp_path: Path) -> None:
-    root = files.project_root()
-    parameters = {"data": "/home/alice/flowers", "set": str(root / "params" / "demo.yaml"), "rate": 1e-3}
-    found = provenance.environment(parameters=parameters, seeds={"numpy": 0}, checksums={"data": "ab"})
-    text = records.write_json(found, tmp_path / "environment.json").read_text(encoding="utf-8")
-    assert found["parameters"] == {"data": ".../flowers", "set": "params/demo.yaml", "rate": 1e-3}
-    assert found["seeds"] == {"numpy": 0} and found["checksums"] == {"data": "ab"}
-    assert found["versions"]["numpy"] == np.__version__
-    assert found["hardware"]["cores"] >= 1 and found["date_utc"].endswith("+00:00")
-    for secret in (socket.gethostname(), str(root), str(Path.home()), f"/{getpass.getuser()}/", "alice"):
-        assert secret not in text
-
-
-def test_importing_loads_no_torch() -> None:
-    code = (
-        "import sys; from vitlib import provenance, stats; assert 'torch' not in sys.modules;"
-        "found = provenance.environment(parameters={}); assert 'torch' not in sys.modules;"
-        "assert found['hardware']['gpus_reason'] == 'torch is not imported'"
-    )
-    home = {**os.environ, "PYTHONPATH": str(Path(records.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=home, check=True)
-
-
-def _fake_command(tmp_path: Path, name: str, script: str) -> None:
-    program = tmp_path / name
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-
-
-def test_gpu_state_is_read_with_units_and_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "GPU-1234, 0x0000000000000024, NVIDIA H200, 550.90.07, 143771, 1980, 1980, 3201, 41, [N/A], 700.00"
-    older = 'case "$1" in *event_reasons*) echo unknown field; exit 2;; esac'
-    _fake_command(tmp_path, "nvidia-smi", f"{older}\necho '{line}'")
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    (state,), reason = provenance.gpu_state()
-    assert reason is None and state["name"] == "NVIDIA H200" and state["driver"] == "550.90.07"
-    assert (state["sm_clock_mhz"], state["power_w"], state["power_limit_w"]) == (1980.0, None, 700.0)
-    assert state["throttle_reasons"] == ["software power cap", "software thermal slowdown"]
-
-    properties = types.SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30, multi_processor_count=132, uuid="1234"
-    )
-    cuda = types.SimpleNamespace(
-        is_available=lambda: True, device_count=lambda: 1, get_device_properties=lambda index: properties
-    )
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
-    (gpu,), reason = provenance._gpus()
-    assert gpu["compute_capability"] == "9.0" and gpu["state"]["memory_mib"] == 143771 and reason is None
-    assert "1234" not in json.dumps(gpu)
-
-
-def test_gpu_state_says_why_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance.gpu_state() == (None, "nvidia-smi is not installed")
-    _fake_command(tmp_path, "nvidia-smi", "exit 9")
-    assert provenance.gpu_state() == (None, "nvidia-smi ended with code 9")
-    _fake_command(tmp_path, "nvidia-smi", "exec /bin/sleep 5")
-    assert provenance._command("nvidia-smi", timeout_s=0.2) == (None, "nvidia-smi: TimeoutExpired")
-
-
-def test_git_commit_and_dirty_flag(tmp_path: Path) -> None:
-    def git(*words: str) -> None:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
-
-    assert provenance._git(tmp_path) == {"commit": None, "dirty": None}
-    git("init")
-    (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-m", "one")
-    clean = provenance._git(tmp_path)
-    assert re.fullmatch("[0-9a-f]{40}", clean["commit"]) and clean["dirty"] is False
-    (tmp_path / "a").write_text("2")
-    assert provenance._git(tmp_path) == {**clean, "dirty": True}
 
 
 def test_checksum_of_files_and_folders(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlib import models, roofline
+from vitlib import checkpoint, roofline
 from vitlib.data import Labels
 
 
 def test_vit_large_does_123_gflop_a_picture():
     with torch.device("meta"):
-        config = models.new("vit-large", image_size=224, labels=Labels(*[tuple(map(str, range(102)))] * 2)).config
+        config = checkpoint.new("vit-large", image_size=224, labels=Labels(*[tuple(map(str, range(102)))] * 2)).config
     counted = roofline.work(config, batch=1, bytes_per_weight=2, bytes_per_value=2)
     assert counted["gflop"].sum() == pytest.approx(123.1, abs=0.1)
     weights = counted.loc[["attention", "mlp"], "mb"].sum() * 1e6
@@ -20,7 +20,7 @@ def test_vit_large_does_123_gflop_a_picture():
 def test_a_fused_network_does_less_in_its_last_block():
     """Keys and values of all patches, everything else for the class token."""
     with torch.device("meta"):
-        config = models.new("vit-large", image_size=224, labels=Labels(("a", "b"), ("a", "b"))).config
+        config = checkpoint.new("vit-large", image_size=224, labels=Labels(("a", "b"), ("a", "b"))).config
     sizes = {"batch": 1, "bytes_per_weight": 2, "bytes_per_value": 2}
     full, less = roofline.work(config, **sizes), roofline.work(config, **sizes, class_token_only=True)
     query_and_output, scores, mlp = 2 * 2 * 1024**2, 2 * 2 * 197 * 1024, 2 * 2 * 1024 * 4096

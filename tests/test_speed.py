@@ -118,7 +118,7 @@ def test_every_record_of_the_gallery_is_readable_today(tmp_path):
             assert len(Study.at(GALLERY).read(name))
     shutil.copytree(GALLERY / "records", tmp_path / "old" / "records", ignore=shutil.ignore_patterns("traces"))
     old = Study.at(tmp_path / "old")
-    assert len(plots.steps(speed.variants(old)).axes) == 3
+    assert len(plots.ladder(speed.steps(old)).axes) == 3
     assert "fp16-direct-fused-graph" in set(speed.chosen(old)["variant"])
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
-from vitlib import data, files, models, preprocess, records, standin
+from vitlib import checkpoint, data, files, preprocess, records, standin
 from vitlib.data import Dataset, Labels, Picture
 from vitlib.standin import StandIn, StandInError
 
@@ -48,7 +48,7 @@ def coloured(train=8, valid=4):
 def network():
     torch.manual_seed(0)
     labels = Labels(("1", "2", "10"), ("red", "green", "blue"))
-    model = models.new("vit-micro", image_size=32, labels=labels).eval()
+    model = checkpoint.new("vit-micro", image_size=32, labels=labels).eval()
     with torch.no_grad():  # biases and positions start near zero: a forward that forgot one would look right
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -279,7 +279,7 @@ def test_each_checkpoint_is_enough_by_itself_and_as_good_as_it_says(trained, sta
     model = AutoModelForImageClassification.from_pretrained(folder, dtype="auto").eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.image_size == 32
-    assert models.read_labels(folder) == Labels(("1", "2", "10"), ("red", "green", "blue"))
+    assert checkpoint.read_labels(folder) == Labels(("1", "2", "10"), ("red", "green", "blue"))
     pre = preprocess.load(folder)
     assert pre.side == (32, 32)
     note = json.loads((folder / "provenance.json").read_text())
@@ -292,13 +292,13 @@ def test_each_checkpoint_is_enough_by_itself_and_as_good_as_it_says(trained, sta
     part = data.decode(coloured().splits["valid"], pre)
     with torch.no_grad():
         found = model(pixel_values=pre.normalise(part.pixels)).logits.argmax(dim=1)
-    right = (found == models.read_labels(folder).ids(part.pictures)).double().mean().item()
+    right = (found == checkpoint.read_labels(folder).ids(part.pictures)).double().mean().item()
     assert right == pytest.approx(note["top1"])
 
 
 def test_stage_one_is_a_base_for_fine_tuning(trained):
     labels = Labels(("a", "b"), ("a", "b"))
-    base = models.load_base(
+    base = checkpoint.load_base(
         str(trained[0] / "stage1"), revision="", labels=labels, dtype=torch.float32, quantized=False, device=CPU
     )
     assert base(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from vitlib import models, preprocess, training
+from vitlib import checkpoint, preprocess, training
 from vitlib.training import Examples, Recipe, ResumeError
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def examples():
 def train(examples, labels, tmp_path):
     def run(folder="run", *, resume=False, recipe=RECIPE, adapters=False, about=None):
         torch.manual_seed(0)
-        network = models.new("vit-micro", image_size=32, labels=labels)
+        network = checkpoint.new("vit-micro", image_size=32, labels=labels)
         if adapters:
             config = LoraConfig(target_modules=["q_proj", "fc1"], lora_dropout=0.1, modules_to_save=["classifier"])
             network = get_peft_model(network, config)
@@ -168,7 +168,7 @@ def test_training_and_validation_see_the_same_normalisation(examples, labels, tm
     monkeypatch.setattr(training.ImageTrainer, "compute_loss", spy)
     monkeypatch.setattr(training.preprocess, "augment", lambda batch, **_: batch)  # crops aside
     same = {"train": examples["valid"], "valid": examples["valid"]}
-    network = models.new("vit-micro", image_size=32, labels=labels)
+    network = checkpoint.new("vit-micro", image_size=32, labels=labels)
     recipe = replace(RECIPE, epochs=1)
     training.train(network, same, pre=preprocess.new(32), recipe=recipe, folder=tmp_path, device=CPU)
     order = [batch.flatten(1).sum(1).sort().values for batch in (seen[True][0], seen[False][0])]

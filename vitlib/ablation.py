@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib import data, engine, files, models, quantize, records, stats
+from vitlib import checkpoint, data, engine, files, quantize, records, stats
 from vitlib.data import Dataset
 from vitlib.params import Parameters
 from vitlib.variants import Variant
@@ -30,7 +30,7 @@ NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "
 class Subject:
     """The 16-bit network, its validation pictures and their class ids."""
 
-    loaded: models.Loaded
+    loaded: checkpoint.Loaded
     pixels: torch.Tensor
     labels: torch.Tensor
 
@@ -51,10 +51,10 @@ class Configuration:
 
 def prepare(settings: Parameters, dataset: Dataset) -> Subject:
     """The merged checkpoint in fp16, the format that bitsandbytes' int8 product takes, and the validation pictures."""
-    models.quiet_libraries()
-    device = models.pick_device(settings.device)
+    checkpoint.quiet_libraries()
+    device = checkpoint.pick_device(settings.device)
     checkpoints = files.study_folder(settings.study) / "checkpoints"
-    loaded = models.load(checkpoints, Variant("fp16"), device)
+    loaded = checkpoint.load(checkpoints, Variant("fp16"), device)
     loaded.labels.check(dataset, "valid")
     dataset.splits["valid"] = data.evenly(dataset.splits["valid"], settings.ablation_pictures)
     valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
@@ -124,7 +124,7 @@ def _in_parts(states: list[State], size: int) -> list[list[State]]:
 
 
 def evaluate(
-    loaded: models.Loaded,
+    loaded: checkpoint.Loaded,
     pixels: torch.Tensor,
     wanted: list[Configuration],
     bits: int,
@@ -212,8 +212,8 @@ def _timed_shared(
     return found, {"loads": 1, "block_evaluations": runs, "block_calls": calls, "wall_s": wall}
 
 
-def _load_again(subject: Subject) -> models.Loaded:
-    return models.load(subject.loaded.folder.parent, Variant("fp16"), subject.loaded.device)
+def _load_again(subject: Subject) -> checkpoint.Loaded:
+    return checkpoint.load(subject.loaded.folder.parent, Variant("fp16"), subject.loaded.device)
 
 
 def _reloaded(subject: Subject, settings: Parameters, bits: int, configuration: Configuration) -> torch.Tensor:

@@ -1,72 +1,79 @@
-"""Run a network eagerly, from CUDA graphs, compiled or fused, behind one call. Level 2."""
+"""Run a network eagerly, from CUDA graphs or fused, behind one call."""
 
-import functools
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import nn
 
-from vitlib import files, fused, linears, models, quantize, timing
-from vitlib.ahead import WAYS, Ahead
-from vitlib.models import Loaded
+from vitlib import files, fused, timing, tuning, verify
+from vitlib.blocks import ALL_BLOCKS, LAYER_BY_LAYER, MODES, BlockBuffers
+from vitlib.checkpoint import Loaded
+from vitlib.layers import CLASSES, Dense
+from vitlib.tuning import Trial
 from vitlib.variants import EXECUTIONS
 
 # Of the time of a graph, at most, for another to replace it: whole passes in turn vary less than layers.
 FASTER_PASS = 0.99
-COMPILED = 1024  # pairs of network and batch size in a process, at most
+TURNS = 15  # comparisons of two graphs, each the median of `TURN_REPLAYS` replays: clocks drift
+TURN_REPLAYS = 4
+
+
+class Graph(NamedTuple):
+    """A captured pass: replaying it reads `inputs` (n, 3, h, w) and writes `outputs` (n, classes).
+
+    `pool_mb` is what the driver had to give for it; `buffers` those of the block weights that it dequantizes, which
+    live as long as the graph.
+    """
+
+    graph: "torch.cuda.CUDAGraph"
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    pool_mb: float
+    buffers: BlockBuffers | None = None
 
 
 class Engine:
     """`engine(pixel_values) -> logits` (n, classes), with the same weights whatever the execution.
 
-    `pixel_values` (n, 3, h, w) must lie on the engine's device in its dtype. `execution` is one of
-    `variants.EXECUTIONS`. A fused one transforms the network (see `fused`) and chooses the path of each layer for
-    `batch_sizes` by measurement; `engine.loaded` then holds the fused network in place of the plain one, which is freed
-    with the caller's own reference to it. With graphs or compilation a batch is padded to the next of `batch_sizes`,
-    and one over the largest is cut, so that nothing is captured or compiled anew.
+    `pixel_values` (n, 3, h, w) must be on the engine's device in its dtype. `execution` is one of
+    `variants.EXECUTIONS`. A fused one transforms the network (see `fused`) and chooses the implementation of each
+    layer for `batch_sizes` by measurement; `engine.loaded` then holds the fused network instead of the plain one, which
+    is freed with the caller's own reference to it. With graphs a batch is padded to the next of `batch_sizes`, and one
+    over the largest is cut, so that nothing is captured later. ValueError for an execution that does not exist.
 
-    `prepare_s` are the seconds of transforming, tuning and capturing (with compilation, where compiled code is
-    captured), `tune_s` those of tuning among them. `pool_mb` is by batch size what a graph keeps for its inputs and
-    activations, with the buffers of weights that are dequantized by block; `buffers_mb` counts those once.
-    `compile_s` holds the seconds of the first call of each batch size of a compiled engine. `gelu` and `scales` are
-    those of `fused.fuse`; `backend` is torch.compile's.
+    `prepare_s` are the seconds of transforming, tuning and capturing, `tune_s` those of tuning among them. `trials` is
+    what tuning tried.
     """
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        execution: str = "eager",
-        batch_sizes: tuple[int, ...] = (1, 8, 32),
-        *,
-        gelu: str = "checkpoint",
-        scales: str = "expanded",
-        backend: str = "inductor",
-    ) -> None:
+    def __init__(self, loaded: Loaded, execution: str = "eager", batch_sizes: tuple[int, ...] = (1, 8, 32)) -> None:
         if execution not in EXECUTIONS:
             raise ValueError(f"there is no execution {execution!r}: it must be one of {', '.join(EXECUTIONS)}")
-        self.execution, self.sizes = execution, tuple(sorted(batch_sizes))
+        self.execution, self.sizes, self.loaded = execution, tuple(sorted(batch_sizes)), loaded
+        self.trials: tuple[Trial, ...] = ()
+        self.graphs: dict[int, Graph] = {}
         self.prepare_s = self.tune_s = 0.0
-        self.compile_s: dict[int, float] = {}
-        self.pool_mb: dict[int, float] = {}
-        self._graphs: dict[int, Graph] = {}
-        self._aheads: dict[int, Ahead] = {}
         start = time.perf_counter()
-        self.loaded = self._transformed(loaded, gelu, scales) if execution.startswith("fused") else loaded
-        # Of the network and not of this engine: a cycle would keep both on the GPU until the collector comes by.
-        compiled = functools.partial(_logits, self.network)
-        self._compiled = torch.compile(compiled, dynamic=False, backend=backend) if "compile" in execution else None
+        if execution.startswith("fused"):
+            self._fuse(side_by_side=execution.endswith("graph"))
         if execution.endswith("graph"):
-            for size in self.sizes:
-                self._graphs[size], self.pool_mb[size] = self._capture(size)
-            if execution == "fused-graph" and self.network.block_weights:
-                lender = None
-                for way, depth in WAYS.items():
-                    lender = self._try_ahead(way, depth, lender)
-        if execution not in ("eager", "compile"):
+            self.graphs = {size: self._capture(size) for size in self.sizes}
+            self._choose_modes()
+        if execution != "eager":
             self.prepare_s = time.perf_counter() - start
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if not len(pixel_values):  # a product with a batch of nothing fails, or ends the process
+            return pixel_values.new_empty(0, self.network.config.num_labels)
+        if not self.graphs:
+            return _logits(self.network, pixel_values)
+        if len(pixel_values) <= self.sizes[-1]:  # the host has nothing else to do while a single picture waits
+            return self._replay(pixel_values)
+        return torch.cat([self._replay(part) for part in pixel_values.split(self.sizes[-1])])
 
     @property
     def network(self) -> nn.Module:
@@ -74,137 +81,110 @@ class Engine:
         return self.loaded.model
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.loaded.device
+
+    @property
     def tuning(self) -> pd.DataFrame:
-        """The paths measured for a fused network's layers (`fused.tuning_table`); empty for others."""
-        return fused.tuning_table(self.network)
+        """The trials as a table (`tuning.table`); empty for a network that is not fused."""
+        return tuning.table(self.trials)
 
-    def _transformed(self, loaded: Loaded, gelu: str, scales: str) -> Loaded:
-        graphs = self.execution == "fused-graph"
-        result = fused.fused_loaded(loaded, gelu=gelu, scales=scales, side_by_side=graphs)
-        if loaded.variant is not None:
-            models.verify(result.model, loaded.variant)
-        start = time.perf_counter()
-        fused.tune(result.model, self.sizes)
-        self.tune_s = time.perf_counter() - start
-        return result
-
-    def _forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if self._compiled is None:
-            return _logits(self.network, pixel_values)
-        size = pixel_values.shape[0]
-        if size in self.compile_s:
-            return self._compiled(pixel_values)
-        start = time.perf_counter()
-        # All engines share the compiler's count for one function, beyond which it would run eagerly with a warning.
-        with torch._dynamo.config.patch(recompile_limit=COMPILED, accumulated_recompile_limit=COMPILED):
-            logits = self._compiled(pixel_values)
-        timing.synchronise(self.loaded.device)
-        self.compile_s[size] = time.perf_counter() - start
-        return logits
-
-    @torch.inference_mode()
-    def _try_ahead(self, way: str, depth: int, lender: Ahead | None) -> Ahead | None:
-        """Capture each size once more with the weights of whole blocks dequantized at once; keep what is faster.
-
-        Gives back whose buffers the next way may use too.
-        """
-        network, failed, ahead = self.network, "", None
-        try:
-            network.ahead = ahead = Ahead(network.block_weights, self.loaded.dtype, self.device, depth, lender)
-            for size in self.sizes:
-                other, pool = self._capture(size)
-                if self._compare(size, other, way):
-                    self._graphs[size], self.pool_mb[size] = other, pool + ahead.megabytes
-                    self._aheads[size] = ahead  # its buffers live as long as the graph
-                other = None  # before the next is captured
-        except linears.FAILURES as error:  # no memory, or a kernel that does not compile: what works goes on as it is
-            failed = files.first_line(error)
-        finally:
-            network.ahead = None
-        if failed:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-            network.tuning += [{"layer": "all blocks", "path": way, "batch": 0, "chosen": False, "note": failed}]
-        return ahead or lender
-
-    def by_block(self, size: int) -> bool:
-        """Whether the graph of this batch size dequantizes the weights of whole blocks, and not of each layer."""
-        return size in self._aheads
+    @property
+    def pool_mb(self) -> dict[int, float]:
+        """By batch size, the megabytes of a graph's inputs, activations and buffers of dequantized weights."""
+        return {
+            size: graph.pool_mb + (graph.buffers.megabytes if graph.buffers else 0.0)
+            for size, graph in self.graphs.items()
+        }
 
     @property
     def buffers_mb(self) -> float:
-        """Megabytes that dequantized weights of blocks take beside the network; sizes and ways share them."""
-        buffers = {id(buffer): buffer for ahead in self._aheads.values() for buffer in ahead.buffers}
-        return sum(buffer.nbytes for buffer in buffers.values()) / 2**20
+        """Megabytes of the buffers of dequantized weights beside the network; batch sizes and modes share them."""
+        used = [graph.buffers.buffers for graph in self.graphs.values() if graph.buffers]
+        buffers = {id(buffer): buffer.nbytes for each in used for buffer in each}
+        return sum(buffers.values()) / 2**20
 
-    def _compare(self, size: int, other: "Graph", way: str) -> bool:
-        """Whether `other` is faster than the graph of `size` and right; both are noted in the tuning table."""
-        graphs = self._graphs[size], other
-        pixel_values = torch.randn_like(other.inputs)
-        for graph in graphs:
-            graph.inputs.copy_(pixel_values)
-            graph.graph.replay()
-        difference = quantize.relative_error(other.outputs, graphs[0].outputs)
-        turns = [[linears.replay_us(graph.graph, 4) for graph in graphs] for _ in range(15)]  # clocks drift under both
-        times = [sorted(turn[k] for turn in turns)[7] for k in (0, 1)]
-        wins = difference <= linears.AGREES and times[1] < FASTER_PASS * times[0]
-        if wins:
-            self._unchoose(size)
-        shared = {"layer": "all blocks", "shape": "", "batch": size, "rows": size, "config": "", "note": ""}
-        self.network.tuning += [
-            {**shared, "path": f"until then, against {way}", "us": times[0], "difference": 0.0, "chosen": False},
-            {**shared, "path": way, "us": times[1], "difference": difference, "chosen": wins},
-        ]
-        return wins
+    def by_block(self, size: int) -> bool:
+        """Whether the graph of this batch size dequantizes the weights of whole blocks, and not of each layer."""
+        return self.graphs[size].buffers is not None if size in self.graphs else False
 
-    def _unchoose(self, size: int) -> None:
-        """No path of a quantized layer is taken at this batch size any more, nor another way for all blocks."""
-        for row in self.network.tuning:
-            row["chosen"] &= row["batch"] != size or row["layer"] in ("Dense", "ScaledDotProduct")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network lies."""
-        return self.loaded.device
+    def _fuse(self, *, side_by_side: bool) -> None:
+        network = fused.fuse(self.network, self.loaded.variant)
+        if side_by_side:
+            network.put_side_by_side()
+        verify.verify(network, self.loaded.variant)
+        self.loaded = replace(self.loaded, model=network, weights_mb=verify.model_mb(network))
+        start = time.perf_counter()
+        self.trials = tuning.tune(network, self.sizes)
+        self.tune_s = time.perf_counter() - start
 
     @torch.inference_mode()
-    def _capture(self, size: int) -> "tuple[Graph, float]":
-        """The graph of a batch size, and the megabytes that the driver had to give for it.
+    def _capture(self, size: int) -> Graph:
+        """The graph of a batch size.
 
-        Not what is allocated afterwards: activations are freed within the graph's pool, and the pool is kept.
+        Its `pool_mb` is not what is allocated afterwards: activations are freed within the graph's pool, which is kept.
         """
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         inputs = torch.zeros(size, 3, *self.loaded.preprocess.side, dtype=self.loaded.dtype, device=self.device)
-        graph, outputs = linears.captured(lambda: self._forward(inputs), self.device)
+        graph, outputs = tuning.captured(lambda: _logits(self.network, inputs), self.device)
         torch.cuda.empty_cache()
-        return Graph(graph, inputs, outputs), (torch.cuda.memory_reserved(self.device) - before) / 2**20
+        return Graph(graph, inputs, outputs, (torch.cuda.memory_reserved(self.device) - before) / 2**20)
+
+    def _choose_modes(self) -> None:
+        """Capture each size again with the weights of whole blocks dequantized at once, and keep what is faster."""
+        if not getattr(self.network, "block_weights", None):
+            return
+        modes: list[Trial] = []
+        shared_with = None
+        for mode in MODES:
+            shared_with = self._try_mode(mode, shared_with, modes) or shared_with
+        self.trials = with_modes(self.trials, modes)
 
     @torch.inference_mode()
-    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if not len(pixel_values):  # a product with a batch of nothing fails, or ends the process
-            return pixel_values.new_empty(0, self.network.config.num_labels)
-        if self.execution in ("eager", "fused"):
-            return self._forward(pixel_values)
-        one = self._replay if self._graphs else self._padded
-        if len(pixel_values) <= self.sizes[-1]:  # the host has nothing else to do while a single picture waits
-            return one(pixel_values)
-        return torch.cat([one(part) for part in pixel_values.split(self.sizes[-1])])
+    def _try_mode(self, mode: str, shared_with: BlockBuffers | None, trials: list[Trial]) -> BlockBuffers | None:
+        """Try one of `blocks.MODES` for each batch size and append its trials; returns its buffers for the next."""
+        network, size, buffers, failed = self.network, self.sizes[0], None, ""
+        try:
+            buffers = BlockBuffers(network.block_weights, self.loaded.dtype, self.device, mode, shared_with)
+            network.block_buffers = buffers
+            for size in self.sizes:
+                other = self._capture(size)._replace(buffers=buffers)
+                if self._compare(size, other, mode, trials):
+                    self.graphs[size] = other
+                other = None  # before the next is captured
+        except tuning.FAILURES as error:  # no memory, or a kernel that does not compile: the graphs so far stay
+            failed = files.first_line(error)
+        finally:
+            network.block_buffers = None
+        if failed:
+            trials.append(Trial(ALL_BLOCKS, "", size, size, mode, note=failed))
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        return buffers
 
-    def _size_for(self, count: int) -> int:
-        return next(size for size in self.sizes if size >= count)
-
-    def _padded(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Through the compiled code of the next batch size: another size would be compiled anew."""
-        count = pixel_values.shape[0]
-        missing = self._size_for(count) - count
-        if missing:
-            pixel_values = torch.cat((pixel_values, pixel_values.new_zeros(missing, *pixel_values.shape[1:])))
-        return self._forward(pixel_values)[:count]
+    def _compare(self, size: int, other: Graph, mode: str, trials: list[Trial]) -> bool:
+        """Whether `other` is faster than the graph of `size` and right; appends the trials of both."""
+        graphs = self.graphs[size], other
+        pixel_values = torch.randn_like(other.inputs)
+        for graph in graphs:
+            graph.inputs.copy_(pixel_values)
+            graph.graph.replay()
+        difference = tuning.relative_error(other.outputs, graphs[0].outputs)
+        turns = [[timing.replay_us(graph.graph, TURN_REPLAYS) for graph in graphs] for _ in range(TURNS)]
+        before, after = (sorted(turn[k] for turn in turns)[TURNS // 2] for k in (0, 1))
+        wins = difference <= tuning.AGREES and after < FASTER_PASS * before
+        if not any(trial.batch == size and not trial.note for trial in trials):
+            trials.append(Trial(ALL_BLOCKS, "", size, size, LAYER_BY_LAYER, "", before, 0.0, chosen=True))
+        if wins:
+            trials[:] = [trial._replace(chosen=trial.chosen and trial.batch != size) for trial in trials]
+        trials.append(Trial(ALL_BLOCKS, "", size, size, mode, "", after, difference, chosen=wins))
+        return wins
 
     def _replay(self, pixel_values: torch.Tensor) -> torch.Tensor:
         count = pixel_values.shape[0]
-        graph, inputs, outputs = self._graphs[self._size_for(count)]
+        graph, inputs, outputs, *_ = self.graphs[next(size for size in self.sizes if size >= count)]
         if count < len(inputs):
             inputs, outputs = inputs[:count], outputs[:count]
         inputs.copy_(pixel_values)
@@ -212,12 +192,15 @@ class Engine:
         return outputs.clone()  # the next replay overwrites the buffer
 
 
-class Graph(NamedTuple):
-    """A captured pass: replaying it reads `inputs` (n, 3, h, w) and writes `outputs` (n, classes)."""
+def with_modes(trials: tuple[Trial, ...], modes: list[Trial]) -> tuple[Trial, ...]:
+    """The trials of layers and of whole blocks in one.
 
-    graph: "torch.cuda.CUDAGraph"
-    inputs: torch.Tensor
-    outputs: torch.Tensor
+    Where a mode of whole blocks was chosen, no implementation of a quantized layer runs at that batch size any more.
+    """
+    taken = {trial.batch for trial in modes if trial.chosen and trial.implementation != LAYER_BY_LAYER}
+    unused = set(CLASSES) - {Dense.__name__}
+    kept = (t._replace(chosen=t.chosen and not (t.batch in taken and t.part in unused)) for t in trials)
+    return (*kept, *modes)
 
 
 def _logits(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -9,17 +9,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import benchmark, engine, files, gate, models, origin, profile, provenance, roofline, timing
+from vitlib import benchmark, checkpoint, engine, files, origin, profile, provenance, roofline, timing, verify
 from vitlib.engine import Engine
-from vitlib.monitor import Monitor
 from vitlib.params import used_by
 from vitlib.profile import PARTS as PARTS
-from vitlib.quantize import relative_error
 from vitlib.stats import Interval
 from vitlib.study import Study
 from vitlib.tables import Markdown
 from vitlib.testbench import Bench, engines_of
 from vitlib.testbench import prepare as prepare
+from vitlib.tuning import relative_error
 from vitlib.variants import Variant, label
 
 open = Study.open
@@ -111,7 +110,7 @@ def measure(study: Study, bench: Bench) -> Measured:
     settings = study.settings
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
     calls = {(n, size): bench.calls(run, size) for n, run in bench.engines.items() for size in settings.batch_sizes}
-    with Monitor(seconds=2.0) as clocks:
+    with provenance.Monitor(seconds=2.0) as clocks:
         latencies = timing.latency(calls, bench.device, budget, settings.seed)
         # Queued calls are averages already: a third of the time is enough.
         shorter = dataclasses.replace(budget, seconds=budget.seconds / 3)
@@ -158,7 +157,7 @@ def memory(study: Study, bench: Bench) -> pd.DataFrame:
     """
     rows, cuda = [], bench.device.type == "cuda"
     for name, engine_ in bench.engines.items():
-        weights, disk = engine_.loaded.weights_mb, models.disk_mb(engine_.loaded.folder)
+        weights, disk = engine_.loaded.weights_mb, checkpoint.disk_mb(engine_.loaded.folder)
         for size in study.settings.batch_sizes:
             used, pool = timing.peak_memory_mb(bench.calls(engine_, size), bench.device), engine_.pool_mb.get(size, 0.0)
             peak, reserved = used.allocated + pool, used.reserved + pool
@@ -180,7 +179,7 @@ class Profiled(NamedTuple):
 
 
 def device_time(study: Study, bench: Bench) -> Profiled:
-    """Profile one pass of every variant; `refused` has the variants whose kernels contradict their name (`gate`).
+    """Profile one pass of every variant; `refused` has those whose kernels contradict their name (see `verify`).
 
     The kernels are written to `records/kernels.csv`, a Chrome trace of each variant to `records/traces/`. A CUDA graph
     has no module ranges, so its network is profiled launched kernel by kernel.
@@ -191,7 +190,7 @@ def device_time(study: Study, bench: Bench) -> Profiled:
         call = bench.calls(Engine(runner.loaded), size)
         trace = study.record(f"traces/{variant.name}.json.gz")
         frame = profile.profile(lambda call=call: call(0), runner.network, bench.device, trace=trace)
-        if fault := gate.identity_fault(variant, frame):
+        if fault := verify.identity_fault(variant, frame):
             refused[variant.name] = f"identity gate: {fault}"
             continue
         by_block = "; its graph dequantizes whole blocks" if runner.by_block(size) else ""
@@ -219,7 +218,7 @@ def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> p
         counted = roofline.work(
             loaded.model.config,
             batch=study.settings.profile_batch_size,
-            bytes_per_weight=models.encoder_bytes_per_weight(loaded.model),
+            bytes_per_weight=verify.encoder_bytes_per_weight(loaded.model),
             bytes_per_value=loaded.dtype.itemsize,
             class_token_only=variant.fused,
         )
@@ -243,7 +242,10 @@ def validity(study: Study, bench: Bench, measured: Measured, totals: pd.DataFram
             "clocks throttled while measuring": "; ".join(measured.clocks.get("throttle_reasons") or []) or "no",
         },
         errors={
-            "largest share of device time not attributed": (totals["unattributed_share"].max(), gate.ATTRIBUTION_LIMIT),
+            "largest share of device time not attributed": (
+                totals["unattributed_share"].max(),
+                verify.ATTRIBUTION_LIMIT,
+            ),
             "error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025),
             "error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02),
         },

@@ -14,10 +14,10 @@ from transformers import set_seed
 
 from vitlib import (
     adapters,
+    checkpoint,
     data,
     engine,
     files,
-    models,
     origin,
     preprocess,
     provenance,
@@ -26,6 +26,7 @@ from vitlib import (
     stats,
     synthetic,
     training,
+    tuning,
 )
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.params import Parameters, is_hub_id, used_by
@@ -67,12 +68,12 @@ def recipe(settings: Parameters) -> Recipe:
 
 def load_base(settings: Parameters, dataset: Dataset) -> Base:
     """The base that `settings.base_model` names, with a new head for the classes of the data."""
-    models.quiet_libraries()
-    device, labels = models.pick_device(settings.device), data.new_labels(dataset)
+    checkpoint.quiet_libraries()
+    device, labels = checkpoint.pick_device(settings.device), data.new_labels(dataset)
     labels.check(dataset, "valid")  # here, and not only in the evaluation after the training
     if settings.base_model == "random":
         set_seed(settings.seed)
-        model = models.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
+        model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
         pre = preprocess.new(settings.image_size)
     else:
         folder = _base_folder(settings, device)
@@ -80,7 +81,7 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
         set_seed(settings.seed)  # the new head's initialisation
         quantized = settings.method == "qlora"
         dtype = torch.bfloat16 if quantized else torch.float32
-        model = models.load_base(
+        model = checkpoint.load_base(
             str(folder), revision=settings.base_revision, labels=labels, dtype=dtype, quantized=quantized, device=device
         )
     about = origin.describe(settings.base_model, revision=settings.base_revision, architecture=settings.architecture)
@@ -114,7 +115,7 @@ def _pretrained(settings: Parameters, device: torch.device) -> Path:
     dataset = data.from_synthetic(synthetic.PRETRAIN_CLASSES, pictures)
     pre, labels = preprocess.new(settings.image_size), data.new_labels(dataset)
     set_seed(settings.seed)
-    model = models.new(settings.architecture, image_size=settings.image_size, labels=labels)
+    model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels)
     recipe_ = replace(
         PRETRAIN_RECIPE, epochs=settings.pretrain_epochs, seed=settings.seed, precision=settings.precision
     )
@@ -132,7 +133,7 @@ def _pretrained(settings: Parameters, device: torch.device) -> Path:
         "top1": float(history["top1"].iloc[-1]),
         **settled,
     }
-    return models.save(model.cpu(), folder, pre=pre, labels=labels, provenance=provenance)
+    return checkpoint.save(model.cpu(), folder, pre=pre, labels=labels, provenance=provenance)
 
 
 PRETRAIN_PICTURES = 100  # of a class
@@ -276,7 +277,7 @@ def merge(model: nn.Module, base: Base, settings: Parameters) -> nn.Module:
         expected = model.eval()(pixel_values=base.preprocess.normalise(pixels)).logits.float()
         merged = _merged(model, settings)
         found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.float()
-    difference = quantize.relative_error(found, expected)
+    difference = tuning.relative_error(found, expected)
     if not difference < MERGE_TOLERANCE[settings.method]:
         raise FinetuneError(f"merging changed the logits by {difference:.1%}: the adapters were not merged as trained")
     return merged
@@ -305,7 +306,7 @@ def _merged(model: nn.Module, settings: Parameters) -> nn.Module:
 def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, history: pd.DataFrame) -> dict[str, Path]:
     """Write `merged`, `nf4` and `int8`; the quantized ones are made by transformers from the merged one."""
     folder = files.study_folder(settings.study) / "checkpoints"
-    merged.config.update(models.label_maps(base.labels))
+    merged.config.update(checkpoint.label_maps(base.labels))
     about = {
         "study": settings.study,
         "origin": base.origin,
@@ -315,13 +316,13 @@ def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, histor
         "versions": provenance.environment(parameters={})["versions"],
     }
     shared = {"pre": base.preprocess, "labels": base.labels}
-    paths = {"merged": models.save(merged, folder / "merged", provenance=about | {"weights": "fp16"}, **shared)}
+    paths = {"merged": checkpoint.save(merged, folder / "merged", provenance=about | {"weights": "fp16"}, **shared)}
     # The merged file's checksum ties the three together: evaluation refuses checkpoints of different trainings.
     about["merged_sha256"] = files.checksum(paths["merged"] / "model.safetensors")
     for weights in ("nf4", "int8"):
-        quantized = models.quantize_checkpoint(paths["merged"], weights, base.device)
+        quantized = checkpoint.quantize_checkpoint(paths["merged"], weights, base.device)
         note = {"weights": weights, "quantized_from": "merged", "kept_in_16_bit": [quantize.CLASSIFIER]}
-        paths[weights] = models.save(quantized, folder / weights, provenance=about | note, **shared)
+        paths[weights] = checkpoint.save(quantized, folder / weights, provenance=about | note, **shared)
     return paths
 
 
@@ -333,26 +334,26 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
     network in memory that it was saved from (a quantized one is quantized again): more than rounding is an error.
     """
     rows, truth = [], base.labels.ids(valid.pictures).numpy()
-    memory = models.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
+    memory = checkpoint.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
     expected = engine.logits(engine.Engine(memory), valid.pixels, 32)
     for name, path in paths.items():
         variant = Variant("fp16" if name == "merged" else name)
-        loaded = models.load(path.parent, variant, base.device)
+        loaded = checkpoint.load(path.parent, variant, base.device)
         found = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
         saved_from = expected[:64]
         if name != "merged":
-            again = models.quantize_checkpoint(paths["merged"], name, base.device)
+            again = checkpoint.quantize_checkpoint(paths["merged"], name, base.device)
             saved_from = engine.logits(engine.Engine(replace(memory, model=again)), valid.pixels[:64], 32)
-        difference = quantize.relative_error(found[:64], saved_from)
+        difference = tuning.relative_error(found[:64], saved_from)
         if not difference <= RELOAD_TOLERANCE:
             raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
         rows.append(
             {
                 "checkpoint": name,
-                "disk_mb": models.disk_mb(path),
+                "disk_mb": checkpoint.disk_mb(path),
                 "model_mb": loaded.weights_mb,
                 "reload_difference": difference,
-                "from_merged": quantize.relative_error(found, expected),
+                "from_merged": tuning.relative_error(found, expected),
                 "top1": stats.topk_accuracy(found.numpy(), truth),
                 "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
             }

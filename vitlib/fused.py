@@ -1,13 +1,13 @@
-"""A Vision Transformer rewritten for speed, with the outputs of the checkpoint it is made from. Level 2.
+"""A Vision Transformer rewritten for speed, with the outputs of the checkpoint it is made from.
 
 The same changes for every weight format: one product for query, key and value; the patch embedding as a product; bias
 and, where the form allows, GELU in the product's epilogue; residual and norm in one step; attention on views of the
 QKV product; and after the attention of the last block only the class token, as nothing else reaches the head (an
-exact saving: nothing that is left out enters the logits). The checkpoint stays a plain one.
+exact saving: nothing that is left out enters the logits). The checkpoint itself is not changed.
 """
 
-from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from vitlib import attention, kernels, linears, quantize
-from vitlib.ahead import Ahead, BlockWeights, can_run
-from vitlib.linears import Linear, Quantized, Tuned, tune, tuning_table
-from vitlib.models import Loaded
-
-__all__ = ["FusedViT", "add_layer_norm", "fuse", "fused_loaded", "gelu_difference", "tune", "tuning_table"]
+from vitlib import attention, layers
+from vitlib.blocks import BlockBuffers, BlockWeights, can_run
+from vitlib.kernels import norms
+from vitlib.kernels.attention import AttentionConfig, attention_configs
+from vitlib.kernels.attention import attention as attention_kernel
+from vitlib.kernels.triton_support import ROW_LIMIT
+from vitlib.layers import EightBit, Int8WeightOnly, Linear, Quantized
+from vitlib.tuning import Implementation, Tuned
+from vitlib.variants import DIRECT, Variant
 
 # The names of transformers whose function is the exact GELU or its tanh form; anything else runs by itself.
 _GELU = {
@@ -33,8 +36,8 @@ def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of `x` and `residual` (M, H), and its layer norm; one kernel where there is one."""
-    if linears.use_kernels(x.device) and x.shape[1] <= kernels.ROW_LIMIT:
-        return linears.add_layer_norm_kernel(x, residual, weight, bias, eps)
+    if layers.use_kernels(x.device) and x.shape[1] <= ROW_LIMIT:
+        return norms.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
@@ -57,16 +60,16 @@ class AddNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
         if self.codes is None:
             return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
-        total, *codes = linears.add_layer_norm_quantize(x, residual, self.weight, self.bias, self.eps, self.codes)
+        total, *codes = norms.add_layer_norm_quantize(x, residual, self.weight, self.bias, self.eps, self.codes)
         return total, Quantized(*codes, total.dtype)
 
 
 def _codes_for(reader: Linear | None) -> torch.dtype | None:
-    """In which 8-bit format a norm may hand its rows to `reader`, the one layer that reads them; None: in 16 bit."""
-    if not isinstance(reader, linears.EightBit) or reader.in_features > kernels.ROW_LIMIT:
+    """In which 8-bit format a norm may hand its rows to `reader`, the one layer that reads them; None: unquantized."""
+    if not isinstance(reader, EightBit) or reader.in_features > ROW_LIMIT:
         return None
     fp8 = reader.codes_dtype == torch.float8_e4m3fn
-    reader.norm_quantizes = linears.use_kernels(reader.rows.device, fp8=fp8)
+    reader.norm_quantizes = layers.use_kernels(reader.rows.device, fp8=fp8)
     return reader.codes_dtype if reader.norm_quantizes else None
 
 
@@ -79,7 +82,7 @@ class Embedding(nn.Module):
         super().__init__()
         convolution = embeddings.patch_embeddings.projection
         self.patch, self.side = convolution.kernel_size, tuple(embeddings.patch_embeddings.image_size)
-        self.projection = linears.Dense(convolution.weight.flatten(1), convolution.bias)
+        self.projection = layers.Dense(convolution.weight.flatten(1), convolution.bias)
         self.projection.rows_per_picture = embeddings.position_embeddings.shape[1] - 1
         self.register_buffer("class_token", embeddings.cls_token.detach())
         self.register_buffer("positions", embeddings.position_embeddings.detach())
@@ -97,17 +100,17 @@ class Embedding(nn.Module):
 
 
 class ScaledDotProduct(Tuned):
-    """`attention.attend` by name, or this project's kernel where the name leaves the choice open and it is faster.
+    """`attention.attend`, or this project's kernel where it is faster.
 
     Takes query (n, rows, heads, width), key and value (n, tokens, heads, width), as views of one product.
     """
 
-    part = "scaled dot product"  # so that the profiler can book its kernels
+    part = "scaled dot product"  # the profiler's name of the attention function
 
-    def __init__(self, source: nn.Module, name: str, make: "Maker", *, only_class: bool = False) -> None:
+    def __init__(self, source: nn.Module, make: "Maker", *, only_class: bool = False) -> None:
         super().__init__()
-        self.heads, self.width = source.num_attention_heads, source.head_dim
-        self.scaling, self.name, self.dtype, self.device = source.scaling, name, make.dtype, make.device
+        self.heads, self.width, self.scaling = source.num_attention_heads, source.head_dim, source.scaling
+        self.dtype, self.device = make.dtype, make.device
         self.tokens, self.rows_per_picture = make.tokens, 1 if only_class else make.tokens
 
     @property
@@ -115,15 +118,14 @@ class ScaledDotProduct(Tuned):
         """For the tuning table."""
         return f"{self.heads} heads of {self.width}, {self.tokens} tokens"
 
-    def paths(self, rows: int) -> tuple[str, ...]:
-        ours = self.name == "direct" and self.dtype != torch.float32 and linears.use_kernels(self.device)
-        return ("library", "fused") if ours else ("library",)
+    def implementations(self, rows: int) -> dict[str, Implementation]:
+        ours = self.dtype != torch.float32 and layers.use_kernels(self.device)
+        return {"library": ScaledDotProduct.library} | ({"fused": ScaledDotProduct.fused} if ours else {})
 
-    def configurations(self, rows: int, path: str) -> tuple[str, ...]:
-        if path == "library":
-            return ("",)
-        shape = rows // self.rows_per_picture, self.rows_per_picture, self.heads
-        return tuple(map(linears.config_text, kernels.attention_configs(*shape, self.device)))
+    def configurations(self, rows: int, name: str) -> tuple[AttentionConfig | None, ...]:
+        if name == "library":
+            return (None,)
+        return attention_configs(rows // self.rows_per_picture, self.rows_per_picture, self.heads, self.device)
 
     def example(self, rows: int) -> tuple:
         count = rows // self.rows_per_picture
@@ -132,15 +134,18 @@ class ScaledDotProduct(Tuned):
         return query[:, : self.rows_per_picture], key, value
 
     def alike(self) -> tuple:
-        return type(self), self.name, self.shape, self.rows_per_picture
+        return type(self), self.shape, self.rows_per_picture
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return self.run(*self.chosen(query.shape[0] * query.shape[1]), query, key, value)
+        return self.run_chosen(query.shape[0] * query.shape[1], query, key, value)
 
-    def run(self, path: str, config: str, *inputs: torch.Tensor) -> torch.Tensor:
-        if path == "fused":
-            return linears.attention_kernel(*inputs, self.scaling, config)
-        return attention.attend(self.name, *inputs, scaling=self.scaling)
+    def library(self, *states: torch.Tensor, config: None = None) -> torch.Tensor:
+        """The kernel that PyTorch chooses."""
+        return attention.attend(*states, scaling=self.scaling)
+
+    def fused(self, *states: torch.Tensor, config: AttentionConfig | None = None) -> torch.Tensor:
+        """This project's kernel."""
+        return attention_kernel(*states, self.scaling, config)
 
 
 class _Attention(nn.Module):
@@ -156,8 +161,8 @@ class _Attention(nn.Module):
 class Attention(_Attention):
     """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
 
-    def __init__(self, source: nn.Module, name: str, make: "Maker") -> None:
-        super().__init__(ScaledDotProduct(source, name, make))
+    def __init__(self, source: nn.Module, make: "Maker") -> None:
+        super().__init__(ScaledDotProduct(source, make))
         self.qkv = make(source.q_proj, source.k_proj, source.v_proj)
         self.output = make(source.o_proj)
 
@@ -170,8 +175,8 @@ class Attention(_Attention):
 class ClassAttention(_Attention):
     """Self-attention of the class token only, the first of each picture's tokens: keys and values of all tokens."""
 
-    def __init__(self, source: nn.Module, name: str, make: "Maker") -> None:
-        super().__init__(ScaledDotProduct(source, name, make, only_class=True))
+    def __init__(self, source: nn.Module, make: "Maker") -> None:
+        super().__init__(ScaledDotProduct(source, make, only_class=True))
         self.query = make(source.q_proj, only_class=True)
         self.key_value = make(source.k_proj, source.v_proj)
         self.output = make(source.o_proj, only_class=True)
@@ -231,16 +236,18 @@ class Block(nn.Module):
 
 
 class Maker(NamedTuple):
-    """How the linears of a network are made: format, NF4 scales, the tokens of a picture, 16 or 32 bit, and where."""
+    """How the linears of a network are made: class, tokens of a picture, dtype of the unquantized weights, and where.
 
-    weights: str | None
-    scales: str
+    `kind` is one of `layers.CLASSES`.
+    """
+
+    kind: str
     tokens: int
     dtype: torch.dtype
     device: torch.device
 
-    def __call__(self, *layers: nn.Linear, only_class: bool = False) -> Linear:
-        made = linears.of(list(layers), self.weights, scales=self.scales)
+    def __call__(self, *sources: nn.Linear, only_class: bool = False) -> Linear:
+        made = layers.make(list(sources), self.kind)
         made.rows_per_picture, made.dtype = 1 if only_class else self.tokens, self.dtype
         return made
 
@@ -249,146 +256,84 @@ class FusedViT(nn.Module):
     """`network(pixel_values) -> logits` (n, classes) of a transformers ViT, from its own tensors.
 
     Tensors that keep their layout are shared with the network it is made from, those of query, key and value are
-    copied into one. `config` is the network's. Evaluation only.
+    copied into one. `kind` is the class of the encoder's linears, `gelu` what the MLPs compute in their product
+    ("erf", "tanh", or None for another activation), `config` the network's. Evaluation only.
     """
 
-    def __init__(self, model: nn.Module, *, weights: str | None, name: str, gelu: str | None, scales: str) -> None:
+    def __init__(self, model: nn.Module, *, kind: str, gelu: str | None) -> None:
         super().__init__()
-        self.config, self.attention_name, self.gelu = model.config, name, gelu
+        self.config, self.gelu = model.config, gelu
         vit = model.vit
         self.embedding = Embedding(vit.embeddings)
         positions = vit.embeddings.position_embeddings
-        make = Maker(weights, scales, positions.shape[1], positions.dtype, positions.device)
-        norms = [*(layer.layernorm_before for layer in vit.layers), vit.layernorm]
-        self.first_norm = norms[0]
-        end = len(vit.layers) - 1
-        cores = [
-            (Attention if number < end else ClassAttention)(layer.attention, name, make)
-            for number, layer in enumerate(vit.layers)
-        ]
-        readers = [core.qkv if isinstance(core, Attention) else None for core in cores[1:]] + [None]
-        self.blocks = nn.ModuleList(
-            Block(
-                layer,
-                norms[number + 1],
-                MLP(layer.mlp, gelu, make, only_class=number == end),
-                cores[number],
-                readers[number],
-            )
-            for number, layer in enumerate(vit.layers)
-        )
+        make = Maker(kind, positions.shape[1], positions.dtype, positions.device)
+        self.first_norm = vit.layers[0].layernorm_before
+        self.blocks = nn.ModuleList(_blocks(vit, gelu, make))
         self.block_weights: list[BlockWeights] = []
-        self.ahead: Ahead | None = None
-        self.classifier = linears.Dense(model.classifier.weight, model.classifier.bias)
+        self.block_buffers: BlockBuffers | None = None  # None: each layer dequantizes its own weights
+        self.classifier = layers.Dense(model.classifier.weight, model.classifier.bias)
         self.eval()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits (n, classes) of normalised `pixel_values` (n, 3, h, w)."""
-        tokens = self.embedding(pixel_values)
+        tokens, buffers = self.embedding(pixel_values), self.block_buffers
         count = tokens.shape[0]
         stream = tokens.view(-1, tokens.shape[-1])
         normed = self.first_norm(stream)
-        ahead = self.ahead
-        if ahead is None:
-            for block in self.blocks:
-                stream, normed = block(stream, normed, count)
-            return self.classifier(normed)
-        with ahead.running():
+        with buffers.running() if buffers else nullcontext():
             for number, block in enumerate(self.blocks):
-                with ahead.block(number):
+                with buffers.block(number) if buffers else nullcontext():
                     stream, normed = block(stream, normed, count)
         return self.classifier(normed)
 
-    def lay_side_by_side(self) -> None:
-        """Move the quantized weights of each block together, where that lets one kernel dequantize them (`ahead`).
+    def put_side_by_side(self) -> None:
+        """Move the quantized weights of each block together, where that lets one kernel dequantize them (`blocks`).
 
-        Before anything is captured. What a network that was loaded plainly shares with it is copied then.
+        Call it before anything is captured. What a network that was loaded plainly shares with it is copied then.
         """
-        layers = [block.layers() for block in self.blocks]
-        if all(map(can_run, layers)):
-            self.block_weights = [BlockWeights(own) for own in layers]
+        linears = [block.layers() for block in self.blocks]
+        if all(map(can_run, linears)):
+            self.block_weights = [BlockWeights(own) for own in linears]
             for block, weights in zip(self.blocks, self.block_weights, strict=True):
-                if isinstance(weights.layers[0], linears.Int8WeightOnly):  # NF4's are the layers' own
+                if isinstance(weights.layers[0], Int8WeightOnly):  # NF4's are the layers' own
                     block.register_buffer("repeated_scales", weights.scales)
 
-    @property
-    def scales_extra_mb(self) -> float:
-        """Megabytes that NF4 scales weigh more than in the checkpoint because they were expanded to fp32."""
-        return sum(module.scales_extra_mb for module in self.modules() if isinstance(module, linears.NF4))
 
-    def evidence(self) -> dict[str, object]:
-        """What the network really is, in the words of `models.evidence`."""
-        inside = [module for module in self.blocks.modules() if isinstance(module, Linear)]
-        other = []
-        for module in self.modules():
-            held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-            # What a block itself holds are scales of its quantized weights (`lay_side_by_side`).
-            quantized = isinstance(module, (Block, Linear)) and not isinstance(module, linears.Dense)
-            other += [tensor for name, tensor in held.items() if name == "bias" or not quantized]
-        return {
-            "encoder_linears": dict(Counter(type(layer).__name__ for layer in inside)),
-            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in other}),
-            "compute_dtypes": [],
-            "attention": self.attention_name,
-            "classifier": "Linear" if isinstance(self.classifier, linears.Dense) else type(self.classifier).__name__,
-            "training": self.training,
-        }
+def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
+    """The blocks of a transformers ViT, each with the norm that follows it; the last keeps the class token alone."""
+    norms_after = [*(layer.layernorm_before for layer in vit.layers[1:]), vit.layernorm]
+    end = len(vit.layers) - 1
+    cores = [
+        (Attention if number < end else ClassAttention)(layer.attention, make)
+        for number, layer in enumerate(vit.layers)
+    ]
+    # The norm before the last attention has two readers, the last norm only the classifier: neither quantizes.
+    readers = [core.qkv if isinstance(core, Attention) else None for core in cores[1:]] + [None]
+    for number, layer in enumerate(vit.layers):
+        mlp = MLP(layer.mlp, gelu, make, only_class=number == end)
+        yield Block(layer, norms_after[number], mlp, cores[number], readers[number])
 
 
 def _activation(config: object, gelu: str) -> str | None:
     """Which GELU the products may compute in their epilogue; None where the activation is another function."""
-    if gelu not in ("checkpoint", "tanh"):
-        raise ValueError(f"gelu is {gelu!r}: it must be 'checkpoint' or 'tanh'")
     own = _GELU.get(config.hidden_act) if config.hidden_act in ACT2FN else None
     if own is None and gelu == "tanh":
         raise ValueError(f"the checkpoint's activation is {config.hidden_act!r}: only a GELU has a tanh form")
     return "tanh" if gelu == "tanh" else own
 
 
-def fuse(loaded: Loaded, *, gelu: str = "checkpoint", scales: str = "expanded", weights: str | None = None) -> FusedViT:
-    """The network of `loaded` as a `FusedViT`; `loaded` keeps its own, which may not have run yet on a CPU.
+def fuse(model: nn.Module, variant: Variant) -> FusedViT:
+    """The network that `variant` asks for, from the plain one that holds its weights and has not run yet on a CPU.
 
-    `gelu`: "checkpoint" computes what its config says, "tanh" the approximation (see `gelu_difference`). `scales` of
-    NF4: "expanded" to fp32, or "nested" as stored. `weights`: the format of `linears.of`; by default that of
-    `loaded.variant`, else the stored one. While both live the query, key and value weights are there twice;
-    `fused_loaded` lets go of the original. ValueError where the parts do not fit.
+    `model` stays as it is; while both live the query, key and value weights are there twice. ValueError where the
+    network cannot be fused or its stored format is not that of the variant.
     """
-    if scales not in ("expanded", "nested"):
-        raise ValueError(f"scales is {scales!r}: it must be 'expanded' or 'nested'")
-    model, variant = loaded.model, loaded.variant
     if not hasattr(model, "vit"):
         raise ValueError(f"a {type(model).__name__} cannot be fused: it must be a ViTForImageClassification")
-    if weights is None and variant is not None and variant.fused:
-        weights = variant.weights if variant.weights in ("nf4", "w8a16", "w8a8", "fp8") else "dense"
-    name = attention.DIRECT_OF.get(model.config._attn_implementation)
-    if name is None:
-        raise ValueError(f"the attention {model.config._attn_implementation!r} is unknown to a fused network")
+    if not variant.fused or model.config._attn_implementation != DIRECT:
+        raise ValueError(
+            f"{variant.name} with the attention {model.config._attn_implementation!r} cannot be fused: load a variant "
+            f"whose attention is {DIRECT!r} and whose execution is fused"
+        )
     with torch.no_grad():
-        return FusedViT(model, weights=weights, name=name, gelu=_activation(model.config, gelu), scales=scales)
-
-
-def fused_loaded(
-    loaded: Loaded, *, gelu: str = "checkpoint", scales: str = "expanded", side_by_side: bool = False
-) -> Loaded:
-    """`loaded` with the fused network in place of the plain one and its weight in MB; see `lay_side_by_side`.
-
-    The plain network's query, key and value weights are freed once the caller drops `loaded` too.
-    """
-    network = fuse(loaded, gelu=gelu, scales=scales)
-    if side_by_side:
-        network.lay_side_by_side()
-    return replace(loaded, model=network, weights_mb=quantize.model_mb(network))
-
-
-class Difference(NamedTuple):
-    """Between two sets of logits: the largest absolute one, and the norm of the difference over the norm."""
-
-    max_abs: float
-    relative: float
-
-
-@torch.inference_mode()
-def gelu_difference(loaded: Loaded, pixel_values: torch.Tensor) -> Difference:
-    """How far the logits of normalised `pixel_values` (n, 3, h, w) move when GELU is computed in its tanh form."""
-    exact, tanh = (fuse(loaded, gelu=form)(pixel_values) for form in ("checkpoint", "tanh"))
-    return Difference((tanh - exact).abs().max().item(), quantize.relative_error(tanh, exact))
+        return FusedViT(model, kind=variant.format.fused, gelu=_activation(model.config, variant.gelu))

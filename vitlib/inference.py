@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import attention, data, files, models, pipeline, records
+from vitlib import attention, checkpoint, data, files, pipeline, records, verify
 from vitlib.data import DataError, Picture
 from vitlib.engine import Engine
 from vitlib.params import Parameters
@@ -30,7 +30,7 @@ class Predictor:
     def describe(self) -> pd.DataFrame:
         """What was asked and what really is there."""
         loaded = self.engine.loaded
-        found = models.evidence(loaded.model)
+        found = verify.evidence(loaded.model)
         return pd.DataFrame(
             [
                 {
@@ -48,10 +48,10 @@ class Predictor:
 
 def load(settings: Parameters) -> Predictor:
     """The variant of the parameter set; `auto` is NF4 with the attention that the study measured to be fastest."""
-    models.quiet_libraries()
-    device = models.pick_device(settings.device)
+    checkpoint.quiet_libraries()
+    device = checkpoint.pick_device(settings.device)
     variant = automatic(settings, device) if settings.variant == "auto" else find(settings.variant)
-    loaded = models.load(files.study_folder(settings.study) / "checkpoints", variant, device)
+    loaded = checkpoint.load(files.study_folder(settings.study) / "checkpoints", variant, device)
     return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)))
 
 

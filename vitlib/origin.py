@@ -1,6 +1,6 @@
-"""Where a study's base network comes from, and what that means for its numbers. Level 0: no torch.
+"""Where a study's base network comes from, and what that means for its numbers. No torch.
 
-`records/base.json` holds what is known of the base; every page whose accuracies depend on it says the same sentence.
+`records/base.json` holds what is known of the base; every page whose accuracies depend on it shows the same sentence.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ KINDS = ("random", "generator", "stand-in", "hub", "folder")
 """Random weights; trained by notebook 1 on other synthetic flowers; trained on the study's own pictures; a repository
 of the Hub; a folder whose training is not recorded."""
 
-_WEIGHTS_DO_NOT_MATTER = (
+_ONLY_ACCURACY = (
     "Size, speed and memory do not depend on what a network has learnt, and agreement and KL compare variants of the "
     "same weights."
 )
 
 
 def describe(base: str, *, revision: str = "", architecture: str = "") -> dict[str, Any]:
-    """What a checkpoint records of the base that `base_model` names: base, kind (one of KINDS), and what it says.
+    """What a checkpoint records of the base that `base_model` names: base, kind (one of KINDS), and details.
 
     `base` is `random`, `pretrain`, a folder (looked for from the project's root) or a Hub id. A folder's own
     `provenance.json` tells a stand-in (`vitlib/standin.py`) from a network that somebody else trained.
@@ -33,7 +33,7 @@ def describe(base: str, *, revision: str = "", architecture: str = "") -> dict[s
         return {"base": base, "kind": "random", "architecture": architecture}
     if base == "pretrain":
         return {"base": base, "kind": "generator", "revision": revision}
-    if is_hub_id(base) and revision:  # a folder that is gone has no commit, and is not called a repository
+    if is_hub_id(base) and revision:  # a missing folder has no commit and is not a repository
         return {"base": base, "kind": "hub", "revision": revision}
     said = _read(files.resolve(base) / "provenance.json")
     found = {"base": base, "kind": "folder", "revision": revision}
@@ -46,7 +46,7 @@ def describe(base: str, *, revision: str = "", architecture: str = "") -> dict[s
 def of_study(folder: Path | str) -> dict[str, Any]:
     """What is recorded of the base of the study in `folder`; {} where nothing is.
 
-    The merged checkpoint comes first, as it is what was evaluated; a published study has only `records/base.json`.
+    The merged checkpoint is read first because it was evaluated; a published study has only `records/base.json`.
     """
     folder = Path(folder)
     found = _read(folder / "checkpoints" / "merged" / "provenance.json").get("origin")
@@ -63,72 +63,59 @@ def sentence(about: Mapping[str, Any] | Path | str) -> str:
 
     `about` is what `describe` gives, a study's folder, or a study's name.
     """
+    fact, meaning = _parts(about)
+    return f"**{fact}** {meaning}" if fact else ""
+
+
+def plain_sentence(about: Mapping[str, Any] | Path | str) -> str:
+    """`sentence` as text without markup."""
+    return " ".join(_parts(about)).replace("`", "").strip()
+
+
+def _parts(about: Mapping[str, Any] | Path | str) -> tuple[str, str]:
+    """What the base is, and what follows for accuracies."""
     if not isinstance(about, Mapping):
         about = of_study(about if isinstance(about, Path) else files.study_folder(about))
-    return _SENTENCES[about["kind"]](about) if about.get("kind") in KINDS else ""
-
-
-def _random(about: Mapping[str, Any]) -> str:
-    shape = f" ({about['architecture']})" if about.get("architecture") else ""
-    return (
-        f"**The base has random weights{shape}.** It had learnt nothing before the training of this study, so "
-        f"accuracies here say nothing about fine-tuning a pretrained network. {_WEIGHTS_DO_NOT_MATTER}"
-    )
-
-
-def _generator(about: Mapping[str, Any]) -> str:
-    return (
-        "**The base is a small network that notebook 1 trained itself, on other synthetic flowers "
-        "from the generator.** Accuracies here show that the parts work together and say nothing about photographs. "
-        f"{_WEIGHTS_DO_NOT_MATTER}"
-    )
+    base, kind = str(about.get("base", "")), about.get("kind")
+    if kind == "random":
+        shape = f" ({about['architecture']})" if about.get("architecture") else ""
+        return f"The base has random weights{shape}.", (
+            "It had learnt nothing before this study trained it, so accuracies here say nothing about fine-tuning a "
+            f"pretrained network. {_ONLY_ACCURACY}"
+        )
+    if kind == "generator":
+        return (
+            "The base is a small network that notebook 1 trained on other synthetic flowers from the generator.",
+            "Accuracies here show that the parts work together and say nothing about photographs. " + _ONLY_ACCURACY,
+        )
+    if kind == "stand-in":
+        return "The base is a stand-in and no pretrained network.", f"{_stand_in(about)} {_ONLY_ACCURACY}"
+    if kind == "hub":
+        commit = f" at commit {str(about['revision'])[:10]}" if about.get("revision") else ""
+        return f"The base is `{base}` from the Hub{commit}.", (
+            "Its authors trained it on other pictures. Accuracies here are those of fine-tuning it."
+        )
+    if kind == "folder":
+        return f"The base is the checkpoint `{Path(base).name}`; what it was trained on is not recorded.", (
+            f"If it has seen the validation pictures, accuracies here are too high. {_ONLY_ACCURACY}"
+        )
+    return "", ""
 
 
 def _stand_in(about: Mapping[str, Any]) -> str:
-    count = about.get("training pictures")
+    # The clause before the colon of `standin.ORIGIN`, without what Markdown would interpret.
+    origin = re.sub(r"[^\w\s.,()-]", "", str(about.get("origin", "")).partition(":")[0].strip())
+    count, top1 = about.get("training pictures"), about.get("top1")
     pictures = f", {count:,} pictures" if isinstance(count, int) else ""
-    top1 = about.get("top1")
-    reached = f" By itself it reached {100 * top1:.2f} % Top-1 on its validation split." if top1 is not None else ""
+    reached = f" Before fine-tuning it reached {100 * top1:.2f} % Top-1 on its validation split." if top1 else ""
     return (
-        f"**The base is a stand-in and no pretrained network**: it was {_plain(about.get('origin', ''))}{pictures}."
-        f"{reached} Fine-tuning shows it no new picture, so accuracies here are those of this network and say nothing "
-        f"about what a pretrained one would reach. {_WEIGHTS_DO_NOT_MATTER}"
+        f"It was {origin or 'trained on the pictures of this study'}{pictures}.{reached} Fine-tuning shows it no new "
+        "picture, so accuracies here are those of this network and do not predict what a pretrained one would reach."
     )
-
-
-def _plain(origin: object) -> str:
-    """The origin as a clause: what stands before the colon of `standin.ORIGIN`; nothing that Markdown would read."""
-    clause = str(origin).partition(":")[0].strip()
-    return re.sub(r"[^\w\s.,()-]", "", clause) or "trained on the pictures of this study"
-
-
-def _hub(about: Mapping[str, Any]) -> str:
-    commit = f" at commit {str(about['revision'])[:10]}" if about.get("revision") else ""
-    return (
-        f"**The base is `{about['base']}` from the Hub{commit}**, trained by its authors on other pictures. Accuracies "
-        "here are those of fine-tuning it."
-    )
-
-
-def _folder(about: Mapping[str, Any]) -> str:
-    return (
-        f"**The base is the checkpoint `{Path(str(about['base'])).name}`; what it was trained on is not recorded.** "
-        "If it has seen the validation pictures, accuracies here are too high. "
-        f"{_WEIGHTS_DO_NOT_MATTER}"
-    )
-
-
-_SENTENCES = {
-    "random": _random,
-    "generator": _generator,
-    "stand-in": _stand_in,
-    "hub": _hub,
-    "folder": _folder,
-}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON mapping; {} where the file is missing or is none: what is not known is said, and stops nothing."""
+    """A JSON mapping; {} where the file is missing or holds none: an unknown base must not stop a page."""
     try:
         found = records.read_json(path)
     except (OSError, ValueError):

@@ -24,9 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitlib import data, files, stats, timing
+from vitlib.checkpoint import Loaded, NotRun
 from vitlib.data import Picture
 from vitlib.engine import Engine
-from vitlib.models import Loaded, NotRun
 from vitlib.preprocess import Preprocess
 
 DECODERS = ("pil", "nvjpeg", "auto")

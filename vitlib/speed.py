@@ -77,6 +77,14 @@ def ladder(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def steps(study: Study) -> pd.DataFrame:
+    """The latencies of the ladder, in its order, for `plots.ladder`."""
+    names = {"latency_p50_ms": "ms", "latency_low_ms": "ms_low", "latency_high_ms": "ms_high"}
+    table, order = variants(study), [name for name, *_ in _climbed(variants(study))]
+    table = table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
+    return table.assign(label=table["variant"].map(label)).rename(columns=names)
+
+
 def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     """(variant, technique, the variant it is added to), each after the one it is added to."""
     parts = ["weights", "attention", "execution", "gelu"]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import set_seed
 
-from vitlib import data, models, preprocess, provenance, records
+from vitlib import checkpoint, data, preprocess, provenance, records
 from vitlib.data import Dataset, Labels
 from vitlib.preprocess import Preprocess
 from vitlib.training import Examples
@@ -66,7 +66,7 @@ class Stage:
 class StandIn:
     """How to train. The defaults are those of a ViT-L/16 in 400 s on one H200."""
 
-    architecture: str = _setting("vit-large", "a row of models.ARCHITECTURES")
+    architecture: str = _setting("vit-large", "a row of checkpoint.ARCHITECTURES")
     seed: int = _setting(0, "of initialisation, order, augmentation and mixing")
     workers: int = _setting(2, "threads that decode pictures")
     decode_side: int = _setting(176, "side in pixels of the training pictures kept on the device")
@@ -96,9 +96,9 @@ class StandIn:
     log_seconds: float = _setting(20.0, "between two rows of the history")
 
     def __post_init__(self) -> None:
-        if self.architecture not in models.ARCHITECTURES:
-            raise StandInError(f"architecture: {nearest(self.architecture, list(models.ARCHITECTURES))}")
-        patch = models.ARCHITECTURES[self.architecture][-1]
+        if self.architecture not in checkpoint.ARCHITECTURES:
+            raise StandInError(f"architecture: {nearest(self.architecture, list(checkpoint.ARCHITECTURES))}")
+        patch = checkpoint.ARCHITECTURES[self.architecture][-1]
         for stage in self.stages():
             name = f"stage{stage.number}"
             if stage.side < patch or stage.side % patch:
@@ -194,7 +194,7 @@ def at_side(model: nn.Module, settings: StandIn, side: int, labels: Labels) -> n
     Position embeddings are interpolated over the grid of patches (Dosovitskiy et al. 2021, section 3.2).
     """
     with torch.device("meta"):  # no second initialisation: every tensor comes from `model`
-        resized = models.new(settings.architecture, image_size=side, labels=labels)
+        resized = checkpoint.new(settings.architecture, image_size=side, labels=labels)
     grid = side // model.config.patch_size
     state = model.state_dict()
     state[POSITIONS] = interpolate_positions(state[POSITIONS], grid)
@@ -464,12 +464,12 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
     last row of each stage. Raises DataError, StandInError. Unreadable pictures join `dataset.skipped`.
     """
     data.check(dataset)
-    models.quiet_libraries()
+    checkpoint.quiet_libraries()
     first, second = settings.stages()
     labels, pre = data.new_labels(dataset), preprocess.new(second.side)
     examples, valid = _decode(settings, dataset, labels)
     set_seed(settings.seed)
-    model = models.new(settings.architecture, image_size=first.side, labels=labels).to(device)
+    model = checkpoint.new(settings.architecture, image_size=first.side, labels=labels).to(device)
     run, history, accuracy = _new_run(settings, examples, pre, device), [], []
 
     def measure(stage: Stage, side: int) -> dict[str, float]:
@@ -487,7 +487,7 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
                 model = at_side(model, settings, second.side, labels)
                 measure(stage, second.side)
             note = _provenance(settings, history, accuracy, len(examples.labels))
-            models.save(model, folder / f"stage{stage.number}", pre=pre, labels=labels, provenance=note)
+            checkpoint.save(model, folder / f"stage{stage.number}", pre=pre, labels=labels, provenance=note)
     table = pd.DataFrame(history)
     records.write_table(table, folder / "history.csv")
     return table
@@ -552,10 +552,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = vars(_parser().parse_args(arguments))
     try:
         settings = StandIn(**{spec.name: given[spec.name] for spec in fields(StandIn)})
-        device = models.pick_device(given["device"])
+        device = checkpoint.pick_device(given["device"])
         dataset = data.from_folder(given["data"], given["max_megapixels"])
         history = train(settings, dataset, given["out"], device)
-    except (data.DataError, StandInError, models.NotRun, OSError) as error:
+    except (data.DataError, StandInError, checkpoint.NotRun, OSError) as error:
         sys.exit(f"standin: {error}")
     for file, split, reason in dataset.skipped:
         print(f"skipped in {split}: {file} ({reason})")

@@ -6,11 +6,12 @@ table(frame, {"variant": "variant", "top1": Column("Top-1 (%)", ".2f", 100),
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
 from vitlib import variants
 
@@ -33,6 +34,50 @@ class Column(NamedTuple):
     scale: float = 1.0
 
 
+class Table:
+    """A table that a notebook renders. Cells are text, escaped in HTML; numbers are aligned to the right."""
+
+    def __init__(self, data: pd.DataFrame, numbers: Collection[str], digits: int, index: bool) -> None:
+        self.data = data
+        self._numbers, self._digits, self._index = numbers, digits, index
+
+    def text(self) -> pd.DataFrame:
+        """The cells as they are shown."""
+        shown = {name: self._column(self.data.iloc[:, at]) for at, name in enumerate(self.data.columns)}
+        return pd.DataFrame(shown, index=self.data.index)
+
+    def _column(self, values: pd.Series) -> list[str]:
+        digits = self._digits
+        if pd.api.types.is_numeric_dtype(values) and (values.dropna() % 1 == 0).all():
+            digits = 0
+        return [_cell(value, digits) for value in values]
+
+    def to_html(self) -> str:
+        """A `<table>` whose cells have the class `num` or `text`; no ids and no style sheet."""
+        text, right = self.text(), set(self._numbers)
+        # The class is for the pages' style sheet; JupyterLab has none, and aligns to the right by itself.
+        kinds = ['class="num"' if name in right else 'class="text" style="text-align: left"' for name in text]
+        head = "".join(f"<th {kind}>{_escaped(name)}</th>" for kind, name in zip(kinds, text, strict=True))
+        rows = []
+        for label, row in zip(text.index, text.itertuples(index=False, name=None), strict=True):
+            first = f"<th>{_escaped(label)}</th>" if self._index else ""
+            cells = (f"<td {kind}>{_escaped(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+            rows.append(f"<tr>{first}{''.join(cells)}</tr>")
+        corner = f"<th>{_escaped(text.index.name or '')}</th>" if self._index else ""
+        return f"<table>\n<thead><tr>{corner}{head}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>"
+
+    _repr_html_ = to_html
+
+    def __repr__(self) -> str:
+        """Text for a terminal; control characters are shown as escapes."""
+        shown = self.text().map(lambda text: text if text.isprintable() else repr(text)[1:-1])
+        for name in shown.columns.difference(list(self._numbers)):
+            width = max(shown[name].str.len().max(), len(str(name)))
+            shown[name] = shown[name].str.ljust(width)
+            shown = shown.rename(columns={name: str(name).ljust(width)})
+        return "\n".join(line.rstrip() for line in shown.to_string(index=self._index).splitlines())
+
+
 def table(
     frame: pd.DataFrame,
     columns: Mapping[str | tuple[str, str], str | Column] | None = None,
@@ -40,11 +85,11 @@ def table(
     digits: int = 2,
     index: bool = False,
     none: str = "none",
-) -> Styler | Markdown:
-    """A table to read: numbers rounded and grouped, a dash for what was not measured, `none` where there is no row.
+) -> Table | Markdown:
+    """A table to read: numbers rounded and grouped, a dash for what was not measured, `none` if there is no row.
 
     `columns` chooses and orders what is shown; a key of two names is an interval, its lower and upper bound. Columns
-    that it names and `frame` lacks are left out, and so are columns without any text. Names of variants become words.
+    that `frame` lacks and columns without any text are left out. Names of variants become words.
     """
     if frame.empty:
         return Markdown(f"*{none}*")
@@ -52,15 +97,20 @@ def table(
     if "variant" in shown:
         shown = shown.assign(variant=[variants.label(str(name)) for name in shown["variant"]])
     shown = shown.loc[:, [not shown[name].astype(str).eq("").all() for name in shown]]
-    numbers = list(shown.select_dtypes("number"))
-    whole = [name for name in numbers if (shown[name].dropna() % 1 == 0).all()]
-    formats = {name: "{:,.0f}" if name in whole else f"{{:,.{digits}f}}" for name in numbers}
-    right = [*numbers, *shown.attrs.get("right", ())]
-    left = [
-        {"selector": f".col{at}", "props": "text-align: left"} for at, name in enumerate(shown) if name not in right
-    ]
-    styled = shown.style.format(formats, na_rep=MISSING, escape="html").set_table_styles(left)
-    return styled if index else styled.hide(axis="index")
+    numbers = [*shown.select_dtypes("number"), *shown.attrs.get("right", ())]
+    return Table(shown, numbers, digits, index)
+
+
+def _cell(value: object, digits: int) -> str:
+    if isinstance(value, str):
+        return value
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return MISSING
+    return f"{value:,.{digits}f}" if isinstance(value, Real) and not isinstance(value, bool) else str(value)
+
+
+def _escaped(text: object) -> str:
+    return html.escape(str(text), quote=False)
 
 
 def _chosen(frame: pd.DataFrame, columns: Mapping[str | tuple[str, str], str | Column]) -> pd.DataFrame:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from vitlib import data, files, models
+from vitlib import checkpoint, data, files, verify
 from vitlib.data import Dataset, Decoded, Labels
 from vitlib.engine import Engine
-from vitlib.gate import GateError
 from vitlib.study import Study
 from vitlib.variants import Variant, find
 
@@ -21,7 +20,7 @@ ROTATING = 4  # different batches that a timed call cycles through, so that its 
 class Bench:
     """The variants that run here as engines, the reasons of those that do not, and the pictures that all of them see.
 
-    `evidence` is what was found in each network (`models.evidence`).
+    `evidence` is what was found in each network (`verify.evidence`).
     """
 
     variants: list[Variant]
@@ -63,7 +62,7 @@ class Bench:
     def without(self, refused: Mapping[str, str]) -> "Bench":
         """A bench without the variants that `refused` names, each with the reason. The baseline must remain."""
         if self.baseline in refused:
-            raise GateError(f"the baseline {self.baseline} is not what it is called: {refused[self.baseline]}")
+            raise verify.GateError(f"the baseline {self.baseline} is not what it is called: {refused[self.baseline]}")
         engines = {name: engine for name, engine in self.engines.items() if name not in refused}
         return dataclasses.replace(self, engines=engines, reasons={**self.reasons, **refused})
 
@@ -76,8 +75,8 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
     """
     settings = study.settings
     dataset = data.load(settings) if dataset is None else dataset
-    models.quiet_libraries()
-    device = models.pick_device(settings.device)
+    checkpoint.quiet_libraries()
+    device = checkpoint.pick_device(settings.device)
     variants = [find(name) for name in settings.variants]
     sizes = {*settings.batch_sizes, settings.eval_batch_size, settings.profile_batch_size}
     engines, reasons = engines_of(variants, study.checkpoints, device, sizes)
@@ -85,7 +84,7 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
     first.labels.check(dataset, "valid")
     _one_training(engines, study)
     valid = data.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
-    found = {name: models.evidence(engine.network) for name, engine in engines.items()}
+    found = {name: verify.evidence(engine.network) for name, engine in engines.items()}
     return Bench(variants, engines, reasons, first.labels, device, valid, study.checkpoints, found)
 
 
@@ -99,9 +98,9 @@ def engines_of(
     engines, reasons, sizes = {}, {}, tuple(sorted(sizes))
     for variant in variants:
         try:
-            loaded = models.load(checkpoints, variant, device)
+            loaded = checkpoint.load(checkpoints, variant, device)
             engines[variant.name] = Engine(loaded, variant.execution, sizes)
-        except (models.NotRun, torch.OutOfMemoryError) as reason:
+        except (checkpoint.NotRun, torch.OutOfMemoryError) as reason:
             if variant is variants[0]:
                 raise
             reasons[variant.name] = files.first_line(reason)
@@ -110,17 +109,17 @@ def engines_of(
 
 def _one_training(engines: Mapping[str, Engine], study: Study) -> None:
     """CheckpointError unless all engines have one preprocessing and the weights and labels of the merged checkpoint."""
-    labels = models.read_labels(study.checkpoint("merged"))
+    labels = checkpoint.read_labels(study.checkpoint("merged"))
     checksum = files.checksum(study.checkpoint("merged") / "model.safetensors")
     expected = next(iter(engines.values())).loaded.preprocess.describe()
     for name, engine in engines.items():
-        made_from, described = models.merged_checksum(engine.loaded.folder), engine.loaded.preprocess.describe()
+        made_from, described = checkpoint.merged_checksum(engine.loaded.folder), engine.loaded.preprocess.describe()
         if described != expected:
             fault = f"{name} has different preprocessing from the baseline ({described}, not {expected})"
         elif engine.loaded.labels != labels or made_from not in ("", checksum):
             fault = f"{name} was quantized from other weights or labels than those in merged/"
         else:
             continue
-        raise models.CheckpointError(
+        raise checkpoint.CheckpointError(
             f"{fault}: run 1_finetune again, so that all checkpoints are from the same training"
         )

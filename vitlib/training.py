@@ -352,7 +352,7 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
     trained = any(parameter.requires_grad for block in blocks for parameter in block.parameters())
     entries = [module for module in model.modules() if isinstance(module, ViTEmbeddings) and trained]
     before = model.config._attn_implementation
-    _attention(model, attention.DIRECT[0])
+    _attention(model, attention.DIRECT)
     hooks = [entry.register_forward_hook(_want_gradient) for entry in entries]
     for block in blocks:
         block.compile(backend=backend, dynamic=False, fullgraph=True)

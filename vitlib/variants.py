@@ -1,66 +1,135 @@
-"""The table of variants: what a study compares, one row each. Level 0: no torch."""
+"""Weight formats and variants: the two tables that say what a study can compare. Nothing here imports torch."""
 
 import difflib
+import itertools
 from dataclasses import dataclass
 
-# int8 is LLM.int8 with its outliers; w8a16 and w8a8 multiply the same stored rows without them, with activations in 16
-# bit or quantized row by row. fp8 is made from the merged weights while they load.
-WEIGHTS = ("fp32", "fp16", "bf16", "nf4", "int8", "w8a16", "w8a8", "fp8")
-FUSED_ONLY = ("w8a16", "w8a8", "fp8")
-# The first three are transformers' own; the others are this project's, which never build a mask (see `attention`).
-ATTENTIONS = (
-    *("eager", "sdpa", "flash_attention_2"),
-    *("direct", "direct_cudnn", "direct_efficient", "direct_math", "direct_fa", "direct_fa2"),
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "direct")  # the first three are transformers' own
+DIRECT = "direct"  # this project's: scaled dot product attention that never builds a mask, see `attention`
+EXECUTIONS = ("eager", "graph", "fused", "fused-graph")
+GELUS = ("checkpoint", "tanh")
+_ATTENTION_WORDS = {
+    "eager": "unfused attention",
+    "sdpa": "SDPA",
+    "flash_attention_2": "FlashAttention-2",
+    DIRECT: "SDPA without mask",
+}
+_EXECUTION_WORDS = {"fused": "fused", "graph": "CUDA graph"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the encoder's linear layers are stored and multiplied; everything else has the dtype `dtype`.
+
+    `checkpoint` is the folder that holds the weights. `stored` is the class of a linear as transformers loads it, and
+    `fused` that of a `fused.FusedViT`, '' where there is none; with `fused_only` no other network computes the format.
+    Outputs are compared with those of the plain network in the format `reference`. `product` is the dtype of an 8-bit
+    product, and `capability` the lowest CUDA compute capability that has it.
+    """
+
+    name: str
+    label: str
+    bits: int
+    checkpoint: str
+    stored: str
+    fused: str
+    reference: str
+    colour: str  # of plots; different for colour-blind readers too, the int8 formats share a hue
+    dtype: str = "float16"
+    product: str = ""
+    capability: tuple[int, int] = (0, 0)  # (8, 9): Ada and Hopper
+    capturable: bool = True  # in a CUDA graph
+    fused_only: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a weight takes less than 16 bits."""
+        return self.bits < 16
+
+
+_PLAIN = {"checkpoint": "merged", "stored": "Linear", "fused": "Dense"}
+_INT8 = {"bits": 8, "checkpoint": "int8", "stored": "Linear8bitLt", "reference": "int8"}
+
+# int8 is LLM.int8() with its outliers in FP16; w8a16 and w8a8 multiply the same stored rows without outliers, with FP16
+# activations or with activations quantized row by row. fp8 is quantized from the merged weights when it is loaded.
+_ROWS = (
+    Format("fp32", "FP32", 32, **_PLAIN, reference="fp32", colour="#000000", dtype="float32"),
+    Format("fp16", "FP16", 16, **_PLAIN, reference="fp16", colour="#0072B2"),
+    Format("bf16", "BF16", 16, **_PLAIN, reference="bf16", colour="#56B4E9", dtype="bfloat16"),
+    Format("nf4", "NF4", 4, "nf4", stored="Linear4bit", fused="NF4", reference="nf4", colour="#D55E00"),
+    Format("int8", "INT8", **_INT8, fused="", colour="#009E73", product="int8", capturable=False),
+    Format("w8a16", "W8A16", **_INT8, fused="Int8WeightOnly", colour="#7FCDBB", fused_only=True),
+    Format("w8a8", "W8A8", **_INT8, fused="W8A8", colour="#00543D", product="int8", fused_only=True),
+    Format(
+        *("fp8", "FP8", 8, "merged", "Linear", "FP8"),
+        **{"reference": "fp16", "colour": "#CC79A7", "product": "fp8", "capability": (8, 9), "fused_only": True},
+    ),
 )
-EXECUTIONS = ("eager", "graph", "compile", "fused", "fused-graph", "fused-compile", "fused-compile-graph")
-_ATTENTION_WORDS = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2", "eager": "unfused attention"}
-_EXECUTION_WORDS = {"fused": "fused", "graph": "CUDA graph", "compile": "torch.compile"}
-_CHECKPOINTS = {"nf4": "nf4", "int8": "int8", "w8a16": "int8", "w8a8": "int8"}
+FORMATS = {row.name: row for row in _ROWS}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: weights × attention × execution; nothing else differs between two rows."""
+    """Weight format × attention × execution, and the form of GELU; nothing else differs between two variants.
+
+    `gelu` is "checkpoint" for what its config says, or "tanh" for the tanh approximation, which cuBLASLt computes in
+    the product's epilogue. ValueError with the reason for a combination that does not exist.
+    """
 
     weights: str
     attention: str = "sdpa"
     execution: str = "eager"
+    gelu: str = "checkpoint"
 
     def __post_init__(self) -> None:
         for value, allowed in (
-            (self.weights, WEIGHTS),
+            (self.weights, FORMATS),
             (self.attention, ATTENTIONS),
             (self.execution, EXECUTIONS),
+            (self.gelu, GELUS),
         ):
             if value not in allowed:
                 raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
-        if self.weights in FUSED_ONLY and not self.fused:
-            raise ValueError(f"{self.weights} weights need a fused execution (fused, fused-graph or fused-compile)")
-        if self.weights == "int8" and self.fused:
-            raise ValueError("a fused network has no outliers in 16 bit: ask for w8a16 or w8a8 instead of int8")
-        if self.fused and not self.attention.startswith("direct"):
-            direct = ", ".join(name for name in ATTENTIONS if name.startswith("direct"))
-            raise ValueError(f"a fused network takes the attentions {direct}; {self.attention!r} is transformers' own")
+        if self.format.fused_only and not self.fused:
+            raise ValueError(f"{self.weights} weights need a fused execution (fused or fused-graph)")
+        if self.fused and not self.format.fused:
+            others = [row.name for row in FORMATS.values() if row.checkpoint == self.format.checkpoint and row.fused]
+            raise ValueError(f"a fused network keeps no outliers in FP16: use {' or '.join(others)} for {self.weights}")
+        if self.fused and self.attention != DIRECT:
+            raise ValueError(f"a fused network takes the attention {DIRECT!r}; {self.attention!r} is transformers' own")
+        if self.gelu != "checkpoint" and not self.fused:
+            raise ValueError(f"the {self.gelu} GELU needs a fused execution (fused or fused-graph)")
 
     @property
     def name(self) -> str:
-        return "-".join((self.weights, self.attention, self.execution)).removesuffix("-eager")
+        """`<weights>-<attention>[-<execution>][-tanh]`; `find` reads it."""
+        parts = [self.weights, self.attention]
+        parts += [self.execution] if self.execution != "eager" else []
+        parts += [self.gelu] if self.gelu != "checkpoint" else []
+        return "-".join(parts)
 
     @property
     def label(self) -> str:
         """The variant in words, as pages and legends name it."""
-        kernel = "" if self.fused else _ATTENTION_WORDS.get(self.attention, self.attention)
-        parts = self.execution.split("-") if self.execution != "eager" else []
-        return " · ".join(filter(None, (self.weights.upper(), kernel, *(_EXECUTION_WORDS[part] for part in parts))))
+        parts = [] if self.execution == "eager" else self.execution.split("-")
+        words = [self.format.label, *(() if self.fused else (_ATTENTION_WORDS[self.attention],))]
+        words += [_EXECUTION_WORDS[part] for part in parts]
+        words += [f"{self.gelu} GELU"] if self.gelu != "checkpoint" else []
+        return " · ".join(words)
+
+    @property
+    def format(self) -> Format:
+        """The row of `FORMATS`."""
+        return FORMATS[self.weights]
 
     @property
     def quantized(self) -> bool:
-        return self.weights in (*_CHECKPOINTS, "fp8")
+        return self.format.quantized
 
     @property
     def checkpoint(self) -> str:
         """The checkpoint of a study that holds these weights."""
-        return _CHECKPOINTS.get(self.weights, "merged")
+        return self.format.checkpoint
 
     @property
     def fused(self) -> bool:
@@ -75,13 +144,13 @@ class Variant:
     @property
     def own_flash(self) -> bool:
         """Whether attention runs in the package flash-attn."""
-        return self.attention in ("flash_attention_2", "direct_fa2")
+        return self.attention == "flash_attention_2"
 
 
-# The first row is the baseline that every other is compared with. Rows 1, 4, 5, 6 and 7 are the five of the
-# original study; the 16-bit rows stand beside fp32 so that precision and quantization are not confounded.
+# What a study compares unless told otherwise. The first is the baseline that every other is compared with; fp16 and
+# bf16 are there so that precision and quantization are not confounded. The other five are those of the original study.
 BASELINE = Variant("fp32")
-STUDY = (
+DEFAULTS = (
     BASELINE,
     Variant("fp16"),
     Variant("bf16"),
@@ -90,31 +159,20 @@ STUDY = (
     Variant("nf4", "flash_attention_2"),
     Variant("int8", "flash_attention_2"),
 )
-EXTRA = (
-    Variant("fp32", "eager"),
-    Variant("fp16", "eager"),
-    Variant("fp16", "flash_attention_2"),
-    Variant("bf16", "flash_attention_2"),
-    Variant("fp32", "sdpa", "graph"),
-    Variant("fp16", "sdpa", "graph"),
-    Variant("fp16", "flash_attention_2", "graph"),
-    Variant("nf4", "sdpa", "graph"),
-    Variant("nf4", "flash_attention_2", "graph"),
-    Variant("int8", "sdpa", "graph"),
-    Variant("fp32", "sdpa", "compile"),
-    Variant("fp16", "sdpa", "compile"),
-    Variant("fp16", "direct", "compile"),
-    *(
-        Variant(weights, "direct", execution)
-        for weights in ("fp32", "fp16", "bf16", "nf4", "w8a16", "w8a8", "fp8")
-        for execution in ("fused", "fused-graph")
-    ),
-    Variant("fp16", "direct", "fused-compile"),
-    Variant("fp16", "direct", "fused-compile-graph"),
-    Variant("fp16", "direct_fa2", "fused-graph"),
-    Variant("nf4", "direct_fa2", "fused-graph"),
-)
-VARIANTS = {variant.name: variant for variant in (*STUDY, *EXTRA)}
+
+
+def _legal() -> dict[str, Variant]:
+    found = {}
+    for parts in itertools.product(FORMATS, ATTENTIONS, EXECUTIONS, GELUS):
+        try:
+            variant = Variant(*parts)
+        except ValueError:
+            continue
+        found[variant.name] = variant
+    return found
+
+
+VARIANTS = _legal()  # every variant that exists, by name; where each can run is a question for `attention.not_runnable`
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -124,12 +182,30 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def find(name: str) -> Variant:
-    """The row called `name`; ValueError with the nearest known name otherwise."""
-    if name not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r}: {nearest(name, list(VARIANTS))}")
-    return VARIANTS[name]
+    """The variant that `name` spells: `<weights>-<attention>[-<execution>][-tanh]`.
+
+    ValueError with the reason and the nearest name that exists for any other text.
+    """
+    try:
+        weights, attention, *rest = str(name).split("-")
+        gelu = rest.pop() if rest and rest[-1] in GELUS else "checkpoint"
+        variant = Variant(weights, attention, "-".join(rest) or "eager", gelu)
+    except ValueError as error:
+        reason = str(error) if "-" in str(name) else "a name is <weights>-<attention>[-<execution>][-tanh]"
+        close = difflib.get_close_matches(str(name), VARIANTS, n=1, cutoff=0.5)
+        known = f"did you mean {close[0]!r}?" if close else f"one that exists is {BASELINE.name!r}"
+        raise ValueError(f"unknown variant {name!r}: {known} ({reason})") from None
+    if variant.name != name:
+        raise ValueError(f"unknown variant {name!r}: did you mean {variant.name!r}?")
+    return variant
 
 
 def label(name: str) -> str:
     """The variant called `name` in words; `name` itself where there is no such variant."""
-    return VARIANTS[name].label if name in VARIANTS else name
+    try:
+        return find(name).label
+    except ValueError:
+        return name
+
+
+STUDY = DEFAULTS  # the former name

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from vitlib import gate, profile
+from vitlib import profile, verify
 from vitlib.variants import Variant
 
 FLASH_2 = "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::half_t> >"
@@ -34,7 +34,7 @@ def profiled(kernel: str = CUDNN, *, attention_us: float = 10.0, missed: float =
     ],
 )
 def test_what_ran_under_its_own_name_passes(variant, frame):
-    assert gate.identity_fault(variant, frame) == ""
+    assert verify.identity_fault(variant, frame) == ""
 
 
 @pytest.mark.parametrize(
@@ -52,4 +52,4 @@ def test_what_ran_under_its_own_name_passes(variant, frame):
     ],
 )
 def test_what_ran_under_another_name_is_refused(variant, frame, reason):
-    assert reason in gate.identity_fault(variant, frame)
+    assert reason in verify.identity_fault(variant, frame)

@@ -1,10 +1,10 @@
-"""Weights of a whole block dequantized at once, or beside the block before it. Level 1.
+"""Weights of a whole block dequantized at once, or while the block before it computes.
 
 Each quantized linear costs a small kernel that dequantizes it before the product, and such a kernel takes about as long
-to start as to run. Here the weights of a block lie side by side, so that one kernel dequantizes them all; and it may do
-so on a second stream while the block before computes, which leaves most of a GPU idle at small batches. A buffer or two
-are used in turn, so the network never lies in 16 bit in memory as a whole. In a CUDA graph the second stream becomes
-parallel branches.
+to start as to run. Here the weights of a block are adjacent in memory, so that one kernel dequantizes them all. It may
+do so on a second stream while the block before computes, which leaves most of a GPU idle at small batch sizes. One or
+two buffers are used in turn, so the network is never in memory in FP16 as a whole. In a CUDA graph the second stream
+becomes parallel branches.
 """
 
 import math
@@ -13,18 +13,21 @@ from contextlib import contextmanager
 
 import torch
 
-from vitlib import kernels, linears
-from vitlib.linears import NF4, Int8WeightOnly, Linear
+from vitlib import layers as formats
+from vitlib.kernels import dequantize
+from vitlib.layers import NF4, Int8WeightOnly, Linear
 
-# Buffers of each way: one is filled before its block runs, two also while the block before it runs.
-WAYS = {"by block": 1, "ahead": 2}
+BY_BLOCK, AHEAD = "by block", "ahead"
+MODES = {BY_BLOCK: 1, AHEAD: 2}  # buffers: one is filled before its block runs, two also while the block before it runs
+LAYER_BY_LAYER = "layer by layer"  # the mode without buffers
+ALL_BLOCKS = "all blocks"  # what the tuning table calls the part that a mode concerns
 
 
 class BlockWeights:
     """The quantized weights of a block's layers, moved side by side; the layers keep views of their parts.
 
-    Make it before any graph is captured: the layers' own tensors are replaced. `scales` of int8 rows are repeated for
-    each part of a row; NF4's lie row by row, which the products that decode them read less well than column by column.
+    Make it before any graph is captured: the layers' own tensors are replaced. int8 rows of several lengths are cut
+    into chunks of one length, and their `scales` are repeated for each chunk.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
@@ -35,13 +38,12 @@ class BlockWeights:
             self.scales = _side_by_side(layers, "absmax")
         else:
             self.codes = _side_by_side(layers, "rows")
-            length = math.gcd(*(layer.in_features for layer in layers))
-            chunk = length & -length  # the largest power of two that divides all rows
+            chunk = math.gcd(*(layer.in_features for layer in layers))
             self.scales = torch.cat([layer.scales.repeat_interleave(layer.in_features // chunk) for layer in layers])
 
     def dequantize_into(self, buffer: torch.Tensor) -> None:
-        """All weights of the block, one matrix behind the other, at the beginning of `buffer`."""
-        run = kernels.dequantize_nf4_run if isinstance(self.layers[0], NF4) else kernels.dequantize_int8_run
+        """All weights of the block, one matrix after the other, at the beginning of `buffer`."""
+        run = dequantize.dequantize_nf4 if isinstance(self.layers[0], NF4) else dequantize.dequantize_int8
         run(self.codes, self.scales, buffer[: sum(self.counts)])
 
     def views(self, buffer: torch.Tensor) -> Iterator[tuple[Linear, torch.Tensor]]:
@@ -54,7 +56,7 @@ class BlockWeights:
 def _side_by_side(layers: Sequence[Linear], name: str) -> torch.Tensor:
     """The tensors `name` of all layers as one run, row by row; each layer's own becomes a view of it."""
     tensors = [getattr(layer, name) for layer in layers]
-    run = torch.cat([tensor.contiguous().reshape(-1) for tensor in tensors])
+    run = torch.cat([tensor.reshape(-1) for tensor in tensors])
     for layer, tensor, part in zip(layers, tensors, run.split([t.numel() for t in tensors]), strict=True):
         setattr(layer, name, part.view(tensor.shape))
     return run
@@ -64,14 +66,14 @@ def can_run(layers: Sequence[Linear]) -> bool:
     """Whether one kernel can dequantize these layers: all of them NF4 in this project's order, or all int8 rows."""
     if all(isinstance(layer, NF4) for layer in layers):
         return all(layer.repacked for layer in layers)
-    return all(isinstance(layer, Int8WeightOnly) and linears.use_kernels(layer.rows.device) for layer in layers)
+    return all(isinstance(layer, Int8WeightOnly) and formats.use_kernels(layer.rows.device) for layer in layers)
 
 
-class Ahead:
-    """`with ahead.running():` around a pass, and in it `with ahead.block(i):` around each block.
+class BlockBuffers:
+    """`with buffers.running():` around a pass, and in it `with buffers.block(i):` around each block.
 
-    `depth` is the number of buffers of `dtype`, see `WAYS`; `megabytes` is what they weigh. `lender`, another of these
-    for the same blocks, shares its buffers: passes of the two must follow each other on one stream, as graphs do.
+    `mode` is one of `MODES`, `megabytes` what its buffers of `dtype` weigh. `shared_with`: reuse the buffers of another
+    of these for the same blocks; passes of the two must not run concurrently, as graphs on one stream do not.
     """
 
     def __init__(
@@ -79,17 +81,16 @@ class Ahead:
         blocks: Sequence[BlockWeights],
         dtype: torch.dtype,
         device: torch.device,
-        depth: int,
-        lender: "Ahead | None" = None,
+        mode: str,
+        shared_with: "BlockBuffers | None" = None,
     ) -> None:
         self.blocks = blocks
         largest = max(sum(block.counts) for block in blocks)
-        self.buffers = lender.buffers[:depth] if lender else []
-        missing = depth - len(self.buffers)
+        self.buffers = shared_with.buffers[: MODES[mode]] if shared_with else []
+        missing = MODES[mode] - len(self.buffers)
         self.buffers += [torch.empty(largest, dtype=dtype, device=device) for _ in range(missing)]
         # Of lower priority than captured passes.
-        self.stream = torch.cuda.Stream(device, priority=0) if depth > 1 else None
-        self.active = False
+        self.stream = torch.cuda.Stream(device, priority=0) if mode == AHEAD else None
         self._ready: list[torch.cuda.Event] = []
 
     @property
@@ -99,18 +100,17 @@ class Ahead:
     @contextmanager
     def running(self) -> Iterator[None]:
         """A pass that takes weights from the buffers."""
-        self.active = True
-        if self.stream is not None:
-            self._ready = []
-            self.stream.wait_stream(torch.cuda.current_stream())
-            for number in range(min(len(self.buffers), len(self.blocks))):
-                self._dequantize(number)
+        if self.stream is None:
+            yield
+            return
+        self._ready = []
+        self.stream.wait_stream(torch.cuda.current_stream())
+        for number in range(min(len(self.buffers), len(self.blocks))):
+            self._dequantize(number)
         try:
             yield
         finally:
-            self.active = False
-            if self.stream is not None:
-                torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     @contextmanager
     def block(self, number: int) -> Iterator[None]:
@@ -121,12 +121,12 @@ class Ahead:
         else:
             torch.cuda.current_stream().wait_event(self._ready[number])
         for layer, weight in block.views(buffer):
-            layer.ahead = weight
+            layer.prepared = weight
         try:
             yield
         finally:
             for layer in block.layers:
-                layer.ahead = None
+                layer.prepared = None
         following = number + len(self.buffers)
         if self.stream is not None and following < len(self.blocks):
             self.stream.wait_event(torch.cuda.current_stream().record_event())

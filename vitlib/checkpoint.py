@@ -1,11 +1,10 @@
-"""Build, load, verify and save a network; the one place where a variant becomes a module. Level 2.
+"""Build, load and save a network; the one place where a variant becomes a module.
 
 A checkpoint is a folder that plain transformers can load and that is enough by itself: weights (safetensors),
 config with id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json`.
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
-from vitlib import attention, files, preprocess, quantize, records
+from vitlib import attention, files, preprocess, quantize, records, verify
 from vitlib.data import Labels
 from vitlib.preprocess import Preprocess
-from vitlib.variants import Variant, nearest
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from vitlib.variants import FORMATS, Variant, nearest
 
 # hidden, blocks, heads, mlp, patch. Heads are 64 wide: the width FlashAttention-2 is built for here. The last three are
 # table 1 of Dosovitskiy et al. 2021 and Touvron et al. 2021.
@@ -114,7 +111,7 @@ def load_base(
         ignore_mismatched_sizes=True,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=quantize.config("nf4", dtype) if quantized else None,
+        quantization_config=quantize.config(4, dtype) if quantized else None,
         **label_maps(labels),
     )
     _refuse_random_weights(str(base), loading, allowed=quantize.CLASSIFIER)
@@ -137,12 +134,14 @@ def _refuse_random_weights(source: str, loading: dict[str, object], allowed: str
 
 
 def quantize_checkpoint(merged: Path, weights: str, device: torch.device) -> nn.Module:
-    """The network of a merged checkpoint with NF4 or int8 weights, quantized by transformers while it loads."""
+    """The network of a merged checkpoint in the format `weights`, quantized by transformers while it loads."""
+    row = FORMATS[weights]
+    dtype = getattr(torch, row.dtype)
     return AutoModelForImageClassification.from_pretrained(
         merged,
-        dtype=torch.float16,
+        dtype=dtype,
         device_map={"": device},
-        quantization_config=quantize.config(weights, torch.float16),
+        quantization_config=quantize.config(row.bits, dtype),
         use_safetensors=True,
     ).eval()
 
@@ -189,15 +188,15 @@ def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
 def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     """The network of `variant` on `device`, in evaluation mode, verified to be what was asked.
 
-    For a fused execution this is the plain network that `Engine` transforms; it must not have run before that.
-    Raises NotRun where it cannot run here, CheckpointError where the checkpoint is unfit, EvidenceError where
-    the libraries gave something else than was asked.
+    For a fused execution this is the plain network that `Engine` transforms; it must not have run before that. NotRun
+    where it cannot run here, CheckpointError where the checkpoint is unfit, EvidenceError where the libraries gave
+    something else than was asked.
     """
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
     folder = checkpoint_folder(checkpoints, variant)
     pre, labels = preprocess.load(folder), read_labels(folder)
-    dtype = torch.float16 if variant.quantized else DTYPES[variant.weights]
+    dtype = getattr(torch, variant.format.dtype)
     model, loading = AutoModelForImageClassification.from_pretrained(
         folder,
         dtype=dtype,
@@ -209,58 +208,8 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     )
     _refuse_random_weights(str(folder), loading)
     model.eval()
-    verify(model, variant)
-    return Loaded(model, pre, labels, device, dtype, folder, quantize.model_mb(model), variant)
-
-
-class EvidenceError(RuntimeError):
-    """A network that is not the variant asked for."""
-
-
-def evidence(model: nn.Module) -> dict[str, object]:
-    """What the module really is: encoder linear classes, dtypes of the other weights, attention, classifier."""
-    if hasattr(model, "evidence"):  # a fused network has other modules and knows them
-        return model.evidence()
-    encoder = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and quantize.CLASSIFIER not in name]
-    other = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return {
-        "encoder_linears": dict(Counter(type(m).__name__ for m in encoder)),
-        "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in other),
-        "compute_dtypes": sorted(
-            {str(m.compute_dtype).removeprefix("torch.") for m in encoder if hasattr(m, "compute_dtype")}
-        ),
-        "attention": model.config._attn_implementation,
-        "classifier": type(model.classifier).__name__,
-        "training": model.training,
-    }
-
-
-def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
-    """The evidence for `model`; EvidenceError where it contradicts `variant`."""
-    found = evidence(model)
-    is_fused = hasattr(model, "evidence")
-    if is_fused:
-        kind = {"nf4": "NF4", "w8a16": "Int8WeightOnly", "w8a8": "W8A8", "fp8": "FP8"}.get(variant.weights, "Dense")
-    else:
-        kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}.get(variant.checkpoint, "Linear")
-    dtype = str(torch.float16 if variant.quantized else DTYPES[variant.weights]).removeprefix("torch.")
-    expected = {"attention": variant.attention, "classifier": "Linear", "training": False, "dtypes": [dtype]}
-    if variant.weights == "nf4" and not is_fused:
-        expected["compute_dtypes"] = [dtype]
-    faults = [f"{key} is {found[key]}, asked was {value}" for key, value in expected.items() if found[key] != value]
-    if set(found["encoder_linears"]) != {kind}:
-        faults.append(f"encoder linears are {found['encoder_linears']}, asked was {kind} only")
-    if faults:
-        raise EvidenceError(f"{variant.name}: " + "; ".join(faults))
-    return found
-
-
-def encoder_bytes_per_weight(model: nn.Module) -> float:
-    """Bytes that the encoder's blocks keep in memory for each weight of their linears (fp16 2, NF4 about 0.52)."""
-    blocks = model.blocks if hasattr(model, "blocks") else model.vit.layers
-    linears = [module for module in blocks.modules() if hasattr(module, "in_features")]
-    weights = sum(module.in_features * module.out_features for module in linears)
-    return sum(quantize.model_mb(block) for block in blocks) * quantize.MB / weights
+    verify.verify(model, variant)
+    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant)
 
 
 def merged_checksum(folder: Path) -> str:
@@ -272,4 +221,4 @@ def merged_checksum(folder: Path) -> str:
 
 def disk_mb(folder: Path) -> float:
     """Megabytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / quantize.MB
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / verify.MB

@@ -1,0 +1,129 @@
+"""The claims as data, and verdicts on them that are computed from a study's records. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vitlib.claims.quantities import Figure, Measurement, Quantity, content
+from vitlib.variants import label
+
+HOLDS, HOLDS_ONLY, FAILS, UNTESTED = "holds", "holds only", "does not hold", "cannot be tested here"
+VERDICTS = (HOLDS, HOLDS_ONLY, FAILS, UNTESTED)
+
+
+class Claim(BaseModel):
+    """One claim: the original's figure, or one a case (`shown` is its own wording), and its quantity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str = Field(pattern=r"^[a-z0-9-]+$")
+    subject: str
+    source: str = Field(pattern=r"^(README|slides|notebooks), .{3,}$")
+    claim: str = Field(pattern=r"\.$")
+    quantity: Quantity
+    original: float | tuple[float, float] | dict[str, float]
+    shown: str = Field(min_length=1)
+    unit: str = ""
+    criterion: Literal["about", "at least", "at most", "more than", "between"]
+    tolerance: float = Field(0.0, ge=0, le=1)
+    cause: str = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Claim:
+        if isinstance(self.original, tuple) != (self.criterion == "between"):
+            raise ValueError(f"{self.id}: 'between', and nothing else, needs a lower and an upper value")
+        if (self.criterion == "about") != (self.tolerance > 0):
+            raise ValueError(f"{self.id}: 'about', and nothing else, needs a tolerance")
+        return self
+
+    def accepts(self, case: str = "") -> tuple[float, float]:
+        """The range of figures with which the claim holds, bounds included. 'about' is a factor in either direction."""
+        value = self.original[case] if isinstance(self.original, dict) else self.original
+        if isinstance(value, tuple):
+            return value
+        if self.criterion == "about":
+            return value / (1 + self.tolerance), value * (1 + self.tolerance)
+        low = value * (1 + 1e-6) if self.criterion == "more than" else value
+        return (-math.inf if self.criterion == "at most" else low), (value if self.criterion == "at most" else math.inf)
+
+    @property
+    def counts_as(self) -> str:
+        """What a measurement must be for the claim to hold, as text."""
+        if self.criterion == "about":
+            return f"within a factor of {1 + self.tolerance:g}"
+        if isinstance(self.original, dict):
+            return f"{self.criterion} that"
+        bounds = " and ".join(number(bound) for bound in self.accepts() if math.isfinite(bound))
+        return f"{self.criterion} {bounds} {self.unit}".strip()
+
+    def judge(self, measured: Measurement) -> str:
+        """The verdict, which begins with one of VERDICTS."""
+        outcomes = {case: self._borne_out(case, figure) for case, figure in measured.items()}
+        held, undecided = ([case for case, seen in outcomes.items() if seen is wanted] for wanted in (True, None))
+        if len(held) == len(outcomes):
+            return HOLDS
+        if len(undecided) == len(outcomes):
+            return f"{UNTESTED}: the 95 % interval includes the limit"
+        rest = f"; undecided {_listed(undecided)}" if undecided else ""
+        return f"{HOLDS_ONLY} {_listed(held)}{rest}" if held else f"{FAILS}{rest}"
+
+    def _borne_out(self, case: str, figure: Figure) -> bool | None:
+        """Whether a figure's whole interval is in the accepted range; None where only a part of it is."""
+        low, high = self.accepts(case)
+        slack = 1e-9 * abs(figure.value)  # 1.1 × 50 is a little more than 55 in binary
+        if low - slack <= figure.low and figure.high <= high + slack:
+            return True
+        return False if figure.high < low or figure.low > high else None
+
+
+def load() -> list[Claim]:
+    """Every claim of `claims.yaml`. ValueError with the faults; ids are unique."""
+    claims = [Claim(**entry) for entry in content()["claims"]]
+    ids = [claim.id for claim in claims]
+    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+        raise ValueError(f"claims.yaml: ids occur twice: {', '.join(twice)}")
+    return claims
+
+
+def find(name: str) -> Claim:
+    """The claim with this id."""
+    return next(claim for claim in load() if claim.id == name)
+
+
+def kind_of(verdict: str) -> str:
+    """Which of VERDICTS a verdict begins with."""
+    return max((kind for kind in VERDICTS if verdict.startswith(kind)), key=len)
+
+
+def text(measured: Measurement, unit: str) -> str:
+    """The figures by case, with their intervals and notes; a note that all of them share is given once."""
+    notes = dict.fromkeys(figure.note for figure in measured.values())
+    shared = f" ({notes.popitem()[0]})" if len(notes) == 1 and "" not in notes else ""
+    parts = []
+    for case, figure in measured.items():
+        value = f"{'≥ ' * (figure.high == math.inf)}{number(figure.value)} {unit}".strip()
+        if figure.low < figure.high < math.inf:
+            value += f" ({number(figure.low)} … {number(figure.high)})"
+        parts.append(_labelled(case, value) + (f", {figure.note}" if figure.note and not shared else ""))
+    return "; ".join(parts) + shared
+
+
+def number(value: float) -> str:
+    """Three significant digits, and all digits before the decimal point; whole numbers whole."""
+    if not math.isfinite(value) or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _labelled(case: str, value: str) -> str:
+    return f"{label(case)}: {value.strip()}" if case else value.strip()
+
+
+def _listed(cases: list[str]) -> str:
+    """ "at batch 8 and 32", or "for NF4 · SDPA and block 3"."""
+    batches = all(case.startswith("batch ") for case in cases)
+    names = [case.removeprefix("batch ") if batches else label(case) for case in cases]
+    joined = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{'at batch' if batches else 'for'} {joined}"

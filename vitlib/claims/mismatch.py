@@ -1,0 +1,175 @@
+"""The original study's preprocessing mistake, made again on a checkpoint of this study.
+
+The original trained with a plain resize and the checkpoint's normalisation, and evaluated with a centre crop from a
+larger picture and ImageNet's normalisation. Everywhere else in this project preprocessing comes with the checkpoint.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vitlib import checkpoint, data, engine, preprocess, stats
+from vitlib.claims.claim import load
+from vitlib.data import Dataset
+from vitlib.preprocess import Preprocess
+from vitlib.study import Study
+from vitlib.tables import Column, Markdown
+from vitlib.variants import Variant
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+OWN, ORIGINAL = "its own", "the original's"
+WEIGHTS = ("fp32", "nf4", "int8")  # the first is what the others are compared with
+BAD_RESIZE = 256 / 224  # length of the shorter side, as a multiple of the crop's side
+
+MISTAKE = {
+    "preprocessing": "preprocessing",
+    "weights": "weights",
+    "right": "right",
+    "n": "of",
+    "top1": Column("Top-1 (%)", ".1f", 100),
+    ("top1_low", "top1_high"): Column("95 % interval", ".1f", 100),
+    "agreement": Column("same class as with its own (%)", ".0f", 100),
+    "difference": Column("Top-1 against its own (points)", "+.1f", 100),
+    ("difference_low", "difference_high"): Column("95 % interval of that", "+.1f", 100),
+    "from_fp32": Column("Top-1 against fp32 (points)", "+.1f", 100),
+}
+"""Columns of `mistake` for a report."""
+
+
+def _crops(own: Preprocess) -> Preprocess:
+    """The checkpoint's preprocessing with the original's shape: shorter side to 256/224 of the crop's, centre crop."""
+    height, width = own.side
+    changed = {
+        "size": {"shortest_edge": round(min(height, width) * BAD_RESIZE)},
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+    }
+    return Preprocess(type(own.processor)(**own.describe() | changed))
+
+
+def _normalises(own: Preprocess) -> Preprocess:
+    """The checkpoint's preprocessing with ImageNet's mean and standard deviation."""
+    return Preprocess(type(own.processor)(**own.describe() | {"do_normalize": True} | IMAGENET))
+
+
+def preprocessings(own: Preprocess) -> dict[str, Preprocess]:
+    """The checkpoint's own, the original's mismatched one, and the two halves of that mistake."""
+    return {
+        OWN: own,
+        ORIGINAL: _normalises(_crops(own)),
+        "only the crop": _crops(own),
+        "only the normalisation": _normalises(own),
+    }
+
+
+def mistake(study: Study, dataset: Dataset) -> pd.DataFrame:
+    """The merged checkpoint in fp32 on the validation split, with the right and the wrong preprocessing, a row each.
+
+    The quantized checkpoints that run here follow, with their own preprocessing and the original's. Columns:
+    preprocessing, weights, n, right, top1 with its Wilson interval, top5; agreement with the same weights' own
+    preprocessing and the paired difference of top1 to it with its interval; and `from_fp32`, the paired difference to
+    fp32 weights with the same preprocessing. Written to `records/preprocessing.csv`.
+    """
+    checkpoint.quiet_libraries()
+    decoded, found, rows = {}, {}, []
+    for weights in WEIGHTS:
+        loaded = _loaded(study, weights)
+        if loaded is None:
+            continue
+        loaded.labels.check(dataset, "valid")
+        for name, pre in preprocessings(loaded.preprocess).items():
+            if weights != WEIGHTS[0] and name not in (OWN, ORIGINAL):
+                continue
+            shape = str(pre.describe()["size"])
+            if shape not in decoded:  # decoding does not normalise, so two of the four share their pictures
+                decoded[shape] = data.decode_splits(dataset, ["valid"], pre, study.settings.workers)["valid"]
+            runner = engine.Engine(replace(loaded, preprocess=pre))
+            pixels, batch = decoded[shape].pixels, study.settings.eval_batch_size
+            found[weights, name] = engine.logits(runner, pixels, batch).numpy()
+            rows.append(_row(weights, name, loaded.labels.ids(decoded[shape].pictures).numpy(), found))
+    return study.write("preprocessing", pd.DataFrame(rows))
+
+
+def _loaded(study: Study, weights: str) -> checkpoint.Loaded | None:
+    """The checkpoint with these weights; None where a quantized one is missing or cannot run here. fp32 must run."""
+    variant = Variant(weights)
+    if variant.quantized and not study.checkpoint(variant.checkpoint).is_dir():
+        return None
+    try:
+        return checkpoint.load(study.checkpoints, variant, checkpoint.pick_device(study.settings.device))
+    except checkpoint.NotRun:
+        if not variant.quantized:
+            raise
+        return None
+
+
+def _row(weights: str, name: str, labels: np.ndarray, found: dict[tuple[str, str], np.ndarray]) -> dict[str, Any]:
+    """The row of the outputs `found[weights, name]`, compared with those of its own preprocessing and of fp32."""
+    logits, own = found[weights, name], found[weights, OWN]
+    right, right_own, right_fp32 = (stats.topk_right(v, labels) for v in (logits, own, found[WEIGHTS[0], name]))
+    difference, quantized = stats.paired_difference(right_own, right), stats.paired_difference(right_fp32, right)
+    low, high = stats.wilson(int(right.sum()), len(right))
+    row = {"preprocessing": name, "weights": weights, "n": len(right), "right": int(right.sum())}
+    row |= {"top1": right.mean(), "top1_low": low, "top1_high": high, "top5": stats.topk_accuracy(logits, labels, 5)}
+    row["agreement"] = (logits.argmax(axis=1) == own.argmax(axis=1)).mean()
+    for column, change in (("difference", difference), ("from_fp32", quantized)):
+        row |= {column: change.estimate, f"{column}_low": change.low, f"{column}_high": change.high}
+    return row
+
+
+def looks(study: Study, dataset: Dataset, count: int = 1) -> tuple[list[np.ndarray], list[str]]:
+    """Validation pictures as the network sees them: values read with the normalisation that it was trained with.
+
+    uint8 pictures (h, w, 3), a row for each of `count` pictures, and their titles.
+    """
+    own = preprocess.load(study.checkpoint("merged"))
+    images, titles = [], []
+    for picture in data.evenly(dataset.splits["valid"], count):
+        for name, pre in preprocessings(own).items():
+            images.append(_as_read(pre.normalise(pre.resize(picture.open())[None])[0], own))
+            titles.append(name)
+    return images, titles
+
+
+def _as_read(pixel_values: torch.Tensor, own: Preprocess) -> np.ndarray:
+    """Normalised values (3, h, w) turned back into a picture by undoing `own`'s normalisation."""
+    mean, std = (np.array(getattr(own.processor, name)).reshape(3, 1, 1) for name in ("image_mean", "image_std"))
+    values = pixel_values.numpy() * std + mean
+    return (255 * values.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def mistake_in_words(frame: pd.DataFrame) -> Markdown:
+    """What the wrong preprocessing costs this checkpoint, beside the original's figures; the last line is the sum."""
+    top1 = {claim.id: claim.original for claim in load() if claim.id in ("slides-top1", "readme-top1")}
+    slides, readme = top1["slides-top1"], top1["readme-top1"]["fp32-sdpa"]
+    rows = frame[frame["weights"] == WEIGHTS[0]].set_index("preprocessing")
+    lines = [
+        f"- With **{name}**, Top-1 is {100 * row['top1']:.1f} % instead of {100 * rows.loc[OWN, 'top1']:.1f} %; "
+        f"{100 * row['agreement']:.0f} % of the pictures keep their class."
+        for name, row in rows.drop(index=OWN).iterrows()
+    ]
+    for weights in WEIGHTS[1:]:
+        quantized = frame[frame["weights"] == weights].set_index("preprocessing")
+        if not quantized.empty:
+            own, wrong = (_points(quantized.loc[name], "from_fp32") for name in (OWN, ORIGINAL))
+            said = slides[f"{weights}-sdpa"] - slides["fp32-sdpa"]
+            lines.append(
+                f"- **{weights.upper()}** against FP32: {own} with its own preprocessing, {wrong} with the original's. "
+                f"The slides, with the wrong one: {said:+.1f} points."
+            )
+    apart, change = readme - slides["fp32-sdpa"], rows.loc[ORIGINAL]
+    share = f"**{-10000 * change['difference'] / apart:.0f} %** of that difference; other weights may lose more"
+    lines.append(
+        f"\nThe original's two baselines differ by **{apart:.0f} points** of Top-1. The same preprocessing mistake "
+        f"changes this checkpoint by {_points(change, 'difference')}, "
+        f"{share if change['difference_high'] < 0 else 'which is **no significant loss**'}."
+    )
+    return Markdown("\n".join(lines))
+
+
+def _points(row: pd.Series, column: str) -> str:
+    low, points, high = (100 * row[f"{column}{end}"] for end in ("_low", "", "_high"))
+    return f"{points:+.1f} points ({low:+.1f} … {high:+.1f})"
