@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, data, evaluate, files, inference, params, records, stats, synthetic
+from vitlib import ablation, evaluate, files, inference, params, records, stats, synthetic
 from vitlib.checkpoint import CheckpointError
-from vitlib.data import DataError, Dataset, Picture
+from vitlib.decode import Decoded, Picture
+from vitlib.sources import DataError, Dataset
 from vitlib.study import Study
 from vitlib.verify import GateError
 
@@ -43,7 +45,7 @@ def dataset_for(labels) -> Dataset:
     def draw(folder: str, index: int) -> Picture:
         flower = synthetic.TARGET_CLASSES[int(folder) % len(synthetic.TARGET_CLASSES)]
         pixels = synthetic.render(flower, index=index, split="valid", seed=0, size=32)
-        return Picture(f"valid/{folder}/{index}", folder, lambda: data.Image.fromarray(pixels))
+        return Picture(f"valid/{folder}/{index}", folder, lambda: Image.fromarray(pixels))
 
     pictures = [draw(folder, index) for folder in labels.folders for index in range(3)]
     return Dataset({"train": list(pictures), "valid": pictures}, dict(zip(labels.folders, labels.names, strict=True)))
@@ -195,9 +197,9 @@ def test_classes_in_another_order_change_nothing(study, labels, bench):
     pd.testing.assert_frame_equal(first[columns], second[columns])
 
 
-def test_ids_are_the_checkpoints_everywhere(bench, labels, project, settings):
+def test_ids_are_the_checkpoints_everywhere(bench, labels, study):
     assert bench.labels == labels
-    subject = ablation.prepare(settings, dataset_for(labels))
+    subject = ablation.prepare(study, dataset_for(labels))
     assert subject.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
@@ -214,13 +216,13 @@ def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, study,
     def watched(model):
         return model.vit.embeddings.register_forward_pre_hook(spy, with_kwargs=True)
 
-    subject = ablation.prepare(settings, dataset_for(labels))
-    predictor = inference.load(settings)
+    subject = ablation.prepare(study, dataset_for(labels))
+    predictor = inference.load(study)
     networks = [bench.engines["fp32-sdpa"].loaded.model, subject.loaded.model, predictor.engine.loaded.model]
     handles = [watched(network) for network in networks]
     evaluate.outputs(study, dataclasses.replace(bench, engines={"fp32-sdpa": bench.engines["fp32-sdpa"]}))
-    ablation.measure(subject, settings.model_copy(update={"ablation_bits": [8]}))
-    inference.predict(predictor, pictures, [], settings)
+    ablation.measure(Study.of(settings.model_copy(update={"ablation_bits": [8]})), subject)
+    inference.predict(study, predictor, pictures, [])
     for handle in handles:
         handle.remove()
     assert len(seen) == 3
@@ -256,5 +258,5 @@ def test_checkpoints_of_different_preprocessing_are_not_compared(project, settin
 def test_data_checksum_changes_with_a_label(bench):
     before = bench.data_checksum()
     changed = [*bench.valid.pictures[:-1], Picture(bench.valid.pictures[-1].file, "2", None)]
-    other = dataclasses.replace(bench, valid=data.Decoded(bench.valid.pixels, changed, []))
+    other = dataclasses.replace(bench, valid=Decoded(bench.valid.pixels, changed, []))
     assert other.data_checksum() != before

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vitlib import checkpoint, roofline
-from vitlib.data import Labels
+from vitlib.sources import Labels
 
 
 def test_vit_large_does_123_gflop_a_picture():

@@ -96,6 +96,12 @@ def test_the_headline_walks_to_the_fastest(study):
     assert "the fastest quantized one is NF4 · fused" in second and "NF4 weights 0.80×" in second
 
 
+def test_rates_are_those_of_the_notebooks_that_ran(study):
+    assert speed.rates(study)["images/s"].tolist() == [1000.0]
+    study.write_json("inference", {"variant": "nf4-sdpa", "images_per_s": 7.0})
+    assert speed.rates(study)["images/s"].tolist() == [1000.0, 7.0]
+
+
 def test_outputs_are_compared_at_the_worst_batch_size(study):
     rows = speed.agreement(study).set_index("variant")
     assert rows.loc["w8a8-direct-fused-graph", ["reference", "relative_error"]].tolist() == ["NF4 · SDPA", 0.006]

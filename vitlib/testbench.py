@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from vitlib import checkpoint, data, files, verify
-from vitlib.data import Dataset, Decoded, Labels
+from vitlib import checkpoint, files, sources, verify
+from vitlib.decode import Decoded
 from vitlib.engine import Engine
+from vitlib.sources import Dataset, Labels
 from vitlib.study import Study
 from vitlib.variants import Variant, find
 
@@ -74,7 +75,7 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
     baseline must run: its error is raised. CheckpointError where checkpoints do not come from one training.
     """
     settings = study.settings
-    dataset = data.load(settings) if dataset is None else dataset
+    dataset = sources.load(settings) if dataset is None else dataset
     checkpoint.quiet_libraries()
     device = checkpoint.pick_device(settings.device)
     variants = [find(name) for name in settings.variants]
@@ -83,7 +84,7 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
     first = engines[variants[0].name].loaded
     first.labels.check(dataset, "valid")
     _one_training(engines, study)
-    valid = data.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
+    valid = sources.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
     found = {name: verify.evidence(engine.network) for name, engine in engines.items()}
     return Bench(variants, engines, reasons, first.labels, device, valid, study.checkpoints, found)
 
