@@ -40,15 +40,13 @@ def ceilings(device: torch.device) -> Ceilings:
     """Measure both peaks on `device` with random data (zeros run faster); takes under two seconds.
 
     The product is the one that a linear layer computes, x wᵀ: on a CPU, x w in FP16 takes another kernel, which is many
-    times slower.
+    times slower. On a CPU the peak is the best of several sizes, since matrices that fit its cache are faster.
     """
     cuda = device.type == "cuda"
-    side, numbers = (8192, 2**30) if cuda else (1024, 2**25)
-    tflops = {}
+    sides, numbers = ((8192,), 2**30) if cuda else ((128, 256, 512, 1024), 2**25)
+    side, tflops = sides[-1], {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = _seconds(lambda x=x, weight=weight: F.linear(x, weight), device)
-        tflops[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds / 1e12
+        tflops[str(dtype).removeprefix("torch.")] = max(_linear_tflops(size, dtype, device) for size in sides)
     if cuda:
         for name, product in (("int8", int8_product), ("fp8", fp8_product)):
             with suppress(RuntimeError, AttributeError, TypeError, ValueError):  # not on this card, or in this torch
@@ -57,6 +55,11 @@ def ceilings(device: torch.device) -> Ceilings:
     target = torch.empty_like(source)
     copied = _seconds(lambda: target.copy_(source), device)
     return Ceilings(tflops, 2 * source.nbytes / copied / 1e9)
+
+
+def _linear_tflops(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / _seconds(lambda: F.linear(x, weight), device) / 1e12
 
 
 def int8_product(side: int, device: torch.device) -> Callable[[], torch.Tensor]:
