@@ -3,6 +3,8 @@ PYTHON ?= python3
 STUDY ?= demo
 CORES ?= all
 BIN := .venv/bin
+# Compiled modules are kept: without them each notebook compiles torch and transformers again when it starts.
+unexport PYTHONDONTWRITEBYTECODE
 # uv finds a folder of wheels only through its own variable.
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)

@@ -24,13 +24,13 @@
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
-device: str = "auto"  # auto, cpu, cuda: auto takes the GPU where there is one
-seed: int = 0  # of initialisation, order and augmentation
-limit: int = 0  # pictures used of each split, evenly over the classes; 0 takes all
-pictures_per_class: int = 60  # training pictures of a class, synthetic data only
-max_megapixels: float = 50.0  # larger pictures are reported and skipped
+device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
+seed: int = 0  # seed of initialisation, order and augmentation
+limit: int = 0  # pictures used of each split, spread over the classes; 0: all
+pictures_per_class: int = 60  # training pictures per class (synthetic data only)
+max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures
-image_size: int = 48  # side in pixels, of synthetic pictures and of a base that is not loaded
+image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
 variants: list[str] = [
     "fp32-sdpa",
     "fp16-sdpa",
@@ -40,14 +40,14 @@ variants: list[str] = [
     "nf4-flash_attention_2",
     "int8-flash_attention_2",
 ]  # rows of the table of variants; the first is the baseline
-batch_sizes: list[int] = [1, 8, 32]  # pictures a call, for latency and throughput
-rounds: int = 20  # times that all variants are measured, in shuffled order
-samples: int = 24  # calls a round and batch size at most
-round_seconds: float = 0.05  # seconds a round and batch size at most
-cpu_samples: int = 10  # calls of one picture on the CPU, for the rows that run there
-profile_batch_size: int = 8  # pictures in the profiled call
-eval_batch_size: int = 32  # pictures a call when only outputs matter
-margin: float = 0.02  # share of pictures that a non-inferior variant may lose
+batch_sizes: list[int] = [1, 8, 32]  # batch sizes for latency and throughput
+rounds: int = 20  # all variants are measured once per round, in shuffled order; verdicts on speed need 8
+samples: int = 24  # most calls per round and batch size
+round_seconds: float = 0.05  # most seconds per round and batch size
+cpu_samples: int = 10  # calls at batch size 1 on the CPU, of variants that run there
+profile_batch_size: int = 8  # batch size of the profiled call
+eval_batch_size: int = 32  # batch size where only the outputs matter
+margin: float = 0.02  # fraction of pictures that a non-inferior variant may lose
 
 # %%
 from vitlib import params
@@ -62,9 +62,9 @@ settings = params.collect(globals())
 # row with the reason; nothing is replaced by something else.
 
 # %%
-from vitlib import data, evaluate, plots
+from vitlib import evaluate, plots, sources
 
-bench = evaluate.prepare(settings, data.load(settings))
+bench = evaluate.prepare(settings, sources.load(settings))
 plots.table(evaluate.status_table(bench))
 
 # %% [markdown]

@@ -22,14 +22,14 @@
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
-device: str = "auto"  # auto, cpu, cuda: auto takes the GPU where there is one
-seed: int = 0  # of initialisation, order and augmentation
-limit: int = 0  # pictures used of each split, evenly over the classes; 0 takes all
-pictures_per_class: int = 60  # training pictures of a class, synthetic data only
-max_megapixels: float = 50.0  # larger pictures are reported and skipped
+device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
+seed: int = 0  # seed of initialisation, order and augmentation
+limit: int = 0  # pictures used of each split, spread over the classes; 0: all
+pictures_per_class: int = 60  # training pictures per class (synthetic data only)
+max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures
-image_size: int = 48  # side in pixels, of synthetic pictures and of a base that is not loaded
-eval_batch_size: int = 32  # pictures a call when only outputs matter
+image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
+eval_batch_size: int = 32  # batch size where only the outputs matter
 
 # %%
 from vitlib import claims, plots, tables

@@ -10,7 +10,7 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from vitlib import checkpoint, preprocess
-from vitlib.data import Labels
+from vitlib.sources import Labels
 
 torch.set_num_threads(1)
 

@@ -6,14 +6,15 @@ import peft
 import pytest
 import torch
 
-from vitlib import adapters, checkpoint, finetune, params, preprocess, training
+from vitlib import adapters, checkpoint, finetune, params, preprocess, trainer
 from vitlib.finetune import Base
+from vitlib.study import Study
 
 CPU = torch.device("cpu")
 
 
 def settings(**changes):
-    return params.check({"study": "unit", "precision": "bf16", **changes})
+    return Study.of(params.check({"study": "unit", "precision": "bf16", **changes}))
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_dropout_and_summed_adapters_are_refused_together():
 
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 def test_frozen_weights_are_rounded_and_trained_ones_are_not(base, dropout):
-    model = finetune.make_trainable(base, settings(lora_dropout=dropout))
+    model = finetune.make_trainable(settings(lora_dropout=dropout), base)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     frozen = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
     exact = {name for name, dtype in frozen.items() if dtype != torch.bfloat16}
@@ -89,14 +90,14 @@ def test_frozen_weights_are_rounded_and_trained_ones_are_not(base, dropout):
 
 def test_the_method_full_and_fp32_round_nothing(base):
     for changes in ({"method": "full"}, {"precision": "fp32"}):
-        model = finetune.make_trainable(copy.deepcopy(base), settings(**changes))
+        model = finetune.make_trainable(settings(**changes), copy.deepcopy(base))
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_no_adapter_input_becomes_fp32_under_autocast(base, quiet):
     """PEFT's own way is the first case: without it this test could not fail."""
-    model, seen = finetune.make_trainable(base, settings()), []
+    model, seen = finetune.make_trainable(settings(), base), []
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.lora_A["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
@@ -114,11 +115,11 @@ def test_no_adapter_input_becomes_fp32_under_autocast(base, quiet):
 def test_what_is_merged_is_what_was_trained_on_rounded_weights(base, changes):
     chosen = settings(**changes)
     unrounded = copy.deepcopy(base.model)
-    model = stir(finetune.make_trainable(base, chosen)).eval()
+    model = stir(finetune.make_trainable(chosen, base)).eval()
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         expected = copy.deepcopy(model).float()(pixel_values=x).logits
-        merged = finetune.merge(model, base, chosen)
+        merged = finetune.merge(chosen, model, base)
         found = merged(pixel_values=x.half()).logits.float()
     assert {p.dtype for p in merged.parameters()} == {torch.float16}
     assert (found - expected).norm() / expected.norm() < 2e-3
@@ -128,19 +129,19 @@ def test_what_is_merged_is_what_was_trained_on_rounded_weights(base, changes):
 
 @pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.0}, {"method": "head"}])
 def test_after_training_in_bf16_the_network_merges_and_its_frozen_weights_are_untouched(base, tmp_path, changes):
-    chosen = settings(epochs=2, train_batch_size=8, **changes)
-    model = finetune.make_trainable(base, chosen)
+    chosen = settings(epochs=1, train_batch_size=8, **changes)
+    model = finetune.make_trainable(chosen, base)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     draw = torch.Generator().manual_seed(0)
-    examples = training.Examples(
-        torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=draw),
-        torch.randint(0, 3, (24,), generator=draw),
+    examples = trainer.Examples(
+        torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=draw),
+        torch.randint(0, 3, (16,), generator=draw),
     )
-    history = training.train(
-        model, {"train": examples, "valid": examples}, pre=base.preprocess, recipe=finetune.recipe(chosen),
+    history = trainer.train(
+        model, {"train": examples, "valid": examples}, pre=base.preprocess, recipe=trainer.Recipe.of(chosen.settings),
         folder=tmp_path, device=CPU,
     )  # fmt: skip
     assert history["train_loss"].notna().all()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
-    finetune.merge(model, base, chosen)
+    finetune.merge(chosen, model, base)

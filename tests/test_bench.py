@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlib import bench, data, files, params, records
+from vitlib import bench, files, params, records, sources
 from vitlib.variants import Variant
 
 CPU = torch.device("cpu")
@@ -174,7 +174,7 @@ def test_a_training_step_without_its_baseline_has_no_factor(checkpoints, setting
 def test_random_checkpoints_are_those_of_a_study(tmp_path):
     small = {"architecture": "vit-micro", "image_size": 32, "pictures_per_class": 4}
     settings = params.check({"study": "bench", **SMALL, **small})
-    folder = bench.random_study(settings, tmp_path / "checkpoints", data.load(settings))
+    folder = bench.random_study(settings, tmp_path / "checkpoints", sources.load(settings))
     assert {path.name for path in folder.iterdir()} == {"merged", "nf4", "int8"}
 
 

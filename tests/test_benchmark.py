@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vitlib import benchmark, checkpoint, plots, profile, provenance, roofline
-from vitlib.data import Labels
 from vitlib.provenance import Monitor
+from vitlib.sources import Labels
 from vitlib.variants import Variant
 
 FLASH_2 = "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::half_t> >"

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, De
 
 from vitlib import attention, checkpoint, preprocess, verify
 from vitlib.checkpoint import CheckpointError, NotRun
-from vitlib.data import Labels, Picture
+from vitlib.sources import Labels, Picture
 from vitlib.variants import DEFAULTS, FORMATS, VARIANTS, Variant
 from vitlib.verify import EvidenceError
 

@@ -10,8 +10,20 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, benchmark, checkpoint, data, evaluate, files, inference, params, records, stats, synthetic
-from vitlib.data import DataError, Dataset, Picture
+from vitlib import (
+    ablation,
+    benchmark,
+    checkpoint,
+    decode,
+    evaluate,
+    files,
+    inference,
+    params,
+    records,
+    stats,
+    synthetic,
+)
+from vitlib.sources import DataError, Dataset, Picture
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
 
@@ -223,5 +235,5 @@ def test_checkpoints_of_different_preprocessing_are_not_compared(project, settin
 def test_data_checksum_changes_with_a_label(bench):
     before = evaluate.data_checksum(bench)
     changed = [*bench.valid.pictures[:-1], Picture(bench.valid.pictures[-1].file, "2", None)]
-    other = evaluate.Bench(**{**vars(bench), "valid": data.Decoded(bench.valid.pixels, changed, [])})
+    other = evaluate.Bench(**{**vars(bench), "valid": decode.Decoded(bench.valid.pixels, changed, [])})
     assert evaluate.data_checksum(other) != before

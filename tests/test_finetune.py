@@ -1,16 +1,22 @@
 """What is trained, and that what is saved is what was trained."""
 
+import copy
+
+import pandas as pd
+import peft
 import pytest
 import torch
 
-from vitlib import checkpoint, data, files, finetune, params, preprocess, quantize
+from vitlib import adapters, checkpoint, decode, files, finetune, params, preprocess, quantize
 from vitlib.finetune import Base, FinetuneError
+from vitlib.sources import DataError
+from vitlib.study import Study
 
 CPU = torch.device("cpu")
 
 
 def settings(**changes):
-    return params.check({"study": "unit", "precision": "fp32", **changes})
+    return Study.of(params.check({"study": "unit", "precision": "fp32", **changes}))
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def nf4_base(checkpoints, labels):
 
 
 def test_lora_trains_the_head_and_an_adapter_on_every_encoder_linear(base):
-    model = finetune.make_trainable(base, settings())
+    model = finetune.make_trainable(settings(), base)
     table = finetune.parameter_table(model)
     adapters = 4 * 8 * (4 * (128 + 128) + 2 * (128 + 512))  # blocks × rank × Σ (in + out)
     assert table.loc["adapters", "trainable"] == adapters
@@ -42,23 +48,21 @@ def test_adapters_of_vit_large_have_the_size_the_original_study_printed():
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
 def test_the_head_is_trained_by_every_method(base, method):
-    model = finetune.make_trainable(base, settings(method=method))
+    model = finetune.make_trainable(settings(method=method), base)
     assert any("classifier" in name and p.requires_grad for name, p in model.named_parameters())
 
 
-def test_a_frozen_head_is_an_error(base):
-    model = finetune.make_trainable(base, settings())
+def test_a_frozen_head_or_a_linear_without_adapter_is_an_error(base):
+    partly = copy.deepcopy(base.model)
+    model = finetune.make_trainable(settings(), base)
     for name, parameter in model.named_parameters():
         if "classifier" in name:
             parameter.requires_grad_(False)
-    with pytest.raises(FinetuneError, match="classifier is frozen"):
-        finetune.check_trainable(model, "lora")
-
-
-def test_targets_that_match_only_a_part_are_an_error(base):
-    config = finetune.peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
-    with pytest.raises(FinetuneError, match="have an adapter"):
-        finetune.check_trainable(finetune.peft.get_peft_model(base.model, config), "lora")
+    with pytest.raises(adapters.AdapterError, match="classifier is frozen"):
+        adapters.check(model, "classifier")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    with pytest.raises(adapters.AdapterError, match="have an adapter"):
+        adapters.check(peft.get_peft_model(partly, config), "classifier")
 
 
 def _stir(model):
@@ -72,23 +76,23 @@ def _stir(model):
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
 def test_merging_changes_nothing_but_the_format(base, method):
-    model = _stir(finetune.make_trainable(base, settings(method=method)))
+    model = _stir(finetune.make_trainable(settings(method=method), base))
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixel_values=x).logits
-        merged = finetune.merge(model, base, settings(method=method))
+        merged = finetune.merge(settings(method=method), model, base)
         found = merged(pixel_values=x.half()).logits.float()
     assert merged.classifier.weight.dtype == torch.float16
     assert (found - expected).norm() / expected.norm() < 5e-3
 
 
 def test_merging_qlora_keeps_the_dequantized_weights(nf4_base):
-    model = _stir(finetune.make_trainable(nf4_base, settings(method="qlora")))
+    model = _stir(finetune.make_trainable(settings(method="qlora"), nf4_base))
     layer = model.base_model.model.vit.layers[1].mlp.fc1
     weight = quantize.bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
     expected = weight.float() + layer.get_delta_weight("default").float()
     head = model.base_model.model.classifier.modules_to_save["default"].weight.detach().clone()
-    merged = finetune.merge(model, nf4_base, settings(method="qlora"))
+    merged = finetune.merge(settings(method="qlora"), model, nf4_base)
     found = merged.vit.layers[1].mlp.fc1.weight.float()
     assert type(merged.vit.layers[1].mlp.fc1) is torch.nn.Linear
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
@@ -99,17 +103,40 @@ def test_merging_qlora_keeps_the_dequantized_weights(nf4_base):
 def test_a_base_from_nowhere_says_what_is_allowed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = settings(base_model="no-such-folder")
-    dataset = data.from_synthetic(finetune.synthetic.TARGET_CLASSES[:2], chosen)
     with pytest.raises(FinetuneError, match="pretrain, random, a folder"):
-        finetune.load_base(chosen, dataset)
+        finetune.load_base(chosen, finetune.dataset(chosen))
+
+
+def test_a_missing_data_folder_is_said_before_anything_else():
+    with pytest.raises(DataError, match="no data folder"):
+        finetune.open({"study": "unit", "data_source": "no/such/folder"})
+    assert finetune.open({"study": "unit"}).name == "unit"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ""),
+        ({"data_source": "data/photographs"}, "only seen drawn flowers"),
+        ({"base_model": "random"}, "leaves random weights frozen"),
+        ({"base_model": "random", "method": "full"}, ""),
+    ],
+)
+def test_a_base_that_does_not_fit_is_said(base, tmp_path, monkeypatch, change, said):
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
+    chosen = settings(**change)
+    base.origin = {"base": chosen.settings.base_model, "kind": "generator"}
+    text = finetune.introduce(chosen, base)
+    assert said in text and ("\n\n**" in text) == bool(said)
+    assert chosen.read_json("base") == base.origin
 
 
 def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
-    merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
-    history = finetune.pd.DataFrame({"top1": [0.5]})
-    paths = finetune.save_checkpoints(merged, base, settings(), history)
-    valid = data.Decoded(pixels, _pictures(base), [])
+    merged = finetune.merge(settings(), _stir(finetune.make_trainable(settings(), base)), base)
+    history = pd.DataFrame({"top1": [0.5]})
+    paths = finetune.save_checkpoints(settings(), merged, base, history)
+    valid = decode.Decoded(pixels, _pictures(base), [])
     table = finetune.check_reload(merged, base, paths, valid)
     assert table.loc["merged", "reload_difference"] == 0
     assert 0 < table.loc["int8", "from_merged"] < table.loc["nf4", "from_merged"] < 0.5
@@ -120,28 +147,31 @@ def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
 
 
 def _pictures(base):
-    return [data.Picture(str(k), base.labels.folders[k % len(base.labels.folders)], None) for k in range(8)]
+    return [decode.Picture(str(k), base.labels.folders[k % len(base.labels.folders)], None) for k in range(8)]
 
 
-def test_headline_names_the_best_epoch_and_the_merged_accuracy(base):
-    history = finetune.pd.DataFrame({"epoch": [1, 2, 3], "top1": [0.7, 0.79, 0.78], "top5": 0.9, "images_per_s": 500.0})
+def test_headline_names_the_best_epoch_the_merged_accuracy_and_copies(base):
+    history = pd.DataFrame({"epoch": [1, 2, 3], "top1": [0.7, 0.79, 0.78], "top5": 0.9, "images_per_s": 500.0})
+    history["valid_loss"] = [0.9, 0.5, 0.6]
     rows = {"model_mb": [4.0, 1.0, 2.0], "top1": [0.776, 0.77, 0.77], "reload_difference": 0.0, "same_class": 1.0}
-    reloaded = finetune.pd.DataFrame(rows, index=["merged", "nf4", "int8"])
-    decoded = {
-        split: data.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], []) for split in ("train", "valid")
-    }
-    text = finetune.headline(history, reloaded, base, decoded)
-    assert "best epoch was 2 with 79.00 %" in text
-    assert "has Top-1 **77.60 %**: it is rounded otherwise" in text
-    reloaded["top1"] = 0.78
-    assert "has Top-1 **78.00 %**." in finetune.headline(history, reloaded, base, decoded)
+    reloaded = pd.DataFrame(rows, index=["merged", "nf4", "int8"])
+    empty = decode.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], [])
+    text = finetune.headline(history, reloaded, base, {"train": empty, "valid": empty})
+    assert "best epoch was 2 with 79.00 %" in text and "lowest in epoch 2 and rose afterwards" in text
+    assert "has Top-1 **77.60 %**, because its weights are rounded to 16 bits" in text
+    assert "No picture appears in both" in text
+    reloaded["top1"], history["valid_loss"] = 0.78, 0.5
+    one = decode.Decoded(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8), _pictures(base)[:1], [])
+    text = finetune.headline(history, reloaded, base, {"train": one, "valid": one})
+    assert "has Top-1 **78.00 %**." in text and "overfits" not in text
+    assert "**1 pictures appear in both training and validation** (1 exact and 0 near copies)" in text
 
 
 def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatch, pixels):
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
-    merged = finetune.merge(_stir(finetune.make_trainable(base, settings())), base, settings())
-    paths = finetune.save_checkpoints(merged, base, settings(), finetune.pd.DataFrame({"top1": [0.5]}))
+    merged = finetune.merge(settings(), _stir(finetune.make_trainable(settings(), base)), base)
+    paths = finetune.save_checkpoints(settings(), merged, base, pd.DataFrame({"top1": [0.5]}))
     with torch.no_grad():
         merged.classifier.weight.mul_(1.5)
     with pytest.raises(FinetuneError, match="other logits"):
-        finetune.check_reload(merged, base, paths, data.Decoded(pixels, _pictures(base), []))
+        finetune.check_reload(merged, base, paths, decode.Decoded(pixels, _pictures(base), []))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import engine, files, inference, params, plots, records
-from vitlib.data import DataError
+from vitlib import engine, files, inference, params, plots, records, tables, variants
+from vitlib.sources import DataError
+from vitlib.study import Study
 
 
 @pytest.fixture
@@ -25,64 +26,95 @@ def study(checkpoints, tmp_path, monkeypatch):
         Image.fromarray(noise).save(folder / name)
     (folder / ".DS_Store").write_bytes(b"Bud1")
     (folder / "2" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not really")
-    return params.check({"study": "unit", "device": "cpu", "pictures": str(folder)})
+    return Study.of(params.check({"study": "unit", "device": "cpu", "pictures": str(folder)}))
+
+
+def changed(study, **changes) -> Study:
+    return Study.of(study.settings.model_copy(update=changes))
 
 
 @pytest.fixture
 def predicted(study):
     predictor = inference.load(study)
     found, skipped = inference.find_pictures(study)
-    return predictor, *inference.predict(predictor, found, skipped, study)
+    return predictor, *inference.predict(study, predictor, found, skipped)
 
 
-def test_default_is_nf4_with_an_attention_that_runs(predicted):
-    assert predicted[0].variant.name == "nf4-sdpa"
+def measured(study, *rows):
+    columns = ("variant", "status", "batch", "latency_p50_ms")
+    table = pd.DataFrame([dict(zip(columns, row, strict=True)) for row in rows])
+    study.write("variants", table.reindex(columns=records.COLUMNS["variants"]))
+
+
+def test_without_a_record_of_speed_auto_is_a_stated_default(predicted):
+    predictor = predicted[0]
+    assert predictor.variant.name == "fp32-sdpa"
+    assert "notebook 2 has measured no variant that runs here" in predictor.reason()
 
 
 @pytest.mark.parametrize(
-    ("runs", "flash_ms", "size", "chosen"),
+    ("size", "runs", "chosen"),
     [
-        (True, 30.0, 32, "nf4-sdpa"),  # FlashAttention-2 can run and is slower: it is not taken
-        (True, 10.0, 32, "nf4-flash_attention_2"),
-        (True, 10.0, 2, "nf4-sdpa"),  # at the batch size nearest to what is asked
-        (False, 10.0, 32, "nf4-sdpa"),
+        (32, True, "nf4-flash_attention_2"),  # any format and execution, by the latency of its own batch size
+        (32, False, "fp16-sdpa"),  # the fastest that can run here
+        (2, True, "nf4-sdpa"),
     ],
 )
-def test_auto_takes_the_attention_that_was_measured_to_be_fastest(study, monkeypatch, runs, flash_ms, size, chosen):
-    rows = [
-        {
-            "variant": name,
-            "weights": "nf4",
-            "execution": execution,
-            "status": "ok",
-            "batch": batch,
-            "latency_p50_ms": ms,
-        }
-        for name, execution, batch, ms in (
-            ("nf4-sdpa", "eager", 1, 5.0),
-            ("nf4-sdpa", "eager", 32, 20.0),
-            ("nf4-flash_attention_2", "eager", 1, 6.0),
-            ("nf4-flash_attention_2", "eager", 32, flash_ms),
-            ("nf4-sdpa-graph", "graph", 32, 1.0),
-            ("nf4-unknown", "eager", 32, 1.0),
-        )
-    ]
-    table = pd.DataFrame(rows).reindex(columns=records.COLUMNS["variants"])
-    records.write_table(table, files.study_folder("unit") / "records" / "variants.csv")
+def test_auto_takes_the_fastest_variant_that_was_measured_and_runs_here(study, monkeypatch, size, runs, chosen):
+    measured(
+        study,
+        ("nf4-sdpa", "ok", 1, 5.0),
+        ("fp16-sdpa", "ok", 1, 6.0),
+        ("nf4-sdpa", "ok", 32, 20.0),
+        ("fp16-sdpa", "ok", 32, 15.0),
+        ("nf4-flash_attention_2", "ok", 32, 10.0),
+        ("fp16-sdpa-graph", "not run", 32, float("nan")),
+        ("another-version", "ok", 32, 1.0),
+    )
     own_flash = "" if runs else "needs a CUDA device"
     monkeypatch.setattr(inference.attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
-    settings = study.model_copy(update={"eval_batch_size": size})
-    assert inference.automatic(settings, torch.device("cpu")).name == chosen
+    variant, why = inference.choose(changed(study, eval_batch_size=size), torch.device("cpu"))
+    assert variant.name == chosen
+    assert f"the nearest to {size}" in why and "the fastest of" in why
 
 
-def test_the_caption_says_how_much_is_shown(predicted):
-    _, frame, *_ = predicted
-    assert "3 of 6 rows" in inference.caption(frame, 3) and "predictions.csv" in inference.caption(frame)
-    assert inference.caption(frame).startswith(f"*{len(frame)} of {len(frame)} rows")
+def test_a_variant_that_is_named_is_taken(study):
+    variant, why = inference.choose(changed(study, variant="int8-sdpa"), torch.device("cpu"))
+    assert variant == variants.find("int8-sdpa") and "names it" in why
 
 
-def test_a_row_for_every_file(predicted, tmp_path):
-    written = records.read_table(tmp_path / "outputs" / "unit" / "records" / "predictions.csv")
+def test_predictions_of_other_pictures_are_not_replaced(study, predicted, tmp_path):
+    """They belong to the page that shows them."""
+    given = {"study": "unit", "device": "cpu", "pictures": study.settings.pictures}
+    assert inference.open(given).name == "unit"  # the same pictures again
+    (tmp_path / "others").mkdir()
+    with pytest.raises(inference.OtherPictures, match="set `study` to a new name and `checkpoints_of` to 'unit'"):
+        inference.open(given | {"pictures": str(tmp_path / "others")})
+    other = inference.open(given | {"study": "mine", "pictures": str(tmp_path / "others"), "checkpoints_of": "unit"})
+    assert inference.load(other).engine.loaded.folder.parent == study.checkpoints
+    study.record("inference.json").unlink()  # of a run from before it was written: of the study's own pictures
+    with pytest.raises(inference.OtherPictures):
+        inference.open(given)
+    assert inference.open(given | {"pictures": ""}).name == "unit"
+
+
+def test_the_rate_is_recorded_with_its_conditions(study, predicted):
+    about = study.read_json("inference")
+    assert about["images_per_s"] == pytest.approx(predicted[3])
+    assert {key: about[key] for key in ("variant", "device", "decoder", "batch", "workers", "pictures")} == {
+        "variant": "fp32-sdpa", "device": "cpu", "decoder": "pil", "batch": 32, "workers": 2, "pictures": 4,
+    }  # fmt: skip
+    assert study.settings.pictures not in str(about)  # no path of this machine
+
+
+def test_a_picture_by_hand_gives_the_same_class(study, predicted):
+    predictor, frame, passed, _ = predicted
+    logits = predictor.engine(inference.tensor_of(predictor, passed.pictures[0]))
+    assert logits.argmax().item() == frame["id_1"][0]
+
+
+def test_a_row_for_every_file(predicted, study):
+    written = study.read("predictions")
     assert sorted(written["file"]) == sorted(
         [".DS_Store", "2/a.png", "2/broken.jpg", "10/b.png", "weeds/c.png", "d.png"]
     )
@@ -101,52 +133,33 @@ def test_names_belong_to_ids_and_probabilities_fall(predicted):
 
 
 def test_only_known_labels_count_for_accuracy(predicted):
-    predictor, frame, *_ = predicted
+    predictor, frame, passed, _ = predicted
     found = inference.accuracy(frame, predictor)
     assert (found["pictures"], found["labelled"], found["skipped"]) == (4, 2, 2)
+    text = inference.headline(frame, predictor, 1.0, "Pixels differ.")
+    assert "4 pictures were classified by **FP32" in text and text.endswith("- Pixels differ.")
+    titles, right = inference.examples(frame, passed, 12)[1], inference.marks(frame, 12)
+    assert [", is " in title for title in titles] == [mark is False for mark in right]
 
 
 def test_a_missing_folder_is_said(study):
     with pytest.raises(DataError, match="no folder of pictures"):
-        inference.find_pictures(study.model_copy(update={"pictures": "nowhere"}))
+        inference.open({"study": "unit", "pictures": "nowhere"})
+    with pytest.raises(DataError, match="no folder of pictures"):
+        inference.find_pictures(changed(study, pictures="nowhere"))
 
 
 def test_an_empty_folder_is_said(study, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no picture"):
-        inference.find_pictures(study.model_copy(update={"pictures": str(tmp_path / "empty")}))
+        inference.find_pictures(changed(study, pictures=str(tmp_path / "empty")))
 
 
 def test_a_relative_folder_is_looked_for_from_the_project_not_from_notebooks(study, tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    pictures, _ = inference.find_pictures(study.model_copy(update={"pictures": "pictures"}))
+    pictures, _ = inference.find_pictures(changed(study, pictures="pictures"))
     assert len(pictures) == 5
-
-
-def test_hidden_folders_are_named_and_linked_ones_followed_without_end(study, tmp_path):
-    folder = tmp_path / "pictures"
-    (folder / ".ipynb_checkpoints").mkdir()
-    (folder / "2" / "a.png").rename(folder / ".ipynb_checkpoints" / "a.png")
-    (tmp_path / "elsewhere").mkdir()
-    (folder / "d.png").rename(tmp_path / "elsewhere" / "d.png")
-    (folder / "1").symlink_to(tmp_path / "elsewhere")
-    (folder / "10" / "linked.png").symlink_to(tmp_path / "elsewhere" / "d.png")
-    (folder / "10" / "up").symlink_to(folder)
-    (folder / "0").symlink_to(folder / "10")  # the real folder keeps its own name, though it comes later
-    (folder / "itself").symlink_to(folder / "itself")
-    pictures, skipped = inference.find_pictures(study)
-    assert {(p.file, p.label) for p in pictures} == {
-        ("1/d.png", "1"),
-        ("10/b.png", "10"),
-        ("10/linked.png", "10"),
-        ("2/broken.jpg", "2"),
-        ("weeds/c.png", "weeds"),
-    }
-    reasons = dict(skipped)
-    assert reasons[".ipynb_checkpoints"] == "hidden folder"
-    assert reasons["10/up"] == reasons["0"] == "a link to a folder that is listed already"
-    assert set(reasons) == {".DS_Store", ".ipynb_checkpoints", "10/up", "0", "itself"}
 
 
 @pytest.fixture
@@ -156,11 +169,11 @@ def nothing_readable(study, tmp_path, monkeypatch):
         file.write_text("no picture")
     monkeypatch.setattr(engine.Engine, "__call__", lambda *_: pytest.fail("the network was called with no picture"))
     predictor = inference.load(study)
-    return predictor, *inference.predict(predictor, *inference.find_pictures(study), study)
+    return predictor, *inference.predict(study, predictor, *inference.find_pictures(study))
 
 
-def test_without_a_readable_picture_every_file_still_has_its_row(nothing_readable, tmp_path):
-    written = records.read_table(tmp_path / "outputs" / "unit" / "records" / "predictions.csv")
+def test_without_a_readable_picture_every_file_still_has_its_row(nothing_readable, study):
+    written = study.read("predictions")
     assert tuple(written.columns) == records.COLUMNS["predictions"]
     assert len(written) == 6 and set(written["status"]) == {"skipped"}
     assert written["id_1"].isna().all() and written["reason"].notna().all()
@@ -169,20 +182,20 @@ def test_without_a_readable_picture_every_file_still_has_its_row(nothing_readabl
 
 def test_without_a_readable_picture_the_later_cells_work(nothing_readable):
     predictor, frame, passed, rate = nothing_readable
-    plots.table(inference.readable(frame)).to_html()
+    tables.table(inference.sample(frame), inference.PREDICTIONS).to_html()
     images, titles = inference.examples(frame, passed, 12)
     assert titles == ["no picture could be read"]
     plots.picture_grid(images, titles, right=inference.marks(frame, 12)).savefig(io.BytesIO())
     assert inference.headline(frame, predictor, rate) == (
-        "- No picture could be read; 6 files were skipped, each with its reason."
+        "- No picture could be read. 6 files were skipped, each with its reason."
     )
 
 
 def test_a_folder_of_nothing_but_empty_files_gets_its_rows(study, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.jpg").touch()
-    chosen = study.model_copy(update={"pictures": str(tmp_path / "empty")})
+    chosen = changed(study, pictures=str(tmp_path / "empty"))
     found = inference.find_pictures(chosen)
     assert found == ([], [("a.jpg", "empty file")])
-    frame, *_ = inference.predict(inference.load(chosen), *found, chosen)
+    frame, *_ = inference.predict(chosen, inference.load(chosen), *found)
     assert frame["reason"].tolist() == ["empty file"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import claims, data, params, preprocess
+from vitlib import claims, decode, params, preprocess, sources
 from vitlib.claims import mismatch
 from vitlib.study import Study
 
@@ -30,9 +30,9 @@ def test_the_mistake_is_made_on_every_checkpoint_that_runs(checkpoints, labels, 
         (tmp_path / "checkpoints" / name).symlink_to(checkpoints / name)
     pixels = np.random.default_rng(1).integers(0, 256, (12, 40, 56, 3), dtype=np.uint8)
     pictures = [
-        data.Picture(f"valid/{k}", labels.folders[k % 3], lambda k=k: Image.fromarray(pixels[k])) for k in range(12)
+        decode.Picture(f"valid/{k}", labels.folders[k % 3], lambda k=k: Image.fromarray(pixels[k])) for k in range(12)
     ]
-    dataset = data.Dataset({"valid": pictures}, dict(zip(labels.folders, labels.names, strict=True)))
+    dataset = sources.Dataset({"valid": pictures}, dict(zip(labels.folders, labels.names, strict=True)))
     study = Study(params.Parameters(device="cpu", eval_batch_size=5), tmp_path)
     frame = claims.mistake(study, dataset)
     fp32 = frame[frame["weights"] == "fp32"].set_index("preprocessing")

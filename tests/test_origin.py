@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vitlib import finetune, origin, params, standin
+from vitlib.study import Study
 
 
 @pytest.fixture
@@ -61,6 +62,6 @@ def test_the_evaluated_checkpoint_comes_before_the_record(project):
 
 def test_the_record_names_no_folder_of_the_machine(project):
     base = finetune.Base(None, None, None, None, origin.describe(str(project / "bases" / "stage2")))
-    text = finetune.introduce(base, params.check({"study": "demo"}))
+    text = finetune.introduce(Study.of(params.check({"study": "demo"})), base)
     written = (project / "outputs" / "demo" / "records" / "base.json").read_text()
     assert "stand-in" in text and json.loads(written)["base"] == "stage2" and str(project) not in written

@@ -67,6 +67,28 @@ def test_normalise_computes_in_fp32_and_rounds_last(dtype):
     assert pre.normalise(pixels, dtype).equal(pre.normalise(pixels).to(dtype))
 
 
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("size", [(200, 150), (31, 500), (12, 9)])
+def test_the_resize_of_the_device_is_that_of_pillow_but_for_rounding(resample, size):
+    pre = preprocess.new(32)
+    pre.processor.resample = resample
+    small = np.random.default_rng(0).integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    difference = (pre.resize_on_device([pixels])[0].int() - pre.resize(image).int()).abs()
+    assert difference.max() <= resample - 1 and difference.float().mean() < 0.25  # 1 bilinear, 2 bicubic
+
+
+def test_constants_of_the_normalisation_are_made_once_and_training_may_use_them():
+    pre = preprocess.new(8)
+    with torch.inference_mode():
+        pre.normalise(torch.zeros(1, 3, 8, 8))
+    kept = pre._mean_and_std(torch.device("cpu"))
+    values = torch.ones(1, 3, 8, 8, requires_grad=True)
+    pre.normalise(values).sum().backward()
+    assert pre._mean_and_std(torch.device("cpu"))[0] is kept[0] and values.grad is not None
+
+
 # Which preprocessing
 
 
@@ -170,3 +192,24 @@ def test_crops_lie_everywhere_and_half_are_flipped():
     assert centres.max() > 0.3
     flipped = (out[:, 0, 0, 0] > out[:, 0, 0, -1]).float().mean().item()
     assert flipped == pytest.approx(0.5, abs=0.1)
+
+
+def test_rotation_turns_without_stretching():
+    """The middle of a picture that brightens to the right: its slope keeps its length under rotation."""
+    ramp = torch.arange(64).mul(4).to(torch.uint8).expand(8, 3, 64, 64)
+    views = preprocess.augment(ramp, side=64, crop_area=1.0, rotation=20.0, generator=generator())
+    middle = views[:, 0, 24:40, 24:40]
+    across, down = middle.diff(dim=2).mean(dim=(1, 2)), middle.diff(dim=1).mean(dim=(1, 2))
+    torch.testing.assert_close((across**2 + down**2).sqrt(), torch.full((8,), 4.0), rtol=0.02, atol=0)
+    angles = (down / across).atan().rad2deg().abs()
+    assert 5 < angles.max() < 20.5
+
+
+def test_views_have_the_side_asked_for_and_jitter_keeps_the_range(batch):
+    settled = {"side": 16, "crop_area": 0.25, "rotation": 20.0}
+    plain, views = (preprocess.augment(batch, generator=generator(1), jitter=j, **settled) for j in (0.0, 0.3))
+    assert views.shape == (16, 3, 16, 16) and 0 <= views.min() <= views.max() <= 255
+    grey = torch.full_like(batch, 100)
+    found = preprocess.augment(grey, generator=generator(1), jitter=0.3, **settled).mean(dim=(1, 2, 3))
+    assert 70 <= found.min() < 85 and 115 < found.max() <= 130  # of a grey picture only the brightness changes
+    assert not torch.equal(plain, views)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vitlib import checkpoint, quantize, verify
-from vitlib.data import Labels
+from vitlib.sources import Labels
 from vitlib.variants import Variant
 
 

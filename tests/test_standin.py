@@ -1,5 +1,6 @@
-"""The stand-in: the functional forward is the network's, randomness is what the papers say, both stages are kept."""
+"""The stand-in: randomness is what the papers say, one compilation serves a stage, both stages are kept."""
 
+import copy
 import json
 import math
 
@@ -10,15 +11,16 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
-from vitlib import checkpoint, data, files, preprocess, records, standin
-from vitlib.data import Dataset, Labels, Picture
+from vitlib import checkpoint, decode, files, preprocess, records, standin, trainer
+from vitlib.decode import Picture
+from vitlib.sources import Dataset, Labels
 from vitlib.standin import StandIn, StandInError
 
 CPU = torch.device("cpu")
 COLOURS = {"1": (200, 40, 40), "2": (40, 200, 40), "10": (40, 40, 200)}
 TINY = {
     **{"architecture": "vit-micro", "decode_side": 24, "stage1_side": 16, "stage2_side": 32},
-    **{"stage1_steps": 12, "stage2_steps": 6, "stage1_batch_size": 16, "stage2_batch_size": 8, "jitter": 0.1},
+    **{"stage1_steps": 12, "stage2_steps": 6, "stage1_batch_size": 16, "stage2_batch_size": 8},
 }
 
 
@@ -64,109 +66,59 @@ def trained(tmp_path_factory):
 # --- the network
 
 
-def test_the_functional_forward_gives_the_logits_of_transformers(network):
-    x = torch.randn(3, 3, 32, 32, generator=generator())
-    with torch.no_grad():
-        expected, found = network(pixel_values=x).logits, standin.forward(network, x)
-        ones = standin.forward(network, x, keep=torch.ones(4, 2, 3))
-        sixteen = standin.forward(network, x, dtype=torch.bfloat16)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ones, found, rtol=0, atol=0)
-    assert sixteen.dtype == torch.float32
-    assert ((sixteen - expected).norm() / expected.norm()).item() < 0.05
-
-
-def test_the_functional_forward_gives_the_gradients_of_transformers(network):
-    x, y = torch.randn(4, 3, 32, 32, generator=generator()), torch.tensor([0, 1, 2, 0])
-    grads = []
-    for logits in (network(pixel_values=x).logits, standin.forward(network, x)):
-        grads.append(torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y), list(network.parameters())))
-    for (name, _), expected, found in zip(network.named_parameters(), *grads, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6, msg=name)
-
-
-def test_one_compilation_serves_every_block_of_a_stage(network):
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(standin.block, dynamic=False, fullgraph=True, backend=counter)
-    expected = []
-    for side in (2, 3):  # pictures a step differ between the stages
-        x, keep = torch.randn(side, 3, 32, 32), standin.draw_keep(4, side, 0.2, generator())
-        for _ in range(2):
-            found = standin.forward(network, x, keep=keep, run_block=compiled)
-            found.sum().backward()
-        torch.testing.assert_close(found, standin.forward(network, x, keep=keep))
-        expected.append(counter.frame_count)
-    network.zero_grad(set_to_none=True)
-    assert expected == [1, 2]
+def test_stochastic_depth_skips_branches_and_keeps_the_mean(network):
+    model = copy.deepcopy(network)
+    standin.drop_paths(model, 0.2)
+    rates = torch.stack([layer.dropout.rate for layer in model.vit.layers])
+    torch.testing.assert_close(rates, torch.tensor([0, 0.2 / 3, 0.4 / 3, 0.2]))  # rises linearly
+    path, ones = standin.DropPath(0.25, CPU).train(), torch.ones(20_000, 2, 3)
+    torch.manual_seed(0)
+    out = path(ones)
+    assert (out == out[:, :1, :1]).all()  # a picture's branch as a whole
+    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert out.mean().item() == pytest.approx(1, abs=0.01)
+    assert path.eval()(ones) is ones
+    assert set(model.state_dict()) == set(network.state_dict())  # nothing of it is in a checkpoint
 
 
 def test_a_picture_that_skips_every_branch_is_its_embedding_only(network):
-    x, keep = torch.randn(2, 3, 32, 32), torch.ones(4, 2, 2)
-    keep[:, :, 1] = 0
+    model, x = copy.deepcopy(network).train(), torch.randn(2, 3, 32, 32)
+    for layer in model.vit.layers:
+        layer.dropout = standin.DropPath(0.999999, CPU)
     with torch.no_grad():
-        found, whole = standin.forward(network, x, keep=keep), standin.forward(network, x)
-        h = standin.embed(network, x, torch.float32)[1, 0]
-        torch.testing.assert_close(found[1], network.classifier(network.vit.layernorm(h)))
-    torch.testing.assert_close(found[0], whole[0])
+        tokens = model.vit.layernorm(model.vit.embeddings(x))
+        torch.testing.assert_close(model(pixel_values=x).logits, model.classifier(tokens[:, 0]))
 
 
-def test_positions_keep_their_place_when_interpolated():
-    table = torch.randn(1, 1 + 49, 8, generator=generator())
-    assert torch.equal(standin.interpolate_positions(table, 7), table)
-    larger = standin.interpolate_positions(table, 14)
-    assert larger.shape == (1, 1 + 196, 8)
-    assert torch.equal(larger[:, 0], table[:, 0])
-    ramp = torch.arange(7.0).view(1, 1, 7, 1).expand(1, 7, 7, 1).reshape(1, 49, 1)  # rises to the right, not downwards
-    square = standin.interpolate_positions(torch.cat((torch.zeros(1, 1, 1), ramp), 1), 14)[0, 1:, 0].view(14, 14)
-    assert (square.diff(dim=1)[:, 2:-2] > 0).all()
-    torch.testing.assert_close(square[0], square[-1])
+def test_one_compilation_serves_every_block_of_a_stage(network):
+    """Blocks differ by their rate of stochastic depth."""
+    model, counter = copy.deepcopy(network), CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    standin.drop_paths(model, 0.2)
+    frames = []
+    with trainer.compiled_blocks(model.train(), counter):
+        for count in (2, 3):  # pictures a step differ between the stages
+            for _ in range(2):
+                model(pixel_values=torch.randn(count, 3, 32, 32)).logits.sum().backward()
+            frames.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert frames == [1, 2]
 
 
-def test_a_network_at_another_side_shares_weights_and_trains(network):
+def test_a_network_at_another_side_shares_weights_and_interpolates_positions_only(network):
     labels = Labels(("1", "2", "10"), ("red", "green", "blue"))
-    larger = standin.at_side(network, StandIn(**TINY), 64, labels)
+    larger = standin.at_side(network, StandIn(**TINY), 64, labels).eval()
     assert larger.config.image_size == 64
     assert larger.classifier.weight.data_ptr() == network.classifier.weight.data_ptr()
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in larger.parameters())
     x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(standin.forward(larger, x), larger(pixel_values=x).logits, rtol=1e-4, atol=1e-5)
-    own = network(pixel_values=x, interpolate_pos_encoding=True).logits  # transformers' own interpolation
+    own = network(pixel_values=x, interpolate_pos_encoding=True).logits  # of the small network
     torch.testing.assert_close(own, larger(pixel_values=x).logits, rtol=1e-4, atol=1e-5)
+    same = standin.at_side(network, StandIn(**TINY), 32, labels)
+    assert torch.equal(same.state_dict()[standin.POSITIONS], network.state_dict()[standin.POSITIONS])
 
 
 # --- randomness
-
-
-def test_views_have_the_stage_size_and_range_and_follow_the_generator():
-    pixels = torch.randint(0, 256, (5, 3, 24, 24), dtype=torch.uint8, generator=generator())
-    settled = {"crop_area": 0.25, "rotation": 20.0, "jitter": 0.3}
-    views = standin.augment(pixels, 16, generator=generator(1), **settled)
-    assert views.shape == (5, 3, 16, 16)
-    assert views.dtype == torch.float32
-    assert 0 <= views.min() <= views.max() <= 1
-    assert torch.equal(views, standin.augment(pixels, 16, generator=generator(1), **settled))
-    assert not torch.equal(views, standin.augment(pixels, 16, generator=generator(2), **settled))
-
-
-def test_with_nothing_to_vary_a_view_is_the_picture_or_its_mirror():
-    pixels = torch.randint(0, 256, (16, 3, 24, 24), dtype=torch.uint8, generator=generator())
-    views = standin.augment(pixels, 24, crop_area=1.0, rotation=0.0, jitter=0.0, generator=generator(1)) * 255
-    same = [torch.allclose(view, own.float(), atol=0.1) for view, own in zip(views, pixels, strict=True)]
-    mirrored = [torch.allclose(view, own.float().flip(2), atol=0.1) for view, own in zip(views, pixels, strict=True)]
-    assert all(one != other for one, other in zip(same, mirrored, strict=True))
-    assert 0 < sum(same) < 16
-
-
-def test_rotation_turns_without_stretching():
-    """The middle of a picture that brightens to the right: its slope keeps its length under rotation."""
-    ramp = torch.arange(64).mul(4).to(torch.uint8).expand(8, 3, 64, 64)
-    views = standin.augment(ramp, 64, crop_area=1.0, rotation=20.0, jitter=0.0, generator=generator()) * 255
-    middle = views[:, 0, 24:40, 24:40]
-    across, down = middle.diff(dim=2).mean(dim=(1, 2)), middle.diff(dim=1).mean(dim=(1, 2))
-    torch.testing.assert_close((across**2 + down**2).sqrt(), torch.full((8,), 4.0), rtol=0.02, atol=0)
-    angles = (down / across).atan().rad2deg().abs()
-    assert angles.max() < 20.5
-    assert angles.max() > 5
 
 
 def test_the_share_is_that_of_the_pixels_kept():
@@ -182,14 +134,6 @@ def test_the_share_is_that_of_the_pixels_kept():
         blended, pasted = blended + (values == 1 and 0 < share < 1), pasted + (values == 2)
     assert blended >= 10
     assert pasted >= 10
-
-
-def test_skipping_rises_linearly_and_keeps_the_mean():
-    keep = standin.draw_keep(5, 20_000, 0.2, generator())
-    skipped = (keep == 0).float().mean(dim=(1, 2))
-    torch.testing.assert_close(skipped, torch.tensor([0, 0.05, 0.1, 0.15, 0.2]), rtol=0, atol=0.01)
-    torch.testing.assert_close(keep.mean(dim=(1, 2)), torch.ones(5), rtol=0, atol=0.01)
-    assert (standin.draw_keep(3, 4, 0.0, generator()) == 1).all()
 
 
 @pytest.mark.parametrize("size", [4, 10, 25])
@@ -219,7 +163,7 @@ def test_a_card_too_slow_for_the_warm_up_still_reaches_the_peak():
 
 
 def test_only_matrices_decay(network):
-    decayed, others = standin.optimizer(network, StandIn(**TINY)).param_groups
+    decayed, others = standin.optimizer(network).param_groups
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
@@ -232,7 +176,7 @@ def test_only_matrices_decay(network):
     [
         ({"architecture": "vit-lage"}, "vit-large"),
         ({"stage1_side": 20}, "multiple of the patch"),
-        ({"stage2_seconds": 0.0, "stage2_steps": 0}, "stage2_seconds"),
+        ({"stage2_seconds": 0.0, "stage2_steps": 0}, "stage2: batch size and seconds"),
         ({"stage1_batch_size": 0}, "positive"),
         ({"drop_path": 1.0}, "drop_path"),
     ],
@@ -244,15 +188,8 @@ def test_settings_that_cannot_be_are_refused(change, said):
 
 def test_the_defaults_are_the_recipe_that_was_measured():
     first, second = StandIn().stages()
-    assert (first.side, first.seconds, first.batch_size, first.learning_rate, first.mixing) == (
-        112,
-        288,
-        512,
-        6e-4,
-        True,
-    )
-    assert (second.side, second.seconds, second.batch_size) == (224, 112, 192)
-    assert (second.learning_rate, second.mixing) == (1.5e-4, False)
+    assert first == standin.Stage(1, 112, 512, 6e-4, 300, True, 288.0, 0)
+    assert second == standin.Stage(2, 224, 192, 1.5e-4, 50, False, 112.0, 0)
 
 
 # --- both stages
@@ -289,7 +226,7 @@ def test_each_checkpoint_is_enough_by_itself_and_as_good_as_it_says(trained, sta
     assert [(entry["after stage"], entry["side"]) for entry in note["accuracy"]] == [(1, 16), (1, 32), (2, 32)][
         : stage + 1
     ]
-    part = data.decode(coloured().splits["valid"], pre)
+    part = decode.decode(coloured().splits["valid"], pre)
     with torch.no_grad():
         found = model(pixel_values=pre.normalise(part.pixels)).logits.argmax(dim=1)
     right = (found == checkpoint.read_labels(folder).ids(part.pictures)).double().mean().item()
@@ -323,8 +260,8 @@ def test_a_stage_ends_with_its_time_whatever_the_speed(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path, monkeypatch):
-    forward = standin.forward
-    monkeypatch.setattr(standin, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * math.nan)
+    loss = standin._loss
+    monkeypatch.setattr(standin, "_loss", lambda *args: loss(*args) * math.nan)
     with pytest.raises(StandInError, match="loss of stage 1 is nan at step 12"):
         standin.train(StandIn(**TINY), coloured(), tmp_path, CPU)
     assert list(tmp_path.iterdir()) == []

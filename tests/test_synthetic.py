@@ -1,6 +1,5 @@
-"""The embedded flowers: reproducible everywhere, distinct, and laid out as the real data set is."""
+"""The embedded flowers: reproducible everywhere, and distinct."""
 
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vitlib.synthetic import (
     ARRANGEMENTS,
@@ -20,7 +18,6 @@ from vitlib.synthetic import (
     SHAPES,
     TARGET_CLASSES,
     render,
-    write_tree,
 )
 
 ALL_CLASSES = TARGET_CLASSES + PRETRAIN_CLASSES
@@ -161,25 +158,3 @@ def test_an_unknown_trait_is_an_error(change, message):
 def test_a_bad_argument_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
         picture(**change)
-
-
-def test_write_tree_has_the_kaggle_layout(tmp_path):
-    flowers = TARGET_CLASSES[:3]
-    counts = {"train": 3, "valid": 1, "test": 2}
-    root = write_tree(tmp_path / "flowers", flowers=flowers, per_class=counts, seed=5, size=24)
-    names = json.loads((root / "cat_to_name.json").read_text(encoding="utf-8"))
-    assert names == {flower.key: flower.name for flower in flowers}
-    for split, count in counts.items():
-        assert sorted(place.name for place in (root / split).iterdir()) == sorted(names)
-        assert all(len(list((root / split / key).glob("*.png"))) == count for key in names)
-    with Image.open(root / "test" / flowers[1].key / "00001.png") as stored:
-        expected = picture(flowers[1], index=1, split="test", seed=5, size=24)
-        np.testing.assert_array_equal(np.asarray(stored), expected)  # PNG loses nothing
-
-
-def test_write_tree_refuses_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="distinct keys"):
-        write_tree(tmp_path, flowers=TARGET_CLASSES[:1] * 2, per_class={"train": 1}, seed=0, size=16)
-    with pytest.raises(ValueError, match="split must be one of"):
-        write_tree(tmp_path, flowers=TARGET_CLASSES[:1], per_class={"holdout": 1}, seed=0, size=16)
-    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vitlib import models, preprocess, trainspeed
+from vitlib import checkpoint, preprocess, trainspeed
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def network(labels):
     torch.manual_seed(0)
-    return models.new("vit-micro", image_size=32, labels=labels)
+    return checkpoint.new("vit-micro", image_size=32, labels=labels)
 
 
 def test_every_step_has_a_speed_and_compiling_a_time_of_its_own(network):

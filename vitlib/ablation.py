@@ -1,15 +1,16 @@
-"""The sections of notebook 3: which parts of the network pay for being quantized. Level 3.
+"""Notebook 3: which blocks of the network are sensitive to quantization.
 
-The network is loaded once. Each block has a quantized twin beside it, and a configuration is a choice between the
-two. What runs before the first block in which two configurations differ is the same for both and is computed once:
-"only block k kept" starts from the activations that the fully quantized network has before block k, which saves
-half of all block evaluations. Configurations that have parted meet again in the same blocks later on, with other
-activations: there they go through a block together, in one call.
+The network is loaded once. Each block has a quantized twin beside it, and a configuration is a choice between the two.
+What runs before the first block in which two configurations differ is computed once for both: "only block k kept"
+starts from the activations that the fully quantized network has before block k, which saves half of all block
+evaluations. Configurations that have diverged but reach the same block again are batched into one call.
 """
 
-import itertools
-import time
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,13 +18,38 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib import checkpoint, data, engine, files, quantize, records, stats
-from vitlib.data import Dataset
-from vitlib.params import Parameters
+from vitlib import checkpoint, origin, quantize, sources, stats
+from vitlib.sources import Dataset
+from vitlib.study import Study
+from vitlib.tables import Column, Markdown
 from vitlib.variants import Variant
 
-TOGETHER = 256  # pictures of one call of a block at most, where configurations go through it together
+TOGETHER = 256  # pictures in one call of a block at most, where configurations are batched
 NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"
+REPEATS = 0.5  # rank correlation between halves of the pictures from which a ranking is said to repeat
+TABLE = {
+    "bits": "bits",
+    "kept": "kept in FP16",
+    "top1": Column("Top-1 (%)", ".2f", 100),
+    "top5": Column("Top-5 (%)", ".2f", 100),
+    "logit_kl": Column("KL (nats)", ".2e"),
+    ("logit_kl_low", "logit_kl_high"): Column("KL, 95 % interval", ".1e"),
+    "flips": "flips",
+    "discordant_pairs": "discordant",
+    "mcnemar_p": Column("McNemar p", ".3f"),
+    "holm_p": Column("Holm p", ".3f"),
+}
+RELIABILITY = {
+    "bits": "bits",
+    "pictures": "pictures",
+    "split_half_kl_only_quantized": Column("rank correlation by KL, one quantized", ".2f"),
+    "split_half_kl_only_kept": Column("by KL, one kept", ".2f"),
+    "split_half_top1_only_kept": Column("by accuracy, one kept", ".2f"),
+    "top1_splits_undefined": "splits without a ranking by accuracy",
+    "top1_splits": "of splits",
+    "fewest_pictures": "smallest significant difference (pictures)",
+    "smallest_points": Column("in points", ".2f"),
+}
 
 
 @dataclass
@@ -42,23 +68,38 @@ class Subject:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Which blocks, and whether the classifier, stay in 16 bit; the patch embedding, a convolution, always does."""
+    """Which blocks and whether the classifier stay in FP16; the patch embedding, a convolution, always does."""
 
     kept: str
     blocks: frozenset[int]
     classifier: bool
 
 
-def prepare(settings: Parameters, dataset: Dataset) -> Subject:
-    """The merged checkpoint in fp16, the format that bitsandbytes' int8 product takes, and the validation pictures."""
+def open(namespace: Mapping[str, Any]) -> Study:
+    """The study of the notebook's parameters (call it with `globals()`). DataError where its data folder is missing."""
+    study = Study.open(namespace)
+    sources.check_source(study.settings)
+    return study
+
+
+def prepare(study: Study, dataset: Dataset | None = None) -> Subject:
+    """The merged checkpoint in fp16, the format that bitsandbytes' int8 product takes, and the validation pictures.
+
+    These are of `dataset`, by default of the study's own.
+    """
     checkpoint.quiet_libraries()
-    device = checkpoint.pick_device(settings.device)
-    checkpoints = files.study_folder(settings.study) / "checkpoints"
-    loaded = checkpoint.load(checkpoints, Variant("fp16"), device)
+    settings = study.settings
+    dataset = sources.load(settings) if dataset is None else dataset
+    loaded = checkpoint.load(study.checkpoints, Variant("fp16"), checkpoint.pick_device(settings.device))
     loaded.labels.check(dataset, "valid")
-    dataset.splits["valid"] = data.evenly(dataset.splits["valid"], settings.ablation_pictures)
-    valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
+    dataset.splits["valid"] = sources.evenly(dataset.splits["valid"], settings.ablation_pictures)
+    valid = sources.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
     return Subject(loaded, valid.pixels, loaded.labels.ids(valid.pictures))
+
+
+def introduce(study: Study) -> Markdown:
+    """What the base is and what that means for the accuracies here."""
+    return Markdown(origin.sentence(study.folder))
 
 
 def configurations(blocks: int) -> list[Configuration]:
@@ -71,16 +112,21 @@ def configurations(blocks: int) -> list[Configuration]:
     return [*plain, *single, Configuration(ALL, everything, True)]
 
 
+def twin(subject: Subject, number: int, bits: int) -> nn.Module:
+    """The quantized twin of block `number`."""
+    return quantize.quantized_copy(subject.blocks[number], bits)
+
+
 State = tuple[torch.Tensor, list[Configuration]]  # activations (n, tokens, hidden), and who agreed so far
 
 
 class Exchange:
     """The blocks and classifier of a network with a quantized twin of each, and passes that choose between them.
 
-    `together` is the number of pictures that a block may get in one call: the activations of several configurations
-    are concatenated up to it (0: never). LLM.int8() finds its outliers in the whole batch, so that an int8 block would
-    give other outputs on a concatenated one: these run one by one. `block_runs` counts evaluations of a block for a
-    batch of pictures, `block_calls` the calls that they took.
+    `together` is the largest number of pictures in one call of a block: the activations of several configurations are
+    concatenated up to it (0: never). LLM.int8() finds its outliers in the whole batch, so an int8 block would give
+    other outputs on a concatenated one: these run one by one. `block_runs` counts evaluations of a block for a batch of
+    pictures, `block_calls` the calls that they took.
     """
 
     def __init__(self, model: nn.Module, bits: int, together: int = TOGETHER) -> None:
@@ -110,17 +156,14 @@ class Exchange:
         parted = [(hidden, [c for c in group if (number in c.blocks) != quantized]) for hidden, group in states]
         going = [(hidden, group) for hidden, group in parted if group]
         after = []
-        for part in _in_parts(going, max(1, self.together // size if self.joins[quantized] else 1)):
+        most = max(1, self.together // size if self.joins[quantized] else 1)
+        for part in (going[first : first + most] for first in range(0, len(going), most)):
             hidden = [hidden for hidden, _ in part]
             outputs = block(hidden[0] if len(part) == 1 else torch.cat(hidden)).split(size)
             after += [(output, group) for output, (_, group) in zip(outputs, part, strict=True)]
             self.block_runs += len(part)
             self.block_calls += 1
         return after
-
-
-def _in_parts(states: list[State], size: int) -> list[list[State]]:
-    return [states[first : first + size] for first in range(0, len(states), size)]
 
 
 def evaluate(
@@ -134,8 +177,7 @@ def evaluate(
 ) -> tuple[dict[str, torch.Tensor], Exchange]:
     """float32 logits (n, classes) on the CPU of every configuration, and the exchange with its counts.
 
-    On a GPU a product over more rows may round differently in its last bit; on a CPU `together` changes nothing but
-    the time.
+    On a GPU a product over more rows may round differently in its last bit; on a CPU `together` only changes the time.
     """
     exchange = Exchange(loaded.model, bits, together)
     parts: dict[str, list[torch.Tensor]] = {configuration.kept: [] for configuration in wanted}
@@ -149,85 +191,22 @@ def evaluate(
     return {kept: torch.cat(logits) for kept, logits in parts.items()}, exchange
 
 
-def measure(subject: Subject, settings: Parameters) -> tuple[dict[tuple[int, str], torch.Tensor], float]:
+def measure(study: Study, subject: Subject) -> tuple[dict[tuple[int, str], torch.Tensor], float]:
     """float32 logits of every (bits, kept), and the share of block evaluations that were needed.
 
-    The share is against a full pass for every configuration.
+    1 would be a full pass for every configuration.
     """
-    wanted, batch = configurations(len(subject.blocks)), settings.eval_batch_size
+    wanted, batch = configurations(len(subject.blocks)), study.settings.eval_batch_size
     found, needed = {}, 0
-    for bits in settings.ablation_bits:
+    for bits in study.settings.ablation_bits:
         logits, exchange = evaluate(subject.loaded, subject.pixels, wanted, bits, batch_size=batch)
         found |= {(bits, kept): values for kept, values in logits.items()}
         needed += exchange.block_runs
-    return found, needed / (_full_passes(subject, settings) * len(subject.blocks))
+    batches = -(-len(subject.pixels) // batch)
+    return found, needed / (batches * len(found) * len(subject.blocks))
 
 
-def _full_passes(subject: Subject, settings: Parameters) -> int:
-    """Batches that run through the whole network where every configuration has passes of its own."""
-    batches = -(-len(subject.pixels) // settings.eval_batch_size)
-    return batches * len(configurations(len(subject.blocks))) * len(settings.ablation_bits)
-
-
-def speed(subject: Subject, settings: Parameters, sample: int = 6) -> pd.DataFrame:
-    """Wall time of the whole ablation against loading the checkpoint anew for a full pass of each configuration.
-
-    A row a way: `shared` (one load, everything of `measure`) and `reload`, of which `sample` configurations of each
-    format, evenly over the list, are run and the time is scaled up to all. Both times hold loading and quantizing,
-    neither holds decoding. Columns: configurations, timed (of them), loads, block_evaluations, block_calls, share (of
-    the block evaluations of `reload`), wall_s, times_faster, and largest_difference of a logit between the two ways.
-    """
-    wanted, every = configurations(len(subject.blocks)), len(settings.ablation_bits)
-    chosen = [
-        wanted[i] for i in np.unique(np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).round().astype(int))
-    ]
-    found, shared = _timed_shared(subject, settings, wanted)
-    apart, naive_s = {}, 0.0
-    for bits, configuration in itertools.product(settings.ablation_bits, chosen):
-        start = time.perf_counter()
-        apart[bits, configuration.kept] = _reloaded(subject, settings, bits, configuration)
-        naive_s += time.perf_counter() - start
-    total, passes = len(wanted) * every, _full_passes(subject, settings) * len(subject.blocks)
-    timed = len(chosen) * every
-    reload = {"way": "reload", "configurations": total, "timed": timed, "loads": total, "block_evaluations": passes}
-    reload |= {"block_calls": passes, "wall_s": naive_s * total / timed}
-    frame = pd.DataFrame([{"way": "shared", "configurations": total, "timed": total, **shared}, reload])
-    frame["share"] = frame["block_evaluations"] / passes
-    frame["times_faster"] = reload["wall_s"] / frame["wall_s"]
-    differences = [(found[key] - logits).abs().max().item() for key, logits in apart.items()]
-    return frame.assign(largest_difference=[max(differences), 0.0])
-
-
-def _timed_shared(
-    subject: Subject, settings: Parameters, wanted: list[Configuration]
-) -> tuple[dict[tuple[int, str], torch.Tensor], dict[str, float]]:
-    start = time.perf_counter()
-    loaded, batch = _load_again(subject), settings.eval_batch_size
-    found, runs, calls = {}, 0, 0
-    for bits in settings.ablation_bits:
-        logits, exchange = evaluate(loaded, subject.pixels, wanted, bits, batch_size=batch)
-        found |= {(bits, kept): values for kept, values in logits.items()}
-        runs, calls = runs + exchange.block_runs, calls + exchange.block_calls
-    wall = time.perf_counter() - start  # the logits are on the host, so the device is done
-    return found, {"loads": 1, "block_evaluations": runs, "block_calls": calls, "wall_s": wall}
-
-
-def _load_again(subject: Subject) -> checkpoint.Loaded:
-    return checkpoint.load(subject.loaded.folder.parent, Variant("fp16"), subject.loaded.device)
-
-
-def _reloaded(subject: Subject, settings: Parameters, bits: int, configuration: Configuration) -> torch.Tensor:
-    """float32 logits (n, classes) of one configuration the plain way: load, quantize its parts, run every picture."""
-    loaded = _load_again(subject)
-    layers = loaded.model.vit.layers
-    for number in set(range(len(layers))) - configuration.blocks:
-        layers[number] = quantize.quantized_copy(layers[number], bits)
-    if not configuration.classifier:
-        loaded.model.classifier = quantize.quantized_copy(loaded.model.classifier, bits)
-    return engine.logits(engine.Engine(loaded), subject.pixels, settings.eval_batch_size)
-
-
-def table(logits: dict[tuple[int, str], torch.Tensor], subject: Subject, settings: Parameters) -> pd.DataFrame:
+def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:
     """A row a configuration, written to `records/ablation.csv`.
 
     `logit_kl` is the mean KL divergence of the probabilities from "everything kept", with a bootstrap interval over
@@ -239,7 +218,7 @@ def table(logits: dict[tuple[int, str], torch.Tensor], subject: Subject, setting
         found, nothing = values.numpy(), logits[bits, NONE].numpy()
         right, right_nothing = (stats.topk_right(part, labels, 1) for part in (found, nothing))
         test = stats.mcnemar(right_nothing, right)
-        kl = stats.paired_bootstrap(stats.kl_divergence(logits[bits, ALL].numpy(), found), seed=settings.seed)
+        kl = stats.paired_bootstrap(stats.kl_divergence(logits[bits, ALL].numpy(), found), seed=study.settings.seed)
         rows.append(
             {
                 "bits": bits,
@@ -257,18 +236,12 @@ def table(logits: dict[tuple[int, str], torch.Tensor], subject: Subject, setting
         )
     frame = pd.DataFrame(rows)
     frame["holm_p"] = frame.groupby("bits")["mcnemar_p"].transform(lambda p: stats.holm(p.to_numpy()))
-    records.write_table(frame, files.study_folder(settings.study) / "records" / "ablation.csv")
-    return frame
+    return study.write("ablation", frame)
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
-    """By bits and block, from both sides: what goes away when the block is kept, what comes when it alone is quantized.
-
-    `kl_removed` is the share of the KL of quantizing everything that goes away when only this block is kept,
-    `kl_alone` the KL when only this block is quantized.
-    """
-    by_name = frame.set_index(["bits", "kept"])
-    rows = []
+    """By block: the share of the KL that is removed when it alone is kept, and the KL when it alone is quantized."""
+    by_name, rows = frame.set_index(["bits", "kept"]), []
     for bits, kept in by_name.index:
         if kept.startswith("block "):
             only_kept, nothing = by_name.loc[(bits, kept)], by_name.loc[(bits, NONE)]
@@ -281,27 +254,24 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                     "kl_alone": alone["logit_kl"],
                     "kl_alone_low": alone["logit_kl_low"],
                     "kl_alone_high": alone["logit_kl_high"],
-                    "top1": only_kept["top1"],
-                    "holm_p": only_kept["holm_p"],
                 }
             )
     return pd.DataFrame(rows)
 
 
 def reliability(
-    logits: dict[tuple[int, str], torch.Tensor], frame: pd.DataFrame, subject: Subject, settings: Parameters
+    study: Study, logits: dict[tuple[int, str], torch.Tensor], frame: pd.DataFrame, subject: Subject
 ) -> pd.DataFrame:
     """Whether another set of pictures would rank the blocks alike, by KL and by accuracy; `records/reliability.csv`.
 
     Split-half rank correlations over random halves of the pictures, with the number of splits that rank nothing by
-    accuracy. `fewest_pictures` must all change to one side for a difference of accuracy to be significant after Holm's
-    adjustment for all configurations; `smallest_points` is their share, NaN where there are not so many pictures.
+    accuracy. `fewest_pictures` must all change in one direction for a difference of accuracy to be significant after
+    Holm's adjustment for all configurations; `smallest_points` is their share, NaN where there are fewer pictures.
     `detectable_points` is the true difference that is found with a power of 80 % at the share of discordant pairs that
     single blocks had, before any adjustment; NaN where these are too few.
     """
-    labels, rows = subject.labels.numpy(), []
-    blocks = range(len(subject.blocks))
-    for bits in settings.ablation_bits:
+    labels, rows, blocks = subject.labels.numpy(), [], range(len(subject.blocks))
+    for bits in study.settings.ablation_bits:
         reference = logits[bits, ALL].numpy()
         alone = [logits[bits, f"all but block {k}"].numpy() for k in blocks]
         kept = [logits[bits, f"block {k}"].numpy() for k in blocks]
@@ -326,98 +296,53 @@ def reliability(
                 "detectable_points": 100 * stats.smallest_detectable_difference(len(labels), rate),
             }
         )
-    table_ = pd.DataFrame(rows)
-    records.write_table(table_, files.study_folder(settings.study) / "records" / "reliability.csv")
-    return table_
+    return study.write("reliability", pd.DataFrame(rows))
 
 
-def readable_reliability(reliable: pd.DataFrame) -> pd.DataFrame:
-    """The table of `reliability` for a report: a row a number of bits, what was asked as headings."""
-    ties = zip(reliable["top1_splits_undefined"], reliable["top1_splits"], strict=True)
-    return pd.DataFrame(
-        {
-            "bits": reliable["bits"],
-            "pictures": reliable["pictures"],
-            "by KL, one quantized": reliable["split_half_kl_only_quantized"],
-            "by KL, one kept": reliable["split_half_kl_only_kept"],
-            "by accuracy, one kept": reliable["split_half_top1_only_kept"],
-            "splits that tie": [f"{undefined} of {splits}" for undefined, splits in ties],
-            "smallest difference (pictures)": reliable["fewest_pictures"],
-            "in points": reliable["smallest_points"],
-        }
-    )
-
-
-def readable(frame: pd.DataFrame) -> "pd.io.formats.style.Styler":
-    """The table for a report: KL with its interval in one column, percentages, no index."""
-    shown = pd.DataFrame(
-        {
-            "bits": frame["bits"],
-            "kept in 16 bit": frame["kept"],
-            "Top-1 (%)": 100 * frame["top1"],
-            "Top-5 (%)": 100 * frame["top5"],
-            "KL (nats)": frame["logit_kl"],
-            "KL, 95 % interval": [
-                f"{low:.1e} … {high:.1e}"
-                for low, high in zip(frame["logit_kl_low"], frame["logit_kl_high"], strict=True)
-            ],
-            "flips": frame["flips"],
-            "discordant": frame["discordant_pairs"],
-            "McNemar p": frame["mcnemar_p"],
-            "Holm p": frame["holm_p"],
-        }
-    )
-    formats = {
-        "Top-1 (%)": "{:.2f}",
-        "Top-5 (%)": "{:.2f}",
-        "KL (nats)": "{:.2e}",
-        "McNemar p": "{:.3f}",
-        "Holm p": "{:.3f}",
-    }
-    styled = shown.style.format(formats, na_rep="–").hide(axis="index")
-    return styled.set_properties(subset=["KL, 95 % interval", "kept in 16 bit"], **{"white-space": "nowrap"})
-
-
-def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> str:
-    """What the records say, in a few sentences (Markdown)."""
+def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> Markdown:
+    """What the records say, in a few sentences."""
     lines = []
     for bits, rows in frame.groupby("bits"):
         nothing = rows.set_index("kept").loc[NONE]
         own = blocks[blocks["bits"] == bits]
         worst, best = own.loc[own["kl_alone"].idxmax()], own.loc[own["kl_removed"].idxmax()]
+        most = "most of it" if best["kl_removed"] > 0.5 else "the largest share"
         surviving = int((rows["holm_p"] < stats.SIGNIFICANCE).sum())
         trust = reliable.set_index("bits").loc[bits]
         lines.append(
-            f"- **{bits} bits**: quantizing everything moves the probabilities by {nothing['logit_kl']:.1e} nats on "
-            f"average (Top-1 {100 * nothing['top1']:.2f} %). Block {worst['block']:.0f} moves them most when it alone "
-            f"is quantized ({worst['kl_alone']:.1e}); keeping block {best['block']:.0f} removes most of the total "
-            f"({100 * best['kl_removed']:.0f} %). Two halves of the pictures rank the blocks alike with a correlation "
-            f"of {trust['split_half_kl_only_quantized']:.2f} by the KL of one quantized block, and of "
-            f"{trust['split_half_kl_only_kept']:.2f} by that of one kept block. {_by_accuracy(trust)} By accuracy "
+            f"- **{bits} bits**: quantizing everything changes the probabilities by {nothing['logit_kl']:.1e} nats on "
+            f"average (KL; Top-1 {100 * nothing['top1']:.2f} %). Keeping block {best['block']:.0f} removes {most} "
+            f"({100 * best['kl_removed']:.0f} %). Block {worst['block']:.0f} changes them most when quantized alone "
+            f"({worst['kl_alone']:.1e}). "
+            f"{_repeats('one quantized block', trust['split_half_kl_only_quantized'])} "
+            f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} By accuracy "
             f"{surviving} of {len(rows) - 1} configurations differ from quantizing everything after Holm's adjustment. "
             f"{_smallest(trust)}"
         )
-    return "\n".join(lines)
+    return Markdown("\n".join(lines))
+
+
+def _repeats(what: str, correlation: float) -> str:
+    """Whether a ranking of the blocks repeats on other pictures."""
+    verb = "repeats" if correlation >= REPEATS else "does not repeat"
+    return f"The ranking by the KL of {what} {verb} on other pictures (rank correlation {correlation:.2f})."
 
 
 def _by_accuracy(trust: pd.Series) -> str:
     """How far accuracy ranks the blocks, and in how many splits it ranks them at all."""
-    splits, undefined = (int(trust[key]) for key in ("top1_splits", "top1_splits_undefined"))
+    splits, undefined = int(trust["top1_splits"]), int(trust["top1_splits_undefined"])
     if undefined == splits:
-        return f"By accuracy they cannot be ranked: in each of {splits} splits all blocks tie in a half."
+        return f"Accuracy cannot rank the blocks: in each of {splits} splits all blocks tie in a half."
     ties = f", over the {splits - undefined} of {splits} splits in which no half ties" if undefined else ""
-    return f"By accuracy it is {trust['split_half_top1_only_kept']:.2f}{ties}."
+    return f"By accuracy the rank correlation is {trust['split_half_top1_only_kept']:.2f}{ties}."
 
 
 def _smallest(trust: pd.Series) -> str:
-    """The smallest difference of accuracy that could have been significant, and what is needed to find one."""
+    """The smallest difference of accuracy that could have been significant."""
     needed, pictures = int(trust["fewest_pictures"]), int(trust["pictures"])
     if np.isnan(trust["smallest_points"]):
-        return (
-            f"The smallest difference that could be significant cannot be given, because {needed} pictures would have "
-            f"to change sides and there are {pictures}."
-        )
+        return f"No difference of accuracy could be significant: that takes {needed} pictures and there are {pictures}."
     return (
-        f"The smallest difference that could be significant is {needed} pictures that all change to one side, "
+        f"The smallest difference that could be significant is {needed} pictures that all change in one direction, "
         f"{trust['smallest_points']:.2f} points of {pictures:,} pictures."
     )

@@ -1,21 +1,27 @@
-"""LoRA adapters that train fast: no needless casts, and on request added into the weights. Level 1.
+"""LoRA adapters that train fast: no needless casts, and on request added into the weights.
 
 PEFT computes W x + s B A dropout(x). The second product is small, but its dropout, its cast to the adapters' fp32 and
 its sum with the first pass over every activation several times, and that traffic takes longer than the products.
-Two remedies: under autocast the input is not cast (autocast casts the small matrices instead), and without dropout
-(W + s B A) x is the same function, for which nothing but the product itself passes over the activations.
+There are two remedies: under autocast the input is not cast (autocast casts the small matrices instead), and without
+dropout (W + s B A) x is the same function, for which nothing but the product itself passes over the activations.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 ENCODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+
+
+class AdapterError(RuntimeError):
+    """Adapters or a head that would not be trained; the message says which."""
 
 
 class _Summed(torch.autograd.Function):
@@ -85,6 +91,32 @@ def config(*, rank: int, alpha: int, dropout: float, head: str, summed: bool) ->
     return made
 
 
+def attach(model: nn.Module, **settings: object) -> PeftModel:
+    """`model` with adapters of `config(**settings)`; AdapterError unless all of them and the head are trained.
+
+    A list of names that matches nothing, or a head left at random, would train without an error.
+    """
+    with warnings.catch_warnings():  # of a name that peft still uses and transformers will drop
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        adapted = get_peft_model(model, config(**settings))
+    check(adapted, settings["head"])
+    return adapted
+
+
+def check(model: PeftModel, head: str) -> None:
+    """AdapterError unless `head` is trained and every linear of the encoder has an adapter."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not any(head in name for name in trained):
+        raise AdapterError("the classifier is frozen: it would stay at its random initialisation")
+    wanted = model.config.num_hidden_layers * len(ENCODER_LINEARS)
+    found = {name.split(".lora_A")[0] for name in trained if ".lora_A" in name}
+    if len(found) != wanted:
+        raise AdapterError(
+            f"{len(found)} linears have an adapter, the encoder has {wanted}: the base names its modules differently "
+            f"from {', '.join(ENCODER_LINEARS)}"
+        )
+
+
 def round_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Store what is not trained in `dtype`; adapters and head keep fp32, in which small steps are not lost.
 
@@ -95,6 +127,24 @@ def round_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def merged(model: PeftModel, *, quantized: bool) -> nn.Module:
+    """The plain network in fp16 with the adapters added to the weights that they were trained on.
+
+    For a `quantized` (NF4) base these are the dequantized weights: bitsandbytes would round the sum to NF4 again.
+    """
+    if not quantized:
+        return model.merge_and_unload().half()
+    deltas = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").float()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    dense = model.unload().dequantize(dtype=torch.float32).float()
+    for name, delta in deltas.items():
+        dense.get_submodule(name).weight.data += delta
+    return dense.eval().half()
 
 
 @contextmanager

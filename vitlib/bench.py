@@ -22,14 +22,12 @@ from transformers import set_seed
 from vitlib import (
     ablation,
     benchmark,
-    data,
+    checkpoint,
     engine,
     files,
     linears,
-    models,
     origin,
     params,
-    pipeline,
     preprocess,
     provenance,
     quantize,
@@ -37,9 +35,17 @@ from vitlib import (
     stats,
     timing,
     trainspeed,
+    tuning,
+    verify,
 )
+from vitlib import (
+    sources as data,
+)
+from vitlib import (
+    stream as pipeline,
+)
+from vitlib.checkpoint import CheckpointError, NotRun
 from vitlib.engine import Engine
-from vitlib.models import CheckpointError, NotRun
 from vitlib.params import Parameters
 from vitlib.preprocess import PreprocessError
 from vitlib.variants import FUSED_ONLY, Variant
@@ -105,12 +111,12 @@ def measure_engines(
     kernels of its own. w8a8 is compared with LLM.int8, which keeps outliers in 16 bit, and fp8
     with fp16: their differences are those of the formats.
     """
-    device = models.pick_device(settings.device)
+    device = checkpoint.pick_device(settings.device)
     wanted = wanted or steps(device)
     engines, reasons = _prepared(wanted, settings, checkpoints, device)
     plain = {name: engines[name] for name in {step.reference for step in wanted} & engines.keys()}
     if any(step.variant.weights == "w8a16" for step in wanted):
-        loaded = models.load(checkpoints, Variant("int8"), device)
+        loaded = checkpoint.load(checkpoints, Variant("int8"), device)
         plain[_DEQUANTIZED] = Engine(replace(loaded, model=quantize.dequantize_int8(loaded.model), variant=None))
     batch = max(settings.batch_sizes)
     references = {name: engine.logits(runner, pixels, batch) for name, runner in plain.items()}
@@ -131,13 +137,13 @@ def _prepared(
     wanted: list[Step], settings: Parameters, checkpoints: Path, device: torch.device
 ) -> tuple[dict[str, Engine], list[tuple[str, str]]]:
     """The engines that run here, and of the others the reason."""
-    models.quiet_libraries()
+    checkpoint.quiet_libraries()
     engines, reasons = {}, []
     for step in wanted:
         try:
-            loaded = models.load(checkpoints, step.variant, device)
+            loaded = checkpoint.load(checkpoints, step.variant, device)
             engines[step.name] = Engine(loaded, step.variant.execution, tuple(settings.batch_sizes), gelu=step.gelu)
-        except models.EvidenceError:  # not what it is called: nothing here can be believed
+        except verify.EvidenceError:  # not what it is called: nothing here can be believed
             raise
         except linears.FAILURES as reason:  # a kernel that a card lacks: the row says so, the others go on
             if step is wanted[0]:
@@ -190,7 +196,7 @@ def _quality(
             continue
         for size in sizes:
             found = engine.logits(engines[step.name], pixels, size)
-            error = quantize.relative_error(found, expected)
+            error = tuning.relative_error(found, expected)
             same = (found.argmax(1) == expected.argmax(1)).double().mean().item()
             error = np.inf if np.isnan(error) else error  # else it would be missing, as what was not measured is
             rows.append({"step": step.name, "batch": size, "relative_error": error, "agreement": same})
@@ -226,8 +232,8 @@ def measure_training(settings: Parameters, checkpoints: Path) -> pd.DataFrame:
 
     On a CPU without compilation, which takes minutes there.
     """
-    device = models.pick_device(settings.device)
-    loaded = models.load(checkpoints, Variant("fp32"), torch.device("cpu"))
+    device = checkpoint.pick_device(settings.device)
+    loaded = checkpoint.load(checkpoints, Variant("fp32"), torch.device("cpu"))
     chosen = tuple(step for step in trainspeed.STEPS if device.type == "cuda" or not step.compiled)
     batch = settings.train_batch_size if device.type == "cuda" else min(settings.train_batch_size, 8)
     found = trainspeed.step_speed(
@@ -270,7 +276,7 @@ def measure_pipeline(
     rounds = 6 if device.type == "cuda" else 3
     variant = Variant("fp16", "direct", "fused-graph") if device.type == "cuda" else Variant("fp32", "direct", "fused")
     batch, parts = settings.eval_batch_size, []
-    runner = Engine(models.load(checkpoints, variant, device), variant.execution, (batch,))
+    runner = Engine(checkpoint.load(checkpoints, variant, device), variant.execution, (batch,))
     repeated = pictures * -(-BATCHES * batch // len(pictures))
     kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(map(_kind, pictures)).most_common())
     for decoder in ("pil", "nvjpeg"):
@@ -454,15 +460,15 @@ _TARGETS = [
 
 def random_study(settings: Parameters, folder: Path, dataset: data.Dataset) -> Path:
     """Checkpoints of a network with random weights in `folder`: merged, nf4 and int8, as notebook 1 leaves them."""
-    labels, device = data.new_labels(dataset), models.pick_device(settings.device)
+    labels, device = data.new_labels(dataset), checkpoint.pick_device(settings.device)
     set_seed(settings.seed)
     shared = {"pre": preprocess.new(settings.image_size), "labels": labels, "provenance": {"weights are": "random"}}
-    merged = models.new(settings.architecture, image_size=settings.image_size, labels=labels).half().eval()
+    merged = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).half().eval()
     with torch.no_grad():  # logits of random weights are nearly alike; so they differ as those of a trained network
         merged.classifier.weight.mul_(20)
-    models.save(merged, folder / "merged", **shared)
+    checkpoint.save(merged, folder / "merged", **shared)
     for weights in ("nf4", "int8"):
-        models.save(models.quantize_checkpoint(folder / "merged", weights, device), folder / weights, **shared)
+        checkpoint.save(checkpoint.quantize_checkpoint(folder / "merged", weights, device), folder / weights, **shared)
     return folder
 
 
@@ -486,7 +492,7 @@ def run(
 
     The input pipeline reads the pictures below `folder_of_pictures`, by default those of the validation split.
     """
-    dataset, device = data.load(settings), models.pick_device(settings.device)
+    dataset, device = data.load(settings), checkpoint.pick_device(settings.device)
     pictures = pipeline.pictures_in(folder_of_pictures) if folder_of_pictures else dataset.splits["valid"]
     folder = files.study_folder(settings.study) / "records"
     with tempfile.TemporaryDirectory() as scratch:
@@ -517,7 +523,7 @@ def _measured(
     device: torch.device,
 ) -> Iterator[tuple[pd.DataFrame, pd.DataFrame | None]]:
     """The rows of each part as soon as it is measured, those of the engine with their tuning table."""
-    loaded = models.load(checkpoints, Variant("fp16"), device)
+    loaded = checkpoint.load(checkpoints, Variant("fp16"), device)
     valid = data.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
     if "engine" in parts:
         found, tuning = measure_engines(settings, checkpoints, valid.pixels)
@@ -536,12 +542,12 @@ def _chosen(options: argparse.Namespace) -> tuple[Parameters, Path | None]:
     """The settings, and the checkpoints of the study that is asked for."""
     checkpoints = None
     if not options.study:
-        settings = default_settings(models.pick_device("auto"))
+        settings = default_settings(checkpoint.pick_device("auto"))
     else:
         values = params.load(files.project_root() / "params" / f"{options.study}.yaml")
         settings = params.check({**values, **BUDGET, "study": options.study})
         checkpoints = files.study_folder(settings.study) / "checkpoints"
-        models.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
+        checkpoint.checkpoint_folder(checkpoints, Variant("fp16"))  # its error says to run notebook 1
     if options.batch_sizes:
         settings = params.check({**settings.model_dump(), "batch_sizes": options.batch_sizes})
     return settings, checkpoints
@@ -566,7 +572,7 @@ def main() -> None:
             .round(3)
             .to_string(index=False)
         )
-        print(targets(frame, models.pick_device(settings.device).type == "cuda").to_string(index=False))
+        print(targets(frame, checkpoint.pick_device(settings.device).type == "cuda").to_string(index=False))
 
 
 if __name__ == "__main__":

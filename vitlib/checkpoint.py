@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig,
 from transformers.utils import logging as transformers_logging
 
 from vitlib import attention, files, preprocess, quantize, records, verify
-from vitlib.data import Labels
 from vitlib.preprocess import Preprocess
+from vitlib.sources import Labels
 from vitlib.variants import FORMATS, Variant, nearest
 
 # hidden, blocks, heads, mlp, patch. Heads are 64 wide: the width FlashAttention-2 is built for here. The last three are

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import checkpoint, data, engine, files, provenance, records, stats, verify
-from vitlib.data import Dataset, Decoded, Labels
+from vitlib import checkpoint, engine, files, provenance, records, sources, stats, verify
 from vitlib.engine import Engine
 from vitlib.params import Parameters, used_by
 from vitlib.records import NO_BREAK
+from vitlib.sources import Dataset, Decoded, Labels
 from vitlib.variants import Variant, find
 
 
@@ -58,7 +58,7 @@ def prepare(settings: Parameters, dataset: Dataset) -> Bench:
     first.labels.check(dataset, "valid")
     _same_preprocessing(engines)
     _one_training(engines, checkpoints)
-    valid = data.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
+    valid = sources.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
     found = {name: verify.evidence(engine_.loaded.model) for name, engine_ in engines.items()}
     return Bench(variants, engines, reasons, first.labels, device, valid, checkpoints, found)
 

@@ -1,13 +1,14 @@
-"""The sections of notebook 1: a base, LoRA on it, and three checkpoints that are enough by themselves. Level 3."""
+"""Notebook 1: a base, LoRA on it, and three checkpoints that need nothing else."""
 
-import hashlib
-import json
-import warnings
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
-import peft
 import torch
 from torch import nn
 from transformers import set_seed
@@ -15,33 +16,71 @@ from transformers import set_seed
 from vitlib import (
     adapters,
     checkpoint,
-    data,
+    decode,
     engine,
     files,
     origin,
     preprocess,
+    pretrain,
     provenance,
     quantize,
-    records,
+    sources,
     stats,
-    synthetic,
-    training,
+    trainer,
     tuning,
 )
-from vitlib.data import Dataset, Decoded, Labels
-from vitlib.params import Parameters, is_hub_id, used_by
+from vitlib.decode import Decoded
+from vitlib.params import is_hub_id, used_by
 from vitlib.preprocess import Preprocess
-from vitlib.training import Examples, Recipe
+from vitlib.sources import Dataset, Labels
+from vitlib.study import Study
+from vitlib.tables import Column, Markdown
+from vitlib.trainer import Recipe
 from vitlib.variants import Variant
+
+HISTORY = {
+    "epoch": "epoch",
+    "train_loss": Column("training loss (augmented)", ".3f"),
+    "valid_loss": Column("validation loss", ".3f"),
+    "top1": Column("Top-1 (%)", ".2f", 100),
+    "top5": Column("Top-5 (%)", ".2f", 100),
+    "epoch_s": Column("seconds", ".1f"),
+    "images_per_s": Column("images/s", ",.0f"),
+    "peak_vram_mb": Column("peak GPU memory (MB)", ",.0f"),
+}
+RELOADED = {
+    "checkpoint": "checkpoint",
+    "disk_mb": Column("on disk (MB)", ",.2f"),
+    "model_mb": Column("in memory (MB)", ",.2f"),
+    "reload_difference": Column("difference after loading", ".1e"),
+    "from_merged": Column("difference from 16 bits", ".1e"),
+    "top1": Column("Top-1 (%)", ".2f", 100),
+    "same_class": Column("same class (%)", ".2f", 100),
+}
+# ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
+MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
+RELOAD_TOLERANCE = 1e-3
 
 
 class FinetuneError(RuntimeError):
     """Training would not do what was asked; the message says what is wrong."""
 
 
+def open(namespace: Mapping[str, Any]) -> Study:
+    """The study of the notebook's parameters (call it with `globals()`). DataError where its data folder is missing."""
+    study = Study.open(namespace)
+    sources.check_source(study.settings)
+    return study
+
+
+def dataset(study: Study) -> Dataset:
+    """The study's pictures, found but not yet read."""
+    return sources.load(study.settings)
+
+
 @dataclass
 class Base:
-    """A network to fine-tune, its preprocessing, the labels of its new head, and where it came from."""
+    """A network to fine-tune, its preprocessing, the labels of its new head, and its origin."""
 
     model: nn.Module
     preprocess: Preprocess
@@ -50,33 +89,28 @@ class Base:
     origin: dict[str, object]
 
 
-def recipe(settings: Parameters) -> Recipe:
-    """What the parameter set says about training."""
-    return Recipe(
-        epochs=settings.epochs,
-        batch_size=settings.train_batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup=settings.warmup,
-        label_smoothing=settings.label_smoothing,
-        crop_area=settings.crop_area,
-        precision=settings.precision,
-        seed=settings.seed,
-        compile=settings.compile_training,
-    )
+def _base_folder(study: Study, device: torch.device) -> Path | str:
+    """The folder or Hub id of the base; FinetuneError where there is none."""
+    name = study.settings.base_model
+    if name == "pretrain":
+        return pretrain.base(study, device)
+    if not is_hub_id(name) and not files.resolve(name).is_dir():
+        raise FinetuneError(f"base_model {name!r} is neither pretrain, random, a folder nor a Hub id (owner/name)")
+    return name if is_hub_id(name) else files.resolve(name)
 
 
-def load_base(settings: Parameters, dataset: Dataset) -> Base:
-    """The base that `settings.base_model` names, with a new head for the classes of the data."""
+def load_base(study: Study, dataset: Dataset) -> Base:
+    """The base that `base_model` names, with a new head for the classes of the data."""
     checkpoint.quiet_libraries()
-    device, labels = checkpoint.pick_device(settings.device), data.new_labels(dataset)
+    settings = study.settings
+    device, labels = checkpoint.pick_device(settings.device), sources.new_labels(dataset)
     labels.check(dataset, "valid")  # here, and not only in the evaluation after the training
     if settings.base_model == "random":
         set_seed(settings.seed)
         model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
         pre = preprocess.new(settings.image_size)
     else:
-        folder = _base_folder(settings, device)
+        folder = _base_folder(study, device)
         pre = preprocess.load(folder, settings.base_revision or None)
         set_seed(settings.seed)  # the new head's initialisation
         quantized = settings.method == "qlora"
@@ -88,72 +122,17 @@ def load_base(settings: Parameters, dataset: Dataset) -> Base:
     return Base(model, pre, labels, device, about)
 
 
-def _base_folder(settings: Parameters, device: torch.device) -> Path | str:
-    """The folder or Hub id of the base; FinetuneError where there is none."""
-    if settings.base_model == "pretrain":
-        return _pretrained(settings, device)
-    if is_hub_id(settings.base_model):
-        return settings.base_model
-    folder = files.resolve(settings.base_model)
-    if not folder.is_dir():
-        raise FinetuneError(
-            f"base_model {settings.base_model!r} is neither pretrain, random, a folder nor a Hub id (owner/name)"
-        )
-    return folder
+def decoded(study: Study, dataset: Dataset, base: Base) -> dict[str, Decoded]:
+    """Every split, read and resized once; what cannot be read joins `dataset.skipped`."""
+    return sources.decode_splits(dataset, list(dataset.splits), base.preprocess, study.settings.workers)
 
 
-def _pretrained(settings: Parameters, device: torch.device) -> Path:
-    """The demo's base: a small ViT trained on the generator's other classes; kept until a setting changes."""
-    keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
-    settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(PRETRAIN_RECIPE)}
-    settled["generator"] = files.checksum(Path(synthetic.__file__))  # other pictures make another base
-    name = hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8]
-    folder = files.study_folder(settings.study) / "checkpoints" / f"base-{name}"
-    if (folder / "config.json").is_file():
-        return folder
-    pictures = settings.model_copy(update={"pictures_per_class": PRETRAIN_PICTURES})
-    dataset = data.from_synthetic(synthetic.PRETRAIN_CLASSES, pictures)
-    pre, labels = preprocess.new(settings.image_size), data.new_labels(dataset)
-    set_seed(settings.seed)
-    model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels)
-    recipe_ = replace(
-        PRETRAIN_RECIPE, epochs=settings.pretrain_epochs, seed=settings.seed, precision=settings.precision
-    )
-    decoded = data.decode_splits(dataset, ("train", "valid"), pre, settings.workers)
-    history = training.train(
-        model,
-        examples_of(decoded, labels),
-        pre=pre,
-        recipe=recipe_,
-        folder=files.study_folder(settings.study) / "training" / "base",
-        device=device,
-    )
-    provenance = {
-        "trained on": "the generator's pretraining classes",
-        "top1": float(history["top1"].iloc[-1]),
-        **settled,
-    }
-    return checkpoint.save(model.cpu(), folder, pre=pre, labels=labels, provenance=provenance)
+def examples(decoded: dict[str, Decoded], base: Base, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """The first training picture (h, w, 3) of each of `count` classes, with the class names."""
+    return sources.one_of_each(decoded["train"], base.labels, count)
 
 
-PRETRAIN_PICTURES = 100  # of a class
-PRETRAIN_RECIPE = Recipe(
-    epochs=10,
-    batch_size=64,
-    learning_rate=2e-3,
-    weight_decay=0.05,
-    warmup=0.1,
-    label_smoothing=0.0,
-    crop_area=0.7,
-    precision="auto",
-    seed=0,
-)
-
-
-def examples_of(decoded: dict[str, Decoded], labels: Labels) -> dict[str, Examples]:
-    """Pixels with the checkpoint's class ids of the two splits that training uses."""
-    used = {split: decoded[split] for split in ("train", "valid")}
-    return {split: Examples(part.pixels, labels.ids(part.pictures)) for split, part in used.items()}
+duplicates = decode.duplicates
 
 
 def describe(base: Base) -> pd.DataFrame:
@@ -172,60 +151,49 @@ def describe(base: Base) -> pd.DataFrame:
     return pd.DataFrame([facts])
 
 
-def introduce(base: Base, settings: Parameters) -> str:
-    """What the base is and what that means for accuracies (Markdown); its facts go to `records/base.json`."""
-    about = dict(base.origin)
+def introduce(study: Study, base: Base) -> Markdown:
+    """What the base is and what that means for accuracies; its facts go to `records/base.json`."""
+    settings, about = study.settings, dict(base.origin)
     if about["base"].startswith(("/", "~")):  # a folder of this machine: its name is enough for a reader
         about["base"] = Path(about["base"]).name
-    records.write_json(about, files.study_folder(settings.study) / "records" / "base.json")
-    return origin.sentence(about)
+    study.write_json("base", about)
+    text = origin.sentence(about)
+    if settings.base_model == "pretrain" and settings.data_source != "synthetic":
+        text += (
+            "\n\n**The base has only seen drawn flowers, and the pictures of this study are not drawn.** Expect low "
+            "accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
+        )
+    if settings.base_model == "random" and settings.method != "full":
+        text += (
+            f"\n\n**The method {settings.method!r} leaves random weights frozen.** Set `method` to `full` to train all."
+        )
+    return Markdown(text)
 
 
-def make_trainable(base: Base, settings: Parameters) -> nn.Module:
-    """The model with the parameters of `settings.method` trainable, the head always among them.
+def make_trainable(study: Study, base: Base) -> nn.Module:
+    """The model with the parameters of `method` trainable, the head always among them.
 
-    FinetuneError where an adapter would be missing from a linear of the encoder or the head would stay frozen:
-    a list of target names that matches nothing, or a head left at random, trains without complaint.
-
-    Training in bf16 rounds the frozen weights to it once, here: what is trained, validated and merged later are these
-    rounded weights. Without dropout the adapters are added into the weights, which then keep their fp32
-    (`adapters.SummedLinear`). Adapters, the head, and everything of the method "full" stay in fp32.
+    Training in bf16 rounds the frozen weights once, here: these rounded weights are trained, validated and merged.
+    Without dropout the adapters are added into the weights, which then keep fp32 (`adapters.SummedLinear`). Adapters,
+    the head, and everything of the method "full" stay in fp32. Raises AdapterError where a linear gets no adapter.
     """
-    model = base.model
+    settings, model = study.settings, base.model
     if settings.method in ("lora", "qlora"):
         # Of an NF4 base only norms and biases are floating point; they stay frozen, in 16 bit.
-        config = adapters.config(
+        model = adapters.attach(
+            model,
             rank=settings.lora_rank,
             alpha=settings.lora_alpha,
             dropout=settings.lora_dropout,
             head=quantize.CLASSIFIER,
             summed=settings.method == "lora" and not settings.lora_dropout,
         )
-        with warnings.catch_warnings():  # of a name that peft still uses and transformers will drop
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-            model = peft.get_peft_model(model, config)
     else:
         model.requires_grad_(settings.method == "full")
         model.classifier.requires_grad_(True)
-    check_trainable(model, settings.method)
-    if settings.method in ("lora", "head") and training.precision_of(settings.precision, base.device) == "bf16":
+    if settings.method in ("lora", "head") and trainer.precision_of(settings.precision, base.device) == "bf16":
         adapters.round_frozen(model, torch.bfloat16)
     return model
-
-
-def check_trainable(model: nn.Module, method: str) -> None:
-    """FinetuneError unless the head is trained and, for LoRA, every linear of the encoder has an adapter."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not any(quantize.CLASSIFIER in name for name in trained):
-        raise FinetuneError("the classifier is frozen: it would stay at its random initialisation")
-    if method in ("lora", "qlora"):
-        blocks = model.config.num_hidden_layers
-        adapted = {name.split(".lora_A")[0] for name in trained if ".lora_A" in name}
-        if len(adapted) != blocks * len(adapters.ENCODER_LINEARS):
-            raise FinetuneError(
-                f"{len(adapted)} linears have an adapter, the encoder has {blocks * len(adapters.ENCODER_LINEARS)}: "
-                f"the base names its modules differently from {', '.join(adapters.ENCODER_LINEARS)}"
-            )
 
 
 def parameter_table(model: nn.Module) -> pd.DataFrame:
@@ -239,90 +207,65 @@ def parameter_table(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows, index=["trainable", "frozen"]).T
 
 
-def train(model: nn.Module, base: Base, decoded: dict[str, Decoded], settings: Parameters) -> pd.DataFrame:
+def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded]) -> pd.DataFrame:
     """Fine-tune in place; returns and writes `records/finetune.csv`."""
-    folder = files.study_folder(settings.study)
-    history = training.train(
-        model,
-        examples_of(decoded, base.labels),
-        pre=base.preprocess,
-        recipe=recipe(settings),
-        folder=folder / "training" / "finetune",
-        device=base.device,
-        resume=settings.resume,
-        about=_about(settings),
-    )
-    records.write_table(history, folder / "records" / "finetune.csv")
-    return history
-
-
-def _about(settings: Parameters) -> dict[str, object]:
     names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
-    return {name: getattr(settings, name) for name in names}
+    history = trainer.train(
+        model,
+        pretrain.examples(decoded, base.labels),
+        pre=base.preprocess,
+        recipe=Recipe.of(study.settings),
+        folder=study.training("finetune"),
+        device=base.device,
+        resume=study.settings.resume,
+        about={name: getattr(study.settings, name) for name in names},
+    )
+    return study.write("finetune", history)
 
 
-def merge(model: nn.Module, base: Base, settings: Parameters) -> nn.Module:
+def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:
     """The fine-tuned network as a plain one in 16 bit: adapters added to the weights they were trained on.
 
-    For QLoRA these are the dequantized NF4 weights (bitsandbytes would round the sum to NF4 again). Frozen weights in
-    bf16 become fp32 first, which changes no value, so the sum is rounded once. FinetuneError where the merged network
-    gives other logits than the trained one, adapters attached, on random pictures.
+    Frozen weights in bf16 become fp32 first, which changes no value, so the sum is rounded once. FinetuneError where
+    the merged network gives other logits than the trained one, adapters attached, on random pictures.
     """
-    if settings.method != "qlora":
+    method = study.settings.method
+    if method != "qlora":
         model = model.float()
-    draw = torch.Generator().manual_seed(settings.seed)
+    draw = torch.Generator().manual_seed(study.settings.seed)
     height, width = base.preprocess.side
     pixels = torch.randint(0, 256, (8, 3, height, width), generator=draw).to(base.device)
     with torch.no_grad():
         expected = model.eval()(pixel_values=base.preprocess.normalise(pixels)).logits.float()
-        merged = _merged(model, settings)
+        merged = adapters.merged(model, quantized=method == "qlora") if method in ("lora", "qlora") else model.half()
         found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.float()
     difference = tuning.relative_error(found, expected)
-    if not difference < MERGE_TOLERANCE[settings.method]:
+    if not difference < MERGE_TOLERANCE[method]:
         raise FinetuneError(f"merging changed the logits by {difference:.1%}: the adapters were not merged as trained")
     return merged
 
 
-# ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
-MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
-
-
-def _merged(model: nn.Module, settings: Parameters) -> nn.Module:
-    if settings.method in ("full", "head"):
-        return model.half()
-    if settings.method == "lora":
-        return model.merge_and_unload().half()
-    deltas = {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default").float()
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
-    dense = model.unload().dequantize(dtype=torch.float32).float()
-    for name, delta in deltas.items():
-        dense.get_submodule(name).weight.data += delta
-    return dense.eval().half()
-
-
-def save_checkpoints(merged: nn.Module, base: Base, settings: Parameters, history: pd.DataFrame) -> dict[str, Path]:
+def save_checkpoints(study: Study, merged: nn.Module, base: Base, history: pd.DataFrame) -> dict[str, Path]:
     """Write `merged`, `nf4` and `int8`; the quantized ones are made by transformers from the merged one."""
-    folder = files.study_folder(settings.study) / "checkpoints"
     merged.config.update(checkpoint.label_maps(base.labels))
     about = {
-        "study": settings.study,
+        "study": study.name,
         "origin": base.origin,
-        "method": settings.method,
-        "parameters": used_by(settings, "1_finetune"),
+        "method": study.settings.method,
+        "parameters": used_by(study.settings, "1_finetune"),
         "top1": float(history["top1"].iloc[-1]),
         "versions": provenance.environment(parameters={})["versions"],
     }
     shared = {"pre": base.preprocess, "labels": base.labels}
-    paths = {"merged": checkpoint.save(merged, folder / "merged", provenance=about | {"weights": "fp16"}, **shared)}
+    paths = {
+        "merged": checkpoint.save(merged, study.checkpoint("merged"), provenance=about | {"weights": "fp16"}, **shared)
+    }
     # The merged file's checksum ties the three together: evaluation refuses checkpoints of different trainings.
     about["merged_sha256"] = files.checksum(paths["merged"] / "model.safetensors")
     for weights in ("nf4", "int8"):
         quantized = checkpoint.quantize_checkpoint(paths["merged"], weights, base.device)
         note = {"weights": weights, "quantized_from": "merged", "kept_in_16_bit": [quantize.CLASSIFIER]}
-        paths[weights] = checkpoint.save(quantized, folder / weights, provenance=about | note, **shared)
+        paths[weights] = checkpoint.save(quantized, study.checkpoint(weights), provenance=about | note, **shared)
     return paths
 
 
@@ -358,33 +301,51 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
                 "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
             }
         )
-    return pd.DataFrame(rows).set_index("checkpoint")
+    return pd.DataFrame(rows).set_index("checkpoint", drop=False)
 
 
-RELOAD_TOLERANCE = 1e-3
+def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> Markdown:
+    """What the records say, in a few sentences."""
+    last, best = history.iloc[-1], history.loc[history["top1"].idxmax()]
+    merged = 100 * reloaded.loc["merged", "top1"]
+    why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ", because its weights are rounded to 16 bits"
+    lines = [
+        f"After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of {len(base.labels.names)} "
+        f"classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 {100 * last['top5']:.2f} % of "
+        f"{len(decoded['valid'].pictures):,} validation pictures. The best epoch was {best['epoch']:.0f} with "
+        f"{100 * best['top1']:.2f} %. The last one is saved, as choosing by these pictures would flatter it."
+        + _overfits(history),
+        f"The merged 16-bit checkpoint, where every later notebook starts, has Top-1 **{merged:.2f} %**{why}.",
+        _copies(decode.duplicates({split: decoded[split] for split in ("train", "valid")})["kind"]),
+        f"Training ran at {history['images_per_s'].median():,.0f} images/s on {base.device.type}.",
+        _quantized(reloaded),
+    ]
+    return Markdown("\n".join(f"- {line}" for line in lines))
 
 
-def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> str:
-    """What the records say, in a few sentences (Markdown)."""
-    used = {split: decoded[split] for split in ("train", "valid")}  # only these copies touch the accuracy below
-    last, copies = history.iloc[-1], data.duplicates(used)
-    best, merged = history.loc[history["top1"].idxmax()], 100 * reloaded.loc["merged", "top1"]
-    found = (copies["kind"] == "exact").sum(), (copies["kind"] == "near").sum()
-    why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ": it is rounded otherwise than the network in training"
-    nf4, int8 = (reloaded.loc["merged", "model_mb"] / reloaded.loc[name, "model_mb"] for name in ("nf4", "int8"))
-    return "\n".join(
-        (
-            f"- After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of "
-            f"{len(base.labels.names)} classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 "
-            f"{100 * last['top5']:.2f} % of {len(decoded['valid'].pictures):,} validation pictures. The best epoch was "
-            f"{best['epoch']:.0f} with {100 * best['top1']:.2f} %; what is saved is the last, as choosing by these "
-            "pictures would flatter it.",
-            f"- The merged 16-bit checkpoint, where every later notebook starts, has Top-1 **{merged:.2f} %**{why}.",
-            f"- {found[0]} exact and {found[1]} near copies stand in both of these splits.",
-            f"- Training passed {history['images_per_s'].median():,.0f} images per second on {base.device.type}.",
-            f"- The 16-bit checkpoint is reproduced on loading (relative difference "
-            f"{reloaded.loc['merged', 'reload_difference']:.0e}); NF4 is {nf4:.1f} and int8 {int8:.1f} times smaller "
-            f"in memory than it, and give {100 * reloaded.loc['nf4', 'same_class']:.1f} % and "
-            f"{100 * reloaded.loc['int8', 'same_class']:.1f} % of the same classes.",
-        )
+def _overfits(history: pd.DataFrame) -> str:
+    """Said where the validation loss has risen by more than a tenth since its minimum."""
+    lowest = history.loc[history["valid_loss"].idxmin()]
+    if history["valid_loss"].iloc[-1] <= 1.1 * lowest["valid_loss"]:
+        return ""
+    return f" The network overfits: its validation loss was lowest in epoch {lowest['epoch']:.0f} and rose afterwards."
+
+
+def _copies(kinds: pd.Series) -> str:
+    if kinds.empty:
+        return "No picture appears in both training and validation."
+    exact, near = (kinds == "exact").sum(), (kinds == "near").sum()
+    return (
+        f"**{exact + near} pictures appear in both training and validation** ({exact} exact and {near} near copies), "
+        "so the accuracy is too high by up to their share."
+    )
+
+
+def _quantized(reloaded: pd.DataFrame) -> str:
+    size, same = reloaded["model_mb"], 100 * reloaded["same_class"]
+    nf4, int8 = (size["merged"] / size[name] for name in ("nf4", "int8"))
+    return (
+        f"Loaded again, the 16-bit checkpoint gives the same logits (relative difference "
+        f"{reloaded.loc['merged', 'reload_difference']:.0e}). NF4 takes {nf4:.1f} and int8 {int8:.1f} times less "
+        f"memory; {same['nf4']:.1f} % and {same['int8']:.1f} % of the pictures keep their class."
     )

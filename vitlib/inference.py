@@ -1,34 +1,51 @@
-"""The sections of notebook 4: a folder of pictures in, names and probabilities out. Level 3."""
+"""Notebook 4: a folder of pictures in, names and probabilities out."""
 
-import os
+from __future__ import annotations
+
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import attention, checkpoint, data, files, pipeline, records, verify
-from vitlib.data import DataError, Picture
+from vitlib import attention, checkpoint, files, records, sources, stream, variants, verify
+from vitlib.decode import Picture
 from vitlib.engine import Engine
-from vitlib.params import Parameters
-from vitlib.pipeline import Passed
-from vitlib.variants import VARIANTS, Variant, find
+from vitlib.sources import DataError, Labels
+from vitlib.stream import Passed
+from vitlib.study import Study
+from vitlib.tables import Markdown
+from vitlib.variants import Variant
 
 TOP = 5
+PREDICTIONS = {
+    "file": "file",
+    "status": "status",
+    "label_name": "class",
+    **{f"guess_{rank}": f"guess {rank}" for rank in (1, 2, 3)},
+    "reason": "reason",
+}
+
+
+class OtherPictures(ValueError):
+    """A study that has predictions of other pictures; the message says what to do."""
 
 
 @dataclass
 class Predictor:
-    """A verified variant, ready to classify."""
+    """A verified variant, ready to classify, and the reason why it was chosen."""
 
     variant: Variant
     engine: Engine
+    why: str
 
     def describe(self) -> pd.DataFrame:
-        """What was asked and what really is there."""
+        """What was loaded: variant, device, classes, size of the pictures, size and classes of the weights."""
         loaded = self.engine.loaded
         found = verify.evidence(loaded.model)
         return pd.DataFrame(
@@ -45,99 +62,125 @@ class Predictor:
             ]
         )
 
-
-def load(settings: Parameters) -> Predictor:
-    """The variant of the parameter set; `auto` is NF4 with the attention that the study measured to be fastest."""
-    checkpoint.quiet_libraries()
-    device = checkpoint.pick_device(settings.device)
-    variant = automatic(settings, device) if settings.variant == "auto" else find(settings.variant)
-    loaded = checkpoint.load(files.study_folder(settings.study) / "checkpoints", variant, device)
-    return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)))
+    def reason(self) -> Markdown:
+        """Which variant is used, and why."""
+        return Markdown(f"**{self.variant.label}** is used: {self.why}.")
 
 
-def automatic(settings: Parameters, device: torch.device) -> Variant:
-    """NF4 with the attention of the lowest median latency in `records/variants.csv`, among the rows that can run here.
+def open(namespace: Mapping[str, Any]) -> Study:
+    """The study of the notebook's parameters (call it with `globals()`).
 
-    Compared are eager rows at the batch size nearest to `eval_batch_size`. Without such a record, with what
-    `attention.best` names.
+    DataError where its pictures are missing. OtherPictures where `pictures` names a folder and the study has
+    predictions of other pictures: they belong to a page that shows them.
     """
-    try:
-        table = records.read_table(files.study_folder(settings.study) / "records" / "variants.csv")
-    except (records.MissingRecord, ValueError):
-        return Variant("nf4", attention.best(device))
-    rows = table[(table["weights"] == "nf4") & (table["execution"] == "eager") & (table["status"] == "ok")]
-    rows = rows.dropna(subset=["latency_p50_ms"])
-    runs = [name in VARIANTS and not attention.not_runnable(VARIANTS[name], device) for name in rows["variant"]]
-    rows = rows[np.array(runs, dtype=bool)]
+    study = Study.open(namespace)
+    settings = study.settings
+    if not settings.pictures:
+        sources.check_source(settings)
+        return study
+    _folder(settings.pictures)
+    if study.has("predictions"):
+        known = study.read_json("inference").get("source", "") if study.has("inference.json") else ""
+        if known != _source(settings.pictures):
+            raise OtherPictures(
+                f"study {study.name!r} has predictions of other pictures, which its page shows: set `study` to a new "
+                f"name and `checkpoints_of` to {settings.checkpoints_of or study.name!r}, the study whose checkpoints "
+                "are used"
+            )
+    return study
+
+
+def _folder(pictures: str) -> Path:
+    folder = files.resolve(pictures)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder of pictures {pictures!r} (looked from the project's root)")
+    return folder
+
+
+def _source(pictures: str) -> str:
+    """What a record may hold of the folder: a checksum of its name ('' for the study's own pictures)."""
+    return hashlib.sha256(pictures.encode()).hexdigest() if pictures else ""
+
+
+def load(study: Study) -> Predictor:
+    """The variant of the parameter set, with the checkpoints of `checkpoints_of` or of the study itself."""
+    checkpoint.quiet_libraries()
+    settings = study.settings
+    origin = Study.of(settings.model_copy(update={"study": settings.checkpoints_of or study.name}))
+    device = checkpoint.pick_device(settings.device)
+    variant, why = choose(origin, device)
+    loaded = checkpoint.load(origin.checkpoints, variant, device)
+    return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)), why)
+
+
+def choose(study: Study, device: torch.device) -> tuple[Variant, str]:
+    """The variant to use, and why.
+
+    `auto` is the one with the lowest median latency in `records/variants.csv`, among those that can run here, at the
+    batch size nearest to `eval_batch_size`; without such a record it is FP16 with SDPA on a GPU and FP32 on a CPU.
+    """
+    settings = study.settings
+    if settings.variant != "auto":
+        return variants.find(settings.variant), "the parameter `variant` names it"
+    rows = study.read("variants") if study.has("variants") else pd.DataFrame(columns=["variant", "status", "batch"])
+    rows = rows[rows["status"] == "ok"].reindex(columns=["variant", "batch", "latency_p50_ms"]).dropna()
+    rows = rows[[_runs(name, device) for name in rows["variant"]]]
     if rows.empty:
-        return Variant("nf4", attention.best(device))
+        default = Variant("fp16" if device.type == "cuda" else "fp32")
+        return default, f"notebook 2 has measured no variant that runs here, and it is the default on {device.type}"
     distance = (rows["batch"] - settings.eval_batch_size).abs()
     nearest = rows[distance == distance.min()]
-    return find(nearest.loc[nearest["latency_p50_ms"].idxmin(), "variant"])
+    best = nearest.loc[nearest["latency_p50_ms"].idxmin()]
+    return variants.find(best["variant"]), (
+        f"the fastest of {len(nearest)} variants that notebook 2 measured and that run here, with "
+        f"{best['latency_p50_ms']:.3g} ms at batch size {best['batch']:.0f} (the nearest to {settings.eval_batch_size})"
+    )
 
 
-def find_pictures(settings: Parameters) -> tuple[list[Picture], list[tuple[str, str]]]:
-    """The pictures to classify, and what in their folder is none (file, reason).
+def _runs(name: str, device: torch.device) -> bool:
+    try:
+        return not attention.not_runnable(variants.find(name), device)
+    except ValueError:  # a variant of another version of this project
+        return False
+
+
+def find_pictures(study: Study) -> tuple[list[Picture], list[tuple[str, str]]]:
+    """The files to classify, and those that are skipped without opening them (file, reason).
 
     A folder may be flat, hold class folders, or both. Without `pictures` it is the data's test split, else its
     validation split.
     """
+    settings = study.settings
     if not settings.pictures:
-        dataset = data.load(settings)
+        dataset = sources.load(settings)
         split = "test" if dataset.splits.get("test") else "valid"
         skipped = [(file, reason) for file, where, reason in dataset.skipped if where == split]
         return dataset.splits[split], skipped
-    folder = files.resolve(settings.pictures)
-    if not folder.is_dir():
-        raise DataError(f"there is no folder of pictures {settings.pictures!r} (looked from the project's root)")
-    pictures, skipped = [], []
-    for path, reason in sorted(_walk(folder)):
-        if reason := reason or data.not_a_picture(path):
-            skipped.append((data.shown(path, folder), reason))
-        else:
-            label = None if path.parent == folder else path.parent.name
-            pictures.append(data.picture_of(path, folder, label, settings.max_megapixels))
+    pictures, skipped = sources.pictures_below(_folder(settings.pictures), settings.max_megapixels)
     if not (pictures or skipped):
         raise DataError(f"the folder {settings.pictures!r} holds no picture")
     return pictures, skipped
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every file below a folder with '', and every folder that is left out with the reason.
-
-    Linked folders are followed, after all others, so that a folder that is reached twice keeps its own name.
-    """
-    seen, folders, links = set(), [folder], []
-    while folders or links:
-        here = folders.pop() if folders else links.pop(0)
-        if here != folder and here.name.startswith("."):
-            yield here, "hidden folder"
-        elif (real := os.path.realpath(here)) in seen:  # a link upwards would never end
-            yield here, "a link to a folder that is listed already"
-        else:
-            seen.add(real)
-            try:
-                entries = sorted(here.iterdir())
-            except OSError as error:
-                yield here, f"cannot be read: {error.strerror}"
-                continue
-            below = [entry for entry in entries if os.path.isdir(entry)]  # False, not an error, where it is forbidden
-            folders += [entry for entry in below if not entry.is_symlink()]
-            links += [entry for entry in below if entry.is_symlink()]
-            yield from ((entry, "") for entry in entries if entry not in below)
+def tensor_of(predictor: Predictor, picture: Picture) -> torch.Tensor:
+    """One picture as the network takes it: (1, 3, h, w), resized and normalised, on its device."""
+    loaded = predictor.engine.loaded
+    pixels = loaded.preprocess.resize(picture.open())[None].to(loaded.device)
+    return loaded.preprocess.normalise(pixels, loaded.dtype)
 
 
 def predict(
-    predictor: Predictor, pictures: list[Picture], skipped: list[tuple[str, str]], settings: Parameters
+    study: Study, predictor: Predictor, pictures: list[Picture], skipped: list[tuple[str, str]]
 ) -> tuple[pd.DataFrame, Passed, float]:
-    """Classify every picture: `records/predictions.csv` (a row a file), what was passed, and images per second.
+    """Classify every picture: `records/predictions.csv` (a row a file), what was read, and images per second.
 
-    Decoding and the network run at the same time (`pipeline.classify`). The rate covers decoding, resizing, the network
-    and its results; it is NaN where no picture can be read, and the network is not called then. A label that the
-    checkpoint does not know stands in the table and does not count for accuracy.
+    Decoding and the network run at the same time (`stream.classify`). The rate covers decoding, resizing, the network
+    and its results, and is in `records/inference.json` with its conditions; it is NaN where no picture can be read, and
+    the network is not called then. A label that the checkpoint does not know is in the table and does not count for
+    accuracy.
     """
-    start = time.perf_counter()
-    passed = pipeline.classify(
+    settings, start = study.settings, time.perf_counter()
+    passed = stream.classify(
         pictures,
         predictor.engine,
         batch_size=settings.eval_batch_size,
@@ -150,11 +193,22 @@ def predict(
     faults = pd.DataFrame(lost, columns=["file", "reason"]).assign(status="skipped", label="", label_name="")
     filled = [part for part in (frame, faults) if len(part)] or [frame]
     frame = pd.concat(filled, ignore_index=True).reindex(columns=records.COLUMNS["predictions"])
-    records.write_table(frame, files.study_folder(settings.study) / "records" / "predictions.csv")
-    return frame, passed, rate
+    about = {
+        "variant": predictor.variant.name,
+        "device": predictor.engine.loaded.device.type,
+        "decoder": passed.decoder,
+        "decoded_on_device": passed.on_device,
+        "batch": settings.eval_batch_size,
+        "workers": settings.workers,
+        "pictures": len(passed.pictures),
+        "images_per_s": rate,
+        "source": _source(settings.pictures),
+    }
+    study.write_json("inference", about)
+    return study.write("predictions", frame), passed, rate
 
 
-def _rows(passed: Passed, labels: data.Labels) -> pd.DataFrame:
+def _rows(passed: Passed, labels: Labels) -> pd.DataFrame:
     best = passed.logits.softmax(dim=1).topk(min(TOP, passed.logits.shape[1]), dim=1)
     names = dict(zip(labels.folders, labels.names, strict=True))
     rows = []
@@ -189,36 +243,30 @@ def accuracy(frame: pd.DataFrame, predictor: Predictor) -> pd.Series:
     )
 
 
-def readable(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
-    """Rows spread over the files: file, status, right name, the three best names with their probabilities."""
-    frame = frame.iloc[_chosen(len(frame), rows)]
-    shown = frame[["file", "status", "label_name"]].copy()
+def sample(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
+    """Rows spread over the files, with the three best names and their probabilities as `guess_1` … `guess_3`."""
+    shown = frame.iloc[_chosen(len(frame), rows)].copy()
     for rank in (1, 2, 3):
-        pairs = zip(frame[f"name_{rank}"], frame[f"probability_{rank}"], strict=True)
-        shown[f"guess {rank}"] = ["" if pd.isna(p) else f"{name} ({100 * p:.1f} %)" for name, p in pairs]
-    shown["reason"] = frame["reason"]
+        pairs = zip(shown[f"name_{rank}"], shown[f"probability_{rank}"], strict=True)
+        shown[f"guess_{rank}"] = ["" if pd.isna(p) else f"{name} ({100 * p:.1f} %)" for name, p in pairs]
     return shown
-
-
-def caption(frame: pd.DataFrame, rows: int = 12) -> str:
-    """How much of the predictions `readable` shows, and where the rest is (Markdown)."""
-    return (
-        f"*{min(rows, len(frame)):,} of {len(frame):,} rows, with the three best names; all rows, with {TOP}, are in "
-        "`records/predictions.csv`.*"
-    )
 
 
 def examples(frame: pd.DataFrame, passed: Passed, count: int) -> tuple[list[np.ndarray], list[str]]:
     """Pictures (h, w, 3) spread evenly over the files, as the network sees them, and titles with the best name.
 
-    They are read anew, as a pass keeps no pixels. One empty picture that says so where none could be read: a figure
-    needs something to show.
+    They are read again, as no pixels are kept. Where none could be read, one empty picture says so: a figure needs
+    something to show.
     """
     if not passed.pictures:
         return [np.full((*passed.preprocess.side, 3), 255, dtype=np.uint8)], ["no picture could be read"]
     chosen = _chosen(len(passed.pictures), count)
-    titles = [f"{frame['name_1'][i]}\n{100 * frame['probability_1'][i]:.0f} %" for i in chosen]
-    return [passed.look(i) for i in chosen], titles
+    titles = []
+    for position in chosen:
+        guess, right = frame["name_1"][position], frame["label_name"][position]
+        text = f"{guess}\n{100 * frame['probability_1'][position]:.0f} %"
+        titles.append(text if right in ("", guess) else f"{text}, is {right}")
+    return [passed.look(position) for position in chosen], titles
 
 
 def marks(frame: pd.DataFrame, count: int) -> list[bool | None]:
@@ -233,15 +281,15 @@ def _chosen(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
-def headline(frame: pd.DataFrame, predictor: Predictor, rate: float, note: str = "") -> str:
-    """What the record says, in a few sentences (Markdown); `note` is what the pass says about its pixels."""
+def headline(frame: pd.DataFrame, predictor: Predictor, rate: float, note: str = "") -> Markdown:
+    """What the record says, in a few sentences; `note` is what the decoder says about its pixels."""
     found = accuracy(frame, predictor)
+    skipped = f" {found['skipped']:.0f} files were skipped, each with its reason." if found["skipped"] else ""
     if not found["pictures"]:
-        return f"- No picture could be read; {found['skipped']:.0f} files were skipped, each with its reason."
+        return Markdown(f"- No picture could be read.{skipped}")
     lines = [
-        f"- {found['pictures']:.0f} pictures were classified by **{predictor.variant.name}** on "
-        f"{predictor.engine.loaded.device.type}, {rate:,.0f} images per second from file to answer."
-        + (f" {found['skipped']:.0f} files were skipped, each with its reason." if found["skipped"] else "")
+        f"- {found['pictures']:.0f} pictures were classified by **{predictor.variant.label}** on "
+        f"{predictor.engine.loaded.device.type}, {rate:,.0f} images/s from file to answer.{skipped}"
     ]
     if found["labelled"]:
         lines.append(
@@ -250,6 +298,4 @@ def headline(frame: pd.DataFrame, predictor: Predictor, rate: float, note: str =
         )
     else:
         lines.append("- None of them has a known class, so there is no accuracy to report.")
-    if note:
-        lines.append(f"- {note}")
-    return "\n".join(lines)
+    return Markdown("\n".join([*lines, f"- {note}"] if note else lines))

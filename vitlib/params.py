@@ -100,6 +100,9 @@ class Parameters(BaseModel):
 
     pictures: str = _parameter("", "folder of pictures, flat or in class folders; empty: the test split", 4)
     variant: str = _parameter("auto", "name of a variant; auto is the fastest that this study measured", 4)
+    checkpoints_of: str = _parameter(
+        "", "study whose checkpoints are used; empty: this one", 4, pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$"
+    )
     decoder: Literal["pil", "nvjpeg", "auto"] = _parameter(
         "pil", "auto is nvJPEG on the GPU where it works; its pixels differ slightly", 4
     )

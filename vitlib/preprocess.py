@@ -1,8 +1,8 @@
-"""From a decoded picture to the tensor a checkpoint expects, and back. Level 1.
+"""From a decoded picture to the tensor that a checkpoint expects.
 
 The settings are always those of the checkpoint's own image processor: nothing here has a default size, mean
 or standard deviation. Resizing is deterministic and happens once a picture, on the CPU; cropping, flipping
-and normalising are batched and run on whatever device the batch lies on. Training and evaluation therefore
+and normalising are batched and run on the device of the batch. Training and evaluation therefore
 share one resize and one normalisation by construction.
 """
 
@@ -19,6 +19,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 # What torch calls Pillow's filters; its other modes have no counterpart.
 TENSOR_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
+
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's convert("L")
 
 
 class PreprocessError(ValueError):
@@ -64,7 +66,7 @@ class Preprocess:
         return out["pixel_values"][0].to(torch.uint8)
 
     def not_resizable_on_device(self) -> str:
-        """Why `resize_on_device` cannot stand in for `resize` ('' if it can)."""
+        """Why `resize_on_device` cannot replace `resize` ('' if it can)."""
         if not self._plain_resize or int(self.processor.resample) not in TENSOR_MODES:
             return "the checkpoint's preprocessing is not one bilinear or bicubic resize"
         return ""
@@ -121,27 +123,56 @@ def new(side: int) -> Preprocess:
     return Preprocess(ViTImageProcessorPil(size={"height": side, "width": side}))
 
 
-def augment(batch: torch.Tensor, *, crop_area: float, generator: torch.Generator) -> torch.Tensor:
-    """Random crops of `crop_area`…1 of the area (aspect ¾…4/3), flipped half the time, at the batch's own size.
+def augment(
+    batch: torch.Tensor,
+    *,
+    crop_area: float,
+    generator: torch.Generator,
+    side: int | None = None,
+    rotation: float = 0.0,
+    jitter: float = 0.0,
+) -> torch.Tensor:
+    """Random views (n, 3, side, side) of a batch (n, 3, h, w) with values 0…255; float32 on the same device.
 
-    Takes (n, 3, h, w) of any real dtype and returns float32 on the same device. Random numbers come from the
-    CPU `generator`, so that a GPU and a CPU cut the same crops (Szegedy et al. 2015, section 6, gives the scheme).
+    Crops of `crop_area`…1 of the area with an aspect of ¾…4/3 (Szegedy et al. 2015, section 6), mirrored half the time
+    and turned by up to `rotation` degrees, in one resampling; what a turned crop takes from outside is reflected. Then
+    brightness, saturation and contrast change by a factor of 1 ± `jitter` each. Without `side` views have the batch's
+    size. Random numbers come from `generator`: with one of the CPU, a GPU and a CPU cut the same crops.
     """
-    count = batch.shape[0]
-    area = torch.empty(count).uniform_(crop_area, 1, generator=generator)
-    aspect = torch.empty(count).uniform_(-1, 1, generator=generator).mul(np.log(4 / 3) / 2).exp()
-    side = area.sqrt()
-    aspect = aspect.clamp(min=side, max=1 / side)  # a crop wider or higher than the picture would lose area
-    scale_x, scale_y = side * aspect, side / aspect
-    shift_x = torch.empty(count).uniform_(-1, 1, generator=generator) * (1 - scale_x)
-    shift_y = torch.empty(count).uniform_(-1, 1, generator=generator) * (1 - scale_y)
-    flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = scale_x * flip, shift_x, scale_y, shift_y
-    if batch.is_cuda:  # from pinned memory the copy is queued; else the host would wait for the device at each step
+    count, _, height, width = batch.shape
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
+
+    shortest = uniform(crop_area, 1).sqrt()
+    aspect = (uniform(-1, 1) * (np.log(4 / 3) / 2)).exp()
+    # A crop wider or higher than the picture would lose area.
+    aspect = aspect.clamp(min=shortest, max=1 / shortest)
+    wide, high = shortest * aspect, shortest / aspect
+    shift_x, shift_y = uniform(-1, 1) * (1 - wide), uniform(-1, 1) * (1 - high)
+    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    angle = uniform(-1, 1) * np.radians(rotation) if rotation else torch.zeros_like(wide)
+    across = torch.stack((angle.cos() * wide * mirror, -angle.sin() * high, shift_x), dim=1)
+    down = torch.stack((angle.sin() * wide * mirror, angle.cos() * high, shift_y), dim=1)
+    theta = torch.stack((across, down), dim=1)
+    if batch.is_cuda and not theta.is_cuda:  # from pinned memory the copy is queued; else the host waits at each step
         theta = theta.pin_memory().to(batch.device, non_blocking=True)
-    grid = torch.nn.functional.affine_grid(theta, list(batch.shape), align_corners=False)
-    sampled = torch.nn.functional.grid_sample(
+    size = (height, width) if side is None else (side, side)
+    grid = torch.nn.functional.affine_grid(theta, [count, batch.shape[1], *size], align_corners=False)
+    views = torch.nn.functional.grid_sample(
         batch.to(torch.float32), grid, padding_mode="reflection", align_corners=False
     )
-    return sampled
+    if not jitter:
+        return views
+    factors = [uniform(1 - jitter, 1 + jitter).view(-1, 1, 1, 1).to(batch.device) for _ in range(3)]
+    return _jittered(views, *factors)
+
+
+def _jittered(
+    views: torch.Tensor, brightness: torch.Tensor, saturation: torch.Tensor, contrast: torch.Tensor
+) -> torch.Tensor:
+    views = views * brightness
+    grey = GREY[0] * views[:, :1] + GREY[1] * views[:, 1:2] + GREY[2] * views[:, 2:]
+    views = grey + (views - grey) * saturation
+    mean = grey.mean(dim=(2, 3), keepdim=True)
+    return (mean + (views - mean) * contrast).clamp_(0, 255)

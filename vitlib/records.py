@@ -69,7 +69,7 @@ NOTEBOOKS: dict[str, str] = {
     "variants": "2_evaluate",
     "kernels": "2_evaluate",
     "ablation": "3_ablation",
-    "predictions": "4_inference",
+    **dict.fromkeys(("predictions", "inference"), "4_inference"),
     "claims": "5_claims",
     "environment": "2_evaluate",
     **dict.fromkeys(("accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),

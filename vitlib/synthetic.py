@@ -10,12 +10,10 @@ Coordinates: the picture spans [-1, 1] on both axes, y downwards; a head's own f
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -203,31 +201,6 @@ def render(flower: FlowerClass, *, index: int, split: str, seed: int, size: int)
     if rng.random() < 0.2:
         _occlude(canvas, rng)
     return _photograph(canvas, rng)
-
-
-def write_tree(
-    folder: str | Path, *, flowers: Sequence[FlowerClass], per_class: Mapping[str, int], seed: int, size: int
-) -> Path:
-    """Write `folder/<split>/<class key>/<index>.png` and `folder/cat_to_name.json`; return the folder.
-
-    The layout of the Kaggle copy of Oxford 102 Flowers; `per_class` maps each split to pictures a class.
-    Raises ValueError for an unknown split or two flowers with one key.
-    """
-    root = Path(folder)
-    if len({flower.key for flower in flowers}) != len(flowers):
-        raise ValueError("flowers must have distinct keys")
-    for split in per_class:
-        _require("split", split, SPLITS)
-    for split, count in per_class.items():
-        for flower in flowers:
-            place = root / split / flower.key
-            place.mkdir(parents=True, exist_ok=True)
-            for index in range(count):
-                pixels = render(flower, index=index, split=split, seed=seed, size=size)
-                Image.fromarray(pixels).save(place / f"{index:05d}.png")
-    names = {flower.key: flower.name for flower in flowers}
-    (root / "cat_to_name.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
-    return root
 
 
 def _generator(seed: int, key: str, split: str, index: int) -> np.random.Generator:

@@ -15,9 +15,10 @@ import peft
 import torch
 from torch import nn
 
-from vitlib import adapters, files, quantize, training
+from vitlib import adapters, files, quantize
+from vitlib import trainer as training
 from vitlib.preprocess import Preprocess
-from vitlib.training import Examples, Recipe
+from vitlib.trainer import Examples, Recipe
 
 
 @dataclass(frozen=True)

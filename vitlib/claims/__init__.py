@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from vitlib import data, origin, stats
+from vitlib import origin, sources, stats
 from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, find, kind_of, load, text
 from vitlib.claims.mismatch import MISTAKE, looks, mistake, mistake_in_words
 from vitlib.claims.quantities import OTHER_NETWORK, Missing
-from vitlib.data import Dataset
 from vitlib.records import MissingRecord
+from vitlib.sources import Dataset
 from vitlib.study import Study
 from vitlib.tables import Column, Markdown, table
 
@@ -40,7 +40,7 @@ _COLOURS = {HOLDS: "#1c7c4a", HOLDS_ONLY: "#8a6100", FAILS: "#b3261e", UNTESTED:
 
 def pictures(study: Study) -> Dataset:
     """The pictures of the study."""
-    return data.load(study.settings)
+    return sources.load(study.settings)
 
 
 def verdicts(study: Study) -> pd.DataFrame:

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import checkpoint, data, engine, preprocess, stats
+from vitlib import checkpoint, engine, preprocess, sources, stats
 from vitlib.claims.claim import load
-from vitlib.data import Dataset
 from vitlib.preprocess import Preprocess
+from vitlib.sources import Dataset
 from vitlib.study import Study
 from vitlib.tables import Column, Markdown
 from vitlib.variants import Variant
@@ -85,7 +85,7 @@ def mistake(study: Study, dataset: Dataset) -> pd.DataFrame:
                 continue
             shape = str(pre.describe()["size"])
             if shape not in decoded:  # decoding does not normalise, so two of the four share their pictures
-                decoded[shape] = data.decode_splits(dataset, ["valid"], pre, study.settings.workers)["valid"]
+                decoded[shape] = sources.decode_splits(dataset, ["valid"], pre, study.settings.workers)["valid"]
             runner = engine.Engine(replace(loaded, preprocess=pre))
             pixels, batch = decoded[shape].pixels, study.settings.eval_batch_size
             found[weights, name] = engine.logits(runner, pixels, batch).numpy()
@@ -127,7 +127,7 @@ def looks(study: Study, dataset: Dataset, count: int = 1) -> tuple[list[np.ndarr
     """
     own = preprocess.load(study.checkpoint("merged"))
     images, titles = [], []
-    for picture in data.evenly(dataset.splits["valid"], count):
+    for picture in sources.evenly(dataset.splits["valid"], count):
         for name, pre in preprocessings(own).items():
             images.append(_as_read(pre.normalise(pre.resize(picture.open())[None])[0], own))
             titles.append(name)

@@ -1,13 +1,15 @@
-"""Train a network on decoded pictures with `transformers.Trainer`, and survive being killed. Level 2.
+"""Train a network on decoded pictures with `transformers.Trainer`, and survive being killed.
 
 Two things are added to the Trainer. Pictures stay uint8 until they are on the device, where a batch is cropped,
-flipped and normalised by the checkpoint's own preprocessing. And a training checkpoint counts only once a manifest
-with the checksum of each of its files stands beside them: the Trainer writes several files one after the other and
-would resume from a part of them without a word.
+flipped and normalised by the checkpoint's own preprocessing. And a training checkpoint is valid only with a manifest
+that holds the checksum of each of its files: the Trainer writes several files one after the other and would resume from
+an incomplete set without an error.
 
-On a GPU a step must not wait for the host nor the host for a step: the pictures lie on the device, what is drawn on the
-host is copied without a wait, and where it pays the blocks are compiled, before the clock of the first epoch starts.
+On a GPU a step must not wait for the host nor the host for a step: the pictures are on the device, what is drawn on the
+host is copied without a wait, and the blocks of long runs are compiled before the clock of the first epoch starts.
 """
+
+from __future__ import annotations
 
 import hashlib
 import importlib.util
@@ -17,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +32,7 @@ from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
 from transformers.trainer_utils import sort_checkpoints
 
 from vitlib import adapters, attention, files, preprocess, records
+from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
@@ -52,6 +55,13 @@ class Recipe:
     seed: int
     compile: str = "never"
 
+    @classmethod
+    def of(cls, settings: Parameters) -> Recipe:
+        """What a parameter set says about fine-tuning."""
+        renamed = {"batch_size": settings.train_batch_size, "compile": settings.compile_training}
+        same = (field.name for field in fields(cls) if field.name not in renamed)
+        return cls(**renamed, **{name: getattr(settings, name) for name in same})
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -60,14 +70,14 @@ class Examples:
     pixels: torch.Tensor
     labels: torch.Tensor
 
-    def to(self, device: torch.device) -> "Examples":
-        """Both on `device`, if the pixels take at most a quarter of the memory that is free there; else as they are."""
+    def to(self, device: torch.device) -> Examples:
+        """Both on `device` if the pixels take at most a quarter of its free memory; else unchanged."""
         if device.type != "cuda" or self.pixels.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
             return self
         return Examples(self.pixels.to(device), self.labels.to(device))
 
     def take(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels and labels of `rows`, where they lie; nothing waits for the device."""
+        """Pixels and labels of `rows`, on their device; nothing waits for it."""
         index = torch.tensor(rows)
         if self.pixels.is_cuda:
             index = index.pin_memory().to(self.pixels.device, non_blocking=True)
@@ -75,7 +85,7 @@ class Examples:
 
 
 class ResumeError(ValueError):
-    """Training cannot go on from what is there; the message says why and what to do."""
+    """Training cannot be resumed; the message says why and what to do."""
 
 
 class _Rows(torch.utils.data.Dataset):
@@ -91,11 +101,11 @@ class _Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.examples.labels)
 
-    def __getitem__(self, row: int) -> tuple["_Rows", int]:
+    def __getitem__(self, row: int) -> tuple[_Rows, int]:
         return self, row
 
     @staticmethod
-    def collate(items: list[tuple["_Rows", int]]) -> dict[str, torch.Tensor]:
+    def collate(items: list[tuple[_Rows, int]]) -> dict[str, torch.Tensor]:
         dataset, rows = items[0][0], [row for _, row in items]
         missing = max(dataset.full - len(rows), 0)
         pixels, labels = dataset.examples.take(rows + rows[:1] * missing)
@@ -105,7 +115,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 class ImageTrainer(Trainer):
-    """The Trainer over uint8 pictures, with augmentation on the device and training checkpoints that are whole."""
+    """The Trainer over uint8 pictures, with augmentation on the device and checksums in its training checkpoints."""
 
     def __init__(
         self, *args: object, pre: Preprocess, recipe: Recipe, identity: dict, compiled: bool, **kwargs: object
@@ -127,54 +137,48 @@ class ImageTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def warm_up(self) -> float:
-        """Seconds in which the blocks were compiled, on the first batch; weights and random streams are as before.
+        """Compile the blocks on a first batch and see that it fits; seconds of compilation (0.0 without it).
 
-        Where the compiler fails (Triton wants a C compiler, for one), 'auto' says so in a line and goes on without it.
-        Where memory does not suffice, activations are computed again in the backward pass instead of being kept. That
-        costs time and changes no gradient; MemoryError where it is not enough either. What the optimizer keeps comes
-        later: little but for the method "full".
+        Weights and random streams stay as they are. Where the compiler fails (Triton needs a C compiler, for one),
+        `compile="auto"` prints it and trains without. Where memory does not suffice, activations are recomputed in the
+        backward pass, which costs time and changes no gradient; MemoryError where that does not suffice either. The
+        optimizer's state is allocated later; it is small except for the method "full".
         """
         cuda = self.args.device.type == "cuda"
         if not (self.compiled or cuda):
             return 0.0
         start = time.perf_counter()
-        devices = list(range(torch.cuda.device_count())) if cuda else []
-        with torch.random.fork_rng(devices=devices):
-            if failed := self._fitting_batch():
-                print(f"not compiled, {failed}")
-                uncompile(self.model)
-                self._freed()
-                self._fitting_batch()  # it keeps more than a compiled one; nothing is left that could fail to compile
-            self.model_wrapped.zero_grad()
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if cuda else []):
+            done = False
+            while not done:
+                too_large, failed = False, ""
+                try:
+                    self._one_batch()
+                    done = True
+                except torch.OutOfMemoryError:
+                    too_large = True  # handled below: here the traceback still holds tensors
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    if self.recipe.compile != "auto":
+                        raise
+                    failed = files.first_line(error)
+                self.model_wrapped.zero_grad()
+                if cuda and not done:
+                    torch.cuda.empty_cache()
+                if too_large:
+                    self._recompute_activations()
+                if failed:
+                    print(f"not compiled, {failed}")
+                    uncompile(self.model)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start if self.compiled else 0.0
 
-    def _fitting_batch(self) -> str:
-        """One batch, without keeping activations where memory asks for it; why the compiler failed ('' if not)."""
+    def _recompute_activations(self) -> None:
         batch = f"a training batch of {self.args.train_batch_size} pictures does not fit this device's memory"
-        while True:
-            try:
-                self._one_batch()
-            except torch.OutOfMemoryError:
-                pass  # nothing is freed here yet: the traceback holds tensors
-            except torch._dynamo.exc.TorchDynamoException as error:
-                if self.recipe.compile != "auto":
-                    raise
-                return files.first_line(error)
-            else:
-                return ""
-            self._freed()
-            if self.model.is_activation_checkpointing:
-                raise MemoryError(f"{batch}: set train_batch_size to a smaller number")
-            print(f"{batch}: activations are not kept (activation checkpointing)")
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def _freed(self) -> None:
-        """Nothing is left on the device of a batch that was cut off."""
-        self.model_wrapped.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self.model.is_activation_checkpointing:
+            raise MemoryError(f"{batch}: set train_batch_size to a smaller number")
+        print(f"{batch}: activations are recomputed in the backward pass (activation checkpointing)")
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def _one_batch(self) -> None:
         rows = range(min(self.args.train_batch_size, len(self.train_dataset)))  # of all devices together
@@ -278,17 +282,16 @@ def train(
 ) -> pd.DataFrame:
     """Train `model` in place on `examples['train']`, validate each epoch, and return a row an epoch.
 
-    `folder` receives the training checkpoints of the last two epochs. With `resume` it goes on from the newest whole
-    one. Columns: those of `records/finetune.csv`, the seconds of compilation before an epoch, by `backend`, and whether
-    activations were computed again instead of being kept (see `ImageTrainer.warm_up`).
-    `about` holds further settings that make a run another run. Afterwards the model is in fp32 arithmetic again, on
-    `device`. ResumeError where the folder holds a run of another recipe, other settings, other data or other initial
-    weights.
+    `folder` receives the training checkpoints of the last two epochs; with `resume` training continues from the newest
+    undamaged one. Columns: those of `records/finetune.csv`, `compile_s` (seconds before an epoch) and `recomputed`
+    (whether activations were recomputed, see `ImageTrainer.warm_up`). `about` holds further settings that identify a
+    run. Afterwards the model computes in fp32 again, on `device`. ResumeError where the folder holds a run of another
+    recipe, other settings, other data or other initial weights.
     """
     set_seed(recipe.seed)
     compiled = compiles(recipe, model, len(examples["train"].labels), device)
     identity = identity_of(model, examples, recipe, about or {})
-    start_from = newest_whole_checkpoint(folder, identity) if resume else None
+    start_from = newest_intact_checkpoint(folder, identity) if resume else None
     if start_from is None:
         shutil.rmtree(folder, ignore_errors=True)
     placed = _placed(examples, device)
@@ -321,7 +324,7 @@ def _placed(examples: Mapping[str, Examples], device: torch.device) -> dict[str,
 
 
 def augmented(pixels: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
-    """The crops of step `step`: a resumed run cuts the same ones as a run that was never stopped."""
+    """The crops of step `step`: a resumed run cuts the same ones as an uninterrupted run."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     return preprocess.augment(pixels, crop_area=recipe.crop_area, generator=generator)
 
@@ -340,10 +343,10 @@ def compiles(recipe: Recipe, model: nn.Module, pictures: int, device: torch.devi
 
 @contextmanager
 def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
-    """Within, the transformer blocks run compiled by `backend`, for one shape; None leaves all as it is.
+    """Run the transformer blocks compiled by `backend`, for one shape, in this context; None changes nothing.
 
-    One compilation serves all blocks. For that they must be alike: where blocks are trained, the first one's input
-    gets a gradient that nobody needs, as all others do. And attention takes no mask, see `attention.attend`.
+    One compilation serves all blocks, so they must be alike: where blocks are trained, the first one's input requires a
+    gradient, as all others' do. Attention takes no mask, see `attention.attend`.
     """
     if backend is None:
         yield
@@ -369,7 +372,7 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
 
 
 def uncompile(model: nn.Module) -> None:
-    """Let modules that were compiled in place run as they are written again."""
+    """Undo `module.compile()` for all modules of `model`."""
     for module in model.modules():
         module._compiled_call_impl = None
 
@@ -435,34 +438,34 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bo
     )
 
 
-def newest_whole_checkpoint(folder: Path, identity: Mapping[str, object]) -> Path | None:
-    """The newest training checkpoint whose files all match its manifest; damaged ones are named and passed over.
+def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Path | None:
+    """The newest training checkpoint whose files all match its manifest; damaged ones are named and not used.
 
-    None where there is none. ResumeError where one was written by a run with another recipe or other data.
+    None where there is none. ResumeError where it was written by a run with another recipe or other data.
     """
     if not folder.is_dir():
         return None
     for path in reversed([Path(name) for name in sort_checkpoints(str(folder))]):
         if fault := damage(path):
-            print(f"{path.name} is not whole ({fault}): passed over")
+            print(f"{path.name} is damaged and not used ({fault})")
             continue
         written_for = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["identity"]
         if written_for != json.loads(json.dumps(identity)):
             raise ResumeError(
                 f"{path.name} was written with other settings ({_difference(written_for, identity)}): "
-                "set them back, or set resume to false to start anew"
+                "set them back, or set resume to false to start again"
             )
-        print(f"going on from {path.name}")
+        print(f"resuming from {path.name}")
         return path
     return None
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a training checkpoint ('' if it is whole)."""
+    """What is wrong with a training checkpoint ('' if nothing is)."""
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "no readable manifest: saving was cut off"
+        return "no readable manifest: saving was interrupted"
     present = {file.name for file in checkpoint.iterdir()} - {MANIFEST}
     if missing := sorted(set(listed) - present):
         return f"{missing[0]} is missing"

@@ -1,0 +1,379 @@
+"""Pictures from any source behind one interface: splits, labels, and what was skipped.
+
+A source gives `Dataset`: for each split a list of `Picture` with its class folder's name, and the display name of each
+class. Integer class ids never come from here once a checkpoint exists: `Labels` maps folder names to the ids that
+the checkpoint was trained with.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from vitlib import files, synthetic
+from vitlib.decode import BadPicture, Decoded, Picture, decode, decode_file, not_a_picture, open_picture, plain_jpeg
+from vitlib.params import Parameters
+from vitlib.preprocess import Preprocess
+
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message says what to do."""
+
+
+@dataclass
+class Dataset:
+    """Splits of pictures, display names by class, and what was skipped (file, split, reason)."""
+
+    splits: dict[str, list[Picture]]
+    names: dict[str, str]
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def classes(self) -> list[str]:
+        """Class folders of the training split, in natural order ('2' before '10')."""
+        return sorted({picture.label for picture in self.splits["train"] if picture.label}, key=_natural)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a split: pictures, classes, fewest and most pictures of a class, unlabelled and skipped ones."""
+        rows = []
+        for split, pictures in self.splits.items():
+            counts = pd.Series([p.label for p in pictures if p.label is not None], dtype=object).value_counts()
+            skipped = sum(where == split for _, where, _ in self.skipped)
+            rows.append(
+                {
+                    "split": split,
+                    "pictures": len(pictures),
+                    "classes": len(counts),
+                    "fewest of a class": int(counts.min()) if len(counts) else 0,
+                    "most of a class": int(counts.max()) if len(counts) else 0,
+                    "unlabelled": sum(p.label is None for p in pictures),
+                    "skipped": skipped,
+                }
+            )
+        return pd.DataFrame(rows).set_index("split")
+
+    def problems(self) -> pd.DataFrame:
+        """The skipped files with their reasons."""
+        return pd.DataFrame(self.skipped, columns=["file", "split", "reason"])
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A checkpoint's classes: position is the id, `folders` the class folders, `names` what a person reads."""
+
+    folders: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def ids(self, pictures: Iterable[Picture]) -> torch.Tensor:
+        """int64 ids (n,) of the pictures' classes; −1 for an unlabelled one. DataError for an unknown class."""
+        known = {folder: number for number, folder in enumerate(self.folders)}
+        ids = []
+        for picture in pictures:
+            if picture.label is not None and picture.label not in known:
+                raise DataError(f"{picture.file}: the checkpoint knows no class {picture.label!r}")
+            ids.append(-1 if picture.label is None else known[picture.label])
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def check(self, dataset: Dataset, split: str) -> None:
+        """DataError unless `split` holds a picture of every class that the checkpoint knows, and no other class."""
+        found = {picture.label for picture in dataset.splits[split] if picture.label is not None}
+        if missing := [folder for folder in self.folders if folder not in found]:
+            raise DataError(
+                f"split {split!r} has pictures of {len(found)} classes, the checkpoint knows {len(self.folders)}; "
+                f"missing: {_some(missing)}. Accuracy over a part of the classes is another number: complete the "
+                "data, or fine-tune on these classes first."
+            )
+        if extra := sorted(found - set(self.folders), key=_natural):
+            raise DataError(f"split {split!r} has classes that the checkpoint does not know: {_some(extra)}")
+
+
+def load(settings: Parameters) -> Dataset:
+    """The data set that `settings.data_source` names, checked and cut to `settings.limit`."""
+    kind, _, rest = settings.data_source.partition(":")
+    if settings.data_source == "synthetic":
+        dataset = from_synthetic(synthetic.TARGET_CLASSES, settings)
+    elif kind == "hub":
+        dataset = from_hub(rest, settings.max_megapixels)
+    elif kind == "torchvision":
+        dataset = from_torchvision(rest, settings.max_megapixels)
+    else:
+        dataset = from_folder(existing_folder(settings.data_source), settings.max_megapixels)
+    check(dataset)
+    for split, pictures in dataset.splits.items():
+        dataset.splits[split] = evenly(pictures, settings.limit)
+    return dataset
+
+
+def check(dataset: Dataset) -> None:
+    """DataError for a missing split, and where training and validation do not have the same classes."""
+    for split in ("train", "valid"):
+        if not dataset.splits.get(split):
+            raise DataError(
+                f"there is no split {split!r} with labelled pictures: make folders train/<class>/ and valid/<class>/"
+            )
+    found = {
+        split: {picture.label for picture in pictures if picture.label is not None}
+        for split, pictures in dataset.splits.items()
+    }
+    for split in ("valid", "test"):
+        if unknown := sorted(found.get(split, set()) - found["train"], key=_natural):
+            raise DataError(f"split {split!r} has classes without training pictures: {_some(unknown)}")
+    if missing := sorted(found["train"] - found["valid"], key=_natural):  # said now, not after hours of training
+        raise DataError(
+            f"split 'valid' has no picture of {_some(missing)}, which 'train' has: move some pictures of each class "
+            "there, or remove the class from 'train'"
+        )
+
+
+def evenly(pictures: list[Picture], limit: int) -> list[Picture]:
+    """At most `limit` pictures (0: all), one of each class in turn, in the given order within a class."""
+    if not limit or len(pictures) <= limit:
+        return pictures
+    by_class = defaultdict(list)
+    for position, picture in enumerate(pictures):
+        by_class[picture.label].append(position)
+    turns = sorted((turn, position) for group in by_class.values() for turn, position in enumerate(group))
+    return [pictures[position] for position in sorted(position for _, position in turns[:limit])]
+
+
+def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
+    """Flower pictures drawn when they are opened; valid and test hold half as many of a class as train."""
+    counts = {"train": settings.pictures_per_class}
+    counts["valid"] = counts["test"] = settings.pictures_per_class // 2
+    splits = {
+        split: [
+            Picture(f"{split}/{flower.key}/{index:04d}", flower.key, partial(_draw, flower, index, split, settings))
+            for flower in flowers
+            for index in range(count)
+        ]
+        for split, count in counts.items()
+    }
+    return Dataset(splits, {flower.key: flower.name for flower in flowers})
+
+
+def _draw(flower: synthetic.FlowerClass, index: int, split: str, settings: Parameters) -> Image.Image:
+    size = settings.image_size
+    return Image.fromarray(synthetic.render(flower, index=index, split=split, seed=settings.seed, size=size))
+
+
+def existing_folder(name: str) -> Path:
+    """The folder of class folders called `name`, from the project's root. DataError where there is none."""
+    folder = files.resolve(name)
+    if not folder.is_dir():
+        raise DataError(
+            f"there is no data folder {name!r} (looked from the project's root): put or link the pictures "
+            "there as train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
+        )
+    return folder
+
+
+def check_source(settings: Parameters) -> None:
+    """DataError where `settings.data_source` is a folder that does not exist: said before anything slow."""
+    if settings.data_source != "synthetic" and not settings.data_source.startswith(("hub:", "torchvision:")):
+        existing_folder(settings.data_source)
+
+
+def from_folder(folder: Path, max_megapixels: float) -> Dataset:
+    """The class-folder layout: train/<class>/, valid/<class>/, test/ flat or in classes, cat_to_name.json beside."""
+    splits, skipped = {}, []
+    for split, spellings in SPLITS.items():
+        found = next((folder / name for name in spellings if (folder / name).is_dir()), None)
+        if found is not None:
+            splits[split] = _split(found, folder, split, skipped, max_megapixels)
+    return Dataset(splits, _read_names(folder), skipped)
+
+
+def _split(root: Path, folder: Path, split: str, skipped: list, max_megapixels: float) -> list[Picture]:
+    """The pictures of one split; what is not one joins `skipped`."""
+    pictures = []
+    for path, reason in walk(root):
+        depth = len(path.relative_to(root).parts)
+        if not reason and depth == 1 and split != "test":
+            reason = "not in a class folder"
+        if not reason and depth > 2:
+            reason = "in a folder inside a class folder"
+        if reason:
+            skipped.append((shown(path, folder), split, reason))
+        else:
+            pictures.append(picture_of(path, folder, path.parent.name if depth == 2 else None, max_megapixels))
+    classes = {picture.label for picture in pictures}
+    empty = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in classes]
+    if empty:
+        raise DataError(
+            f"the class folder {empty[0].relative_to(folder)} holds no picture: add pictures or remove the folder "
+            "(and the class from the other splits)"
+        )
+    return pictures
+
+
+def walk(folder: Path) -> list[tuple[Path, str]]:
+    """Every file below a folder, in natural order, with the reason why it is not worth opening ('' if it is).
+
+    Folders that are left out (hidden, unreadable, listed already) are named too. Links to folders are followed, after
+    all others, so that a folder that is reached twice keeps its own name.
+    """
+    found, seen, folders, links = [], set(), [folder], []
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        if here != folder and here.name.startswith("."):  # .ipynb_checkpoints is no class
+            found.append((here, "hidden folder"))
+        elif (real := os.path.realpath(here)) in seen:  # following a link upwards would never end
+            found.append((here, "a link to a folder that is listed already"))
+        else:
+            seen.add(real)
+            try:
+                entries = sorted(here.iterdir())
+            except OSError as error:
+                found.append((here, f"cannot be read: {error.strerror}"))
+                continue
+            below = [entry for entry in entries if os.path.isdir(entry)]  # False, not an error, where it is forbidden
+            folders += [entry for entry in below if not entry.is_symlink()]
+            links += [entry for entry in below if entry.is_symlink()]
+            found += [(entry, not_a_picture(entry)) for entry in entries if entry not in below]
+    return sorted(found, key=lambda pair: [_natural(part) for part in pair[0].relative_to(folder).parts])
+
+
+def pictures_below(folder: Path, max_megapixels: float) -> tuple[list[Picture], list[tuple[str, str]]]:
+    """All pictures below a folder, flat or in class folders, and what is none (file, reason).
+
+    A picture's label is the folder that it is in, None for one directly in `folder`.
+    """
+    found = walk(folder)
+    pictures = [
+        picture_of(path, folder, None if path.parent == folder else path.parent.name, max_megapixels)
+        for path, reason in found
+        if not reason
+    ]
+    return pictures, [(shown(path, folder), reason) for path, reason in found if reason]
+
+
+def shown(path: Path, root: Path) -> str:
+    """A path below `root` as records name it; bytes that are not Unicode text are escaped."""
+    return path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def picture_of(file: Path, root: Path, label: str | None, max_megapixels: float) -> Picture:
+    """A picture in a file, named by its path below `root`."""
+    opening = (partial(function, file, max_megapixels) for function in (open_picture, plain_jpeg))
+    return Picture(shown(file, root), label, *opening)
+
+
+def from_hub(name: str, max_megapixels: float) -> Dataset:
+    """A Hub data set (or a local folder of one) with an image and a class-label column, through `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("`data_source: hub:…` needs the package datasets: pip install -e '.[hub]'") from None
+    folder = files.resolve(name)
+    loaded = datasets.load_dataset(str(folder) if name and folder.is_dir() else name)
+    features = next(iter(loaded.values())).features
+    image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if image is None or label is None:
+        raise DataError(f"{name!r} needs an image and a class-label column, it has {', '.join(features)}")
+    names = features[label].names
+    splits = {}
+    for split, spellings in SPLITS.items():
+        if (key := next((key for key in spellings if key in loaded), None)) is not None:
+            table = loaded[key].cast_column(image, datasets.Image(decode=False))  # opened here, with our limits
+            splits[split] = [
+                Picture(
+                    f"{split}/{row:06d}",
+                    None if number is None or number < 0 else names[number],  # −1: unlabelled, by the Hub's custom
+                    partial(_open_row, table, row, image, max_megapixels),
+                )
+                for row, number in enumerate(table[label])
+            ]
+    return Dataset(splits, {key: key.replace("_", " ") for key in names})
+
+
+def _open_row(table: object, row: int, column: str, max_megapixels: float) -> Image.Image:
+    cell = table[row][column]
+    if not cell:
+        raise BadPicture("no picture in this row")
+    return decode_file(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), max_megapixels)
+
+
+def from_torchvision(folder: str, max_megapixels: float) -> Dataset:
+    """torchvision's Flowers102 (official splits, downloaded to `folder`); classes '1'…'102' as in the class folders."""
+    try:
+        from torchvision.datasets import Flowers102
+    except (ImportError, RuntimeError) as error:  # beside a CPU-only torch its import fails at run time
+        raise DataError(
+            f"`data_source: torchvision:…` needs a working torchvision ({files.first_line(error)}): use class folders"
+        ) from None
+    splits = {}
+    for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
+        table = Flowers102(files.resolve(folder or "data"), split=theirs, download=True)
+        pairs = zip(table._image_files, table._labels, strict=True)
+        splits[split] = [
+            Picture(f"{split}/{Path(file).name}", str(number + 1), partial(open_picture, Path(file), max_megapixels))
+            for file, number in pairs
+        ]
+    return Dataset(splits, {str(number + 1): name for number, name in enumerate(Flowers102.classes)})
+
+
+def _read_names(folder: Path) -> dict[str, str]:
+    for candidate in (folder / "cat_to_name.json", folder.parent / "cat_to_name.json"):
+        if candidate.is_file():
+            try:
+                names = json.loads(candidate.read_text(encoding="utf-8"))
+            except (ValueError, UnicodeDecodeError) as error:
+                raise DataError(f"{candidate.name} is not JSON: {error}") from None
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise DataError(f'{candidate.name} must map class folders to names: {{"1": "pink primrose"}}')
+            return names
+    return {}
+
+
+def new_labels(dataset: Dataset) -> Labels:
+    """Labels for a new head: ids in natural order of the class folders; kept from then on by the checkpoint."""
+    folders = dataset.classes()
+    return Labels(tuple(folders), tuple(dataset.names.get(folder, folder) for folder in folders))
+
+
+def decode_splits(dataset: Dataset, splits: Iterable[str], preprocess: Preprocess, workers: int) -> dict[str, Decoded]:
+    """`decode` each split; what cannot be read joins `dataset.skipped`.
+
+    DataError when a class loses every picture; not in the test split, from which nothing is learnt or chosen.
+    """
+    decoded = {}
+    for split in splits:
+        decoded[split] = decode(dataset.splits[split], preprocess, workers=workers, what=split)
+        dataset.skipped += [(file, split, reason) for file, reason in decoded[split].skipped]
+        lost = {p.label for p in dataset.splits[split]} - {p.label for p in decoded[split].pictures}
+        if split != "test" and (lost := sorted(lost - {None}, key=_natural)):
+            raise DataError(f"no picture of class {_some(lost)} in split {split!r} can be read")
+        dataset.splits[split] = decoded[split].pictures
+    return decoded
+
+
+def one_of_each(decoded: Decoded, labels: Labels, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """The first picture (h, w, 3) of each of the first `count` classes, with the class names."""
+    first = {picture.label: row for row, picture in reversed(list(enumerate(decoded.pictures)))}
+    shown = [
+        (first[folder], name) for folder, name in zip(labels.folders, labels.names, strict=True) if folder in first
+    ]
+    return [decoded.pixels[row].permute(1, 2, 0).numpy() for row, _ in shown[:count]], [n for _, n in shown[:count]]
+
+
+def _natural(text: str) -> list:
+    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    return [*parts, (-1, 0, text)]  # '07' and '7' have an order too
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
