@@ -5,6 +5,7 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
@@ -38,11 +39,21 @@ def five() -> torch.Tensor:
     return torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
+def dequantize_int8(model: nn.Module) -> None:
+    """Replace every int8 linear of `model` by a plain FP16 one: weight-only int8 without its kernels."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, bnb.nn.Linear8bitLt):
+            plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            weight = layer.weight.data.float() * (layer.weight.SCB.float() / quantize.INT8_MAX)[:, None]
+            plain.weight, plain.bias = nn.Parameter(weight.half(), requires_grad=False), layer.bias
+            model.set_submodule(name, plain)
+
+
 @pytest.fixture(scope="module")
 def expected(checkpoints, five):
     """Logits of the plain networks by weight format; w8a16 is the FP16 network with dequantized int8 weights."""
     networks = {name: plain(checkpoints, FORMATS[name].reference) for name in FUSED}
-    quantize.dequantize_int8(networks["w8a16"].model)
+    dequantize_int8(networks["w8a16"].model)
     return {weights: engine.logits(Engine(loaded), five, 3) for weights, loaded in networks.items()}
 
 
@@ -256,7 +267,7 @@ def test_a_mode_of_whole_blocks_is_chosen_by_its_time(checkpoints, monkeypatch):
         replay = SimpleNamespace(replay=lambda: None, us=times[mode][size])
         return Graph(replay, torch.zeros(size, 3), torch.ones(size, 3), 7.0)
 
-    def buffers(blocks, dtype, device, mode, shared_with):
+    def buffers(blocks, mode, shared_with):
         return SimpleNamespace(mode=mode, megabytes=2.0, shared_with=shared_with)
 
     def capture(size):
@@ -328,7 +339,7 @@ def test_weights_of_a_block_are_dequantized_in_time_and_not_overwritten_in_use(
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: queue[-1])
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
-    network.block_buffers = BlockBuffers(network.block_weights, torch.float16, CPU, mode)
+    network.block_buffers = BlockBuffers(network.block_weights, mode)
     blocks, written = network.block_weights, []
     original = BlockWeights.dequantize_into
 
@@ -363,10 +374,10 @@ def test_modes_share_their_buffers(checkpoints, kernel_paths, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     network = fuse(checkpoints, "nf4")
     network.put_side_by_side()
-    one = BlockBuffers(network.block_weights, torch.float16, CPU, "by block")
-    two = BlockBuffers(network.block_weights, torch.float16, CPU, "ahead", one)
+    one = BlockBuffers(network.block_weights, "by block")
+    two = BlockBuffers(network.block_weights, "ahead", one)
     assert two.buffers[0] is one.buffers[0] and len(two.buffers) == 2
-    assert BlockBuffers(network.block_weights, torch.float16, CPU, "by block", two).buffers == two.buffers[:1]
+    assert BlockBuffers(network.block_weights, "by block", two).buffers == two.buffers[:1]
     assert two.megabytes == 2 * one.megabytes == 2 * 12 * 128**2 * 2 / 2**20
 
 
@@ -419,7 +430,7 @@ def test_a_second_stream_changes_no_logit(checkpoints, weights):
     with torch.inference_mode():
         in_turn = network(pixels)
         for mode in MODES:
-            network.block_buffers = BlockBuffers(network.block_weights, torch.float16, torch.device("cuda"), mode)
+            network.block_buffers = BlockBuffers(network.block_weights, mode)
             for _ in range(20):
                 torch.testing.assert_close(network(pixels), in_turn, rtol=1e-3, atol=1e-3)
 

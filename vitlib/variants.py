@@ -24,7 +24,6 @@ class Format:
     """
 
     name: str
-    label: str
     bits: int
     checkpoint: str
     stored: str
@@ -45,14 +44,14 @@ _FP8 = {"bits": 8, "checkpoint": "merged", "stored": "Linear", "reference": "fp1
 # int8 is LLM.int8() with its outliers in FP16; w8a16 and w8a8 multiply the same stored rows without outliers, with FP16
 # activations or with activations quantized row by row. fp8 is quantized from the merged weights when it is loaded.
 _ROWS = (
-    Format("fp32", "FP32", 32, **_PLAIN, reference="fp32", colour="#000000", dtype="float32"),
-    Format("fp16", "FP16", 16, **_PLAIN, reference="fp16", colour="#0072B2"),
-    Format("bf16", "BF16", 16, **_PLAIN, reference="bf16", colour="#56B4E9", dtype="bfloat16"),
-    Format("nf4", "NF4", 4, "nf4", stored="Linear4bit", fused="NF4", reference="nf4", colour="#D55E00"),
-    Format("int8", "INT8", **_INT8, fused="", colour="#009E73", product="int8", capturable=False),
-    Format("w8a16", "W8A16", **_INT8, fused="Int8WeightOnly", colour="#7FCDBB", fused_only=True),
-    Format("w8a8", "W8A8", **_INT8, fused="W8A8", colour="#00543D", product="int8", fused_only=True),
-    Format("fp8", "FP8", **_FP8, fused="FP8", colour="#CC79A7", capability=(8, 9), fused_only=True),
+    Format("fp32", 32, **_PLAIN, reference="fp32", colour="#000000", dtype="float32"),
+    Format("fp16", 16, **_PLAIN, reference="fp16", colour="#0072B2"),
+    Format("bf16", 16, **_PLAIN, reference="bf16", colour="#56B4E9", dtype="bfloat16"),
+    Format("nf4", 4, "nf4", stored="Linear4bit", fused="NF4", reference="nf4", colour="#D55E00"),
+    Format("int8", **_INT8, fused="", colour="#009E73", product="int8", capturable=False),
+    Format("w8a16", **_INT8, fused="Int8WeightOnly", colour="#7FCDBB", fused_only=True),
+    Format("w8a8", **_INT8, fused="W8A8", colour="#00543D", product="int8", fused_only=True),
+    Format("fp8", **_FP8, fused="FP8", colour="#CC79A7", capability=(8, 9), fused_only=True),
 )
 FORMATS = {row.name: row for row in _ROWS}
 _FACTORS = (FORMATS, ATTENTIONS, EXECUTIONS, GELUS)
@@ -94,7 +93,7 @@ class Variant:
     @property
     def label(self) -> str:
         """The variant in words, as pages and legends name it."""
-        words = [self.format.label, "fused" if self.fused else ATTENTIONS[self.attention]]
+        words = [self.weights.upper(), "fused" if self.fused else ATTENTIONS[self.attention]]
         words += ["CUDA graph"] if self.graphed else []
         words += [f"{self.gelu} GELU"] if self.gelu != "checkpoint" else []
         return " · ".join(words)

@@ -14,9 +14,6 @@ LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest absolute val
 TINY = 1e-30  # a row whose largest value is smaller quantizes to zeros
 
 
-# ------------------------------------------------------------------------------------------------------ configurations
-
-
 class Config(NamedTuple):
     """Tile of rows of x (bm), of outputs (bn) and of the sum (bk), and the parts that the sum is split into."""
 
@@ -37,16 +34,12 @@ class Config(NamedTuple):
 # fill the device.
 FEW_ROWS = 512
 FOR_FEW_ROWS = (
-    Config(64, 128, 128, 1, 4, 4),
-    Config(64, 64, 128, 0, 4, 4),
-    Config(64, 64, 128, 1, 4, 4),
-    Config(32, 64, 64, 1, 4, 3),
+    *(Config(64, 128, 128, 1, 4, 4), Config(64, 64, 128, 0, 4, 4)),
+    *(Config(64, 64, 128, 1, 4, 4), Config(32, 64, 64, 1, 4, 3)),
 )
 FOR_MANY_ROWS = (
-    Config(128, 256, 128, 1, 8, 4),
-    Config(128, 256, 128, 1, 8, 3),
-    Config(128, 128, 64, 1, 4, 4),
-    Config(64, 64, 64, 1, 4, 3),
+    *(Config(128, 256, 128, 1, 8, 4), Config(128, 256, 128, 1, 8, 3)),
+    *(Config(128, 128, 64, 1, 4, 4), Config(64, 64, 64, 1, 4, 3)),
 )
 SMALLEST = Config(32, 32, 64, 1, 4, 2)
 
@@ -82,9 +75,6 @@ def configs_for(m: int, n: int, k: int, device: torch.device) -> list[Config]:
     return configs(m, n, k, shared, properties.multi_processor_count)
 
 
-# ------------------------------------------------------------------------------------------------------------- kernels
-
-
 @jit
 def _place(tile, m, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Tile indices (of M, of N): 8 tiles of M run beside each other, so that they share weights in the L2 cache."""
@@ -106,24 +96,10 @@ def _gelu(y, GELU: tl.constexpr):
 
 @jit(do_not_specialize=["m"])
 def _product_kernel(
-    q,
-    q_scale,
-    weights,
-    scale,
-    bias,
-    out,
-    m,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STEPS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    q, q_scale, weights, scale, bias, out, m,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    PARTIALS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     tile_m, tile_n = _place(tl.program_id(0), m, N, BM, BN)
     part = tl.program_id(1)
     rows, cols, j = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -154,16 +130,9 @@ def _product_kernel(
 
 @jit(do_not_specialize=["m"])
 def _reduce_kernel(
-    partials,
-    bias,
-    out,
-    m,
-    N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BN: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-):
+    partials, bias, out, m,
+    N: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask, at = cols < N, tl.program_id(0).to(tl.int64) * N + cols
     y = tl.zeros((BN,), dtype=tl.float32)
@@ -194,13 +163,9 @@ def _quantize_kernel(x, q, q_scale, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl
     tl.store(q_scale + row, step)
 
 
-# ----------------------------------------------------------------------------------------------------------- functions
-
-
 def missing_for(dtype: torch.dtype | None, device: torch.device) -> str:
     """Why rows cannot be quantized to `dtype` by a kernel on `device`, '' if they can."""
-    check = triton_support.missing_fp8 if dtype == torch.float8_e4m3fn else triton_support.missing_triton
-    return check(device)
+    return (triton_support.missing_fp8 if dtype == torch.float8_e4m3fn else triton_support.missing_triton)(device)
 
 
 def check_codes(dtype: torch.dtype) -> None:

@@ -37,14 +37,7 @@ def missing_triton(device: torch.device) -> str:
     """Why the Triton kernels cannot run on `device` ('' if they can): then the plain PyTorch forms run."""
     if triton is None:
         return "the package triton is not installed"
-    if interpreted() != (not isinstance(_probe, triton.JITFunction)):
-        return "TRITON_INTERPRET was set after triton was imported: set it before"
     return "" if device.type == "cuda" or interpreted() else "Triton kernels need a CUDA device"
-
-
-@jit
-def _probe():
-    pass
 
 
 @functools.cache
