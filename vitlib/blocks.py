@@ -63,9 +63,9 @@ def _side_by_side(linears: Sequence[Linear], name: str) -> torch.Tensor:
 
 def can_run(linears: Sequence[Linear]) -> bool:
     """Whether one kernel can dequantize these linears: all of them NF4 in this project's order, or all int8 rows."""
-    if all(isinstance(layer, NF4) for layer in linears):
-        return all(layer.repacked for layer in linears)
-    return all(isinstance(layer, Int8WeightOnly) and layers.use_kernels(layer.rows.device) for layer in linears)
+    if all(isinstance(layer, NF4) and layer.repacked for layer in linears):
+        return True
+    return all(isinstance(layer, Int8WeightOnly) and layers.use_kernels(layer.device) for layer in linears)
 
 
 class BlockBuffers:
@@ -107,7 +107,7 @@ class BlockBuffers:
     @contextmanager
     def block(self, number: int) -> Iterator[None]:
         """Block `number`, once its weights are ready; afterwards its buffer may be filled for a later block."""
-        block, buffer = self.blocks[number], self._buffer(number)
+        block, buffer = self.blocks[number], self.buffers[number % len(self.buffers)]
         if self.stream is None:
             block.dequantize_into(buffer)
         else:
@@ -122,10 +122,7 @@ class BlockBuffers:
             self.stream.wait_event(torch.cuda.current_stream().record_event())
             self._dequantize(following)
 
-    def _buffer(self, number: int) -> torch.Tensor:
-        return self.buffers[number % len(self.buffers)]
-
     def _dequantize(self, number: int) -> None:
         with torch.cuda.stream(self.stream):
-            self.blocks[number].dequantize_into(self._buffer(number))
+            self.blocks[number].dequantize_into(self.buffers[number % len(self.buffers)])
             self._ready.append(self.stream.record_event())

@@ -77,16 +77,6 @@ class Engine:
         return self.loaded.model
 
     @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.loaded.device
-
-    @property
-    def tuning(self) -> pd.DataFrame:
-        """The trials as a table with the columns `tuning.COLUMNS`; empty for a network that is not fused."""
-        return pd.DataFrame(self.trials, columns=list(tuning.COLUMNS))
-
-    @property
     def pool_mb(self) -> dict[int, float]:
         """By batch size, the megabytes of a graph's inputs, activations and buffers of dequantized weights."""
         return {n: graph.pool_mb + getattr(graph.buffers, "megabytes", 0.0) for n, graph in self.graphs.items()}
@@ -107,11 +97,11 @@ class Engine:
     def _capture(self, size: int) -> Graph:
         """The graph of a batch size; its pool keeps memory that is no longer allocated, so what is reserved counts."""
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        inputs = torch.zeros(size, 3, *self.loaded.preprocess.side, dtype=self.loaded.dtype, device=self.device)
-        graph, outputs = tuning.captured(lambda: _logits(self.network, inputs), self.device)
+        before = torch.cuda.memory_reserved(self.loaded.device)
+        inputs = torch.zeros(size, 3, *self.loaded.preprocess.side, dtype=self.loaded.dtype, device=self.loaded.device)
+        graph, outputs = tuning.captured(lambda: _logits(self.network, inputs), self.loaded.device)
         torch.cuda.empty_cache()
-        return Graph(graph, inputs, outputs, (torch.cuda.memory_reserved(self.device) - before) / 2**20)
+        return Graph(graph, inputs, outputs, (torch.cuda.memory_reserved(self.loaded.device) - before) / 2**20)
 
     def _choose_modes(self) -> None:
         """Capture each size again with the weights of whole blocks dequantized at once, and keep what is faster.
@@ -145,7 +135,7 @@ class Engine:
             network.block_buffers = None
         if failed:
             trials.append(Trial(ALL_BLOCKS, "", size, size, mode, note=failed))
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.loaded.device)
             torch.cuda.empty_cache()
         return buffers
 
@@ -192,9 +182,9 @@ def _logits(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def tunings(engines: Mapping[str, Engine], name: str) -> pd.DataFrame:
-    """The tuning tables of all fused engines in one, whose column `name` says whose row it is; empty without any."""
-    tables = [table.assign(**{name: key}) for key, engine in engines.items() if len(table := engine.tuning)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    """What tuning tried for the fused engines: `tuning.COLUMNS`, and the column `name` says whose row it is."""
+    rows = [(*trial, key) for key, engine in engines.items() for trial in engine.trials]
+    return pd.DataFrame(rows, columns=[*tuning.COLUMNS, name])
 
 
 @torch.inference_mode()

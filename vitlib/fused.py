@@ -152,7 +152,7 @@ class Attention(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """Self-attention of the class token only, the first of each picture's tokens: keys and values of all tokens."""
+    """Self-attention of each picture's first token, the class token, to all of its tokens."""
 
     part = "attention"
 
@@ -206,10 +206,6 @@ class Block(nn.Module):
         self.attention, self.mlp = attention, mlp
         self.middle_norm, self.following_norm = AddNorm(source.layernorm_after, mlp.first), AddNorm(following, reader)
 
-    def layers(self) -> list[Linear]:
-        """Its linears."""
-        return [module for module in self.modules() if isinstance(module, Linear)]
-
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = self.attention(normed, count)
         if isinstance(self.attention, ClassAttention):
@@ -243,9 +239,8 @@ class FusedViT(nn.Module):
     def __init__(self, model: nn.Module, *, kind: str, gelu: str | None) -> None:
         super().__init__()
         self.config, self.gelu = model.config, gelu
-        vit = model.vit
+        vit, positions = model.vit, model.vit.embeddings.position_embeddings
         self.embedding = Embedding(vit.embeddings)
-        positions = vit.embeddings.position_embeddings
         make = Maker(kind, positions.shape[1], positions.dtype, positions.device)
         self.first_norm = vit.layers[0].layernorm_before
         self.blocks = nn.ModuleList(_blocks(vit, gelu, make))
@@ -256,9 +251,8 @@ class FusedViT(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits (n, classes) of normalised `pixel_values` (n, 3, h, w)."""
-        tokens, buffers = self.embedding(pixel_values), self.block_buffers
-        count = tokens.shape[0]
-        stream = tokens.view(-1, tokens.shape[-1])
+        buffers, count = self.block_buffers, len(pixel_values)
+        stream = self.embedding(pixel_values).flatten(0, 1)
         normed = self.first_norm(stream)
         with buffers.running() if buffers else nullcontext():
             for number, block in enumerate(self.blocks):
@@ -269,9 +263,9 @@ class FusedViT(nn.Module):
     def put_side_by_side(self) -> None:
         """Move the quantized weights of each block together, where that lets one kernel dequantize them (`blocks`).
 
-        Call it before anything is captured. What a network that was loaded plainly shares with it is copied then.
+        Call it before anything is captured. Weights shared with the network it was made from are copied.
         """
-        linears = [block.layers() for block in self.blocks]
+        linears = [[module for module in block.modules() if isinstance(module, Linear)] for block in self.blocks]
         if all(map(can_run, linears)):
             self.block_weights = [BlockWeights(own) for own in linears]
             for block, weights in zip(self.blocks, self.block_weights, strict=True):
@@ -298,12 +292,9 @@ def fuse(model: nn.Module, variant: Variant) -> FusedViT:
     """
     if not hasattr(model, "vit"):
         raise ValueError(f"a {type(model).__name__} cannot be fused: it must be a ViTForImageClassification")
-    config = model.config
-    if not variant.fused or config._attn_implementation != DIRECT:
-        raise ValueError(
-            f"{variant.name} with the attention {config._attn_implementation!r} cannot be fused: load a variant "
-            f"whose attention is {DIRECT!r} and whose execution is fused"
-        )
+    config, found = model.config, model.config._attn_implementation
+    if not variant.fused or found != DIRECT:
+        raise ValueError(f"{variant.name} with the attention {found!r} cannot be fused: load a fused variant")
     gelu = _GELU.get(config.hidden_act)
     if variant.gelu == "tanh" and gelu is None:
         raise ValueError(f"the checkpoint's activation is {config.hidden_act!r}: only a GELU has a tanh form")

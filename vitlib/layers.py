@@ -61,14 +61,12 @@ class Quantized(NamedTuple):
 
 
 class Step(nn.Module):
-    """A function as a module without weights, so that the profiler can attribute its kernels to `part`."""
+    """Calls a function inside a module, so that the profiler can attribute its kernels to `part`."""
 
-    def __init__(self, part: str, function: Callable[..., object]) -> None:
-        super().__init__()
-        self.part, self.function = part, function
+    part = "quantization"
 
-    def forward(self, *inputs: object) -> object:
-        return self.function(*inputs)
+    def forward(self, function: Callable[..., object], *inputs: object) -> object:
+        return function(*inputs)
 
 
 class Linear(Tuned):
@@ -136,16 +134,12 @@ class Dense(Linear):
 class WeightOnly(Linear):
     """What formats with quantized weights and 16-bit products share: dequantize, then multiply."""
 
-    def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
-        super().__init__(out_features, in_features, bias)
-        self.step = Step("quantization", type(self).weight)  # no bound method: it would hold the layer in a cycle
-
     def implementations(self, rows: int) -> dict[str, Implementation]:
         return {"dequantize": WeightOnly.dequantize}
 
     def dequantize(self, x: torch.Tensor, gelu: str | None, config: None = None) -> torch.Tensor:
         """The weight in the dtype of `x`, and the library's product with it."""
-        return product(x, self.step(self, x.dtype), self.bias, gelu)
+        return product(x, self.step(self.weight, x.dtype), self.bias, gelu)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weight (N, K) of `dtype`: products in fp32, rounded once."""
@@ -168,6 +162,7 @@ class NF4(WeightOnly):
         if found := {(s.quant_type, s.blocksize, s.shape[1] % BLOCK) for s in states} - {("nf4", BLOCK, 0)}:
             raise ValueError(f"weights must be (nf4, in blocks of {BLOCK}, 0 over in a row), these are {found}")
         super().__init__(sum(state.shape[0] for state in states), states[0].shape[1], _bias(layers))
+        self.step = Step()
         packed = _joined([layer.weight.data.reshape(-1, 1) for layer in layers])
         weights = self.out_features * self.in_features
         self.repacked = weights % dequantize.GROUP == 0 and use_kernels(packed.device)
@@ -188,6 +183,7 @@ class Rows(Linear):
 
     def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*rows.shape, bias)
+        self.step = Step()
         self.register_buffer("rows", rows)
         self.register_buffer("scales", scales)
 
@@ -220,10 +216,6 @@ class EightBit(Rows):
 
     codes_dtype: torch.dtype
 
-    def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(rows, scales, bias)
-        self.quantized = Step("quantization", products.quantize_rows)
-
     def configurations(self, rows: int, name: str) -> tuple[Config | None, ...]:
         if name != "fused":
             return (None,)
@@ -243,7 +235,7 @@ class EightBit(Rows):
     def _codes(self, x: torch.Tensor | Quantized) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(x, Quantized):
             return x.codes, x.scales
-        return self.quantized(x.contiguous(), self.codes_dtype)
+        return self.step(products.quantize_rows, x.contiguous(), self.codes_dtype)
 
 
 class W8A8(Int8, EightBit):

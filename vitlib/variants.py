@@ -2,6 +2,8 @@
 
 import difflib
 import itertools
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 
 DIRECT = "direct"  # this project's attention: PyTorch's, without a mask, see `attention`; the others are transformers'
@@ -129,18 +131,14 @@ class Variant:
         return self.attention == "flash_attention_2"
 
 
-def _legal() -> dict[str, Variant]:
-    found = {}
+def _legal() -> Iterator[Variant]:
     for parts in itertools.product(*_FACTORS):
-        try:
-            variant = Variant(*parts)
-        except ValueError:
-            continue
-        found[variant.name] = variant
-    return found
+        with suppress(ValueError):
+            yield Variant(*parts)
 
 
-VARIANTS = _legal()  # every variant that exists, by name; `attention.not_runnable` says where each can run
+# Every variant that exists, by name; `attention.not_runnable` says where each can run.
+VARIANTS = {variant.name: variant for variant in _legal()}
 
 # What a study compares unless told otherwise. The first is the baseline that every other is compared with; fp16 and
 # bf16 are there so that precision and quantization are not confounded. The other five are those of the original study.

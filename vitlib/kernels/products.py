@@ -50,19 +50,17 @@ def configs(m: int, n: int, k: int, shared_bytes: int = 227 * 1024, processors: 
     `shared_bytes` is what one program may use and `processors` how many the device has (defaults: Hopper). Where a
     product has few tiles the sum is split in up to 8 parts, so that every processor gets one.
     """
-    table = FOR_FEW_ROWS if m <= FEW_ROWS else FOR_MANY_ROWS
-    found = [_filled(config, m, n, k, processors) for config in table if config.shared_bytes <= shared_bytes]
+    found = []
+    for config in FOR_FEW_ROWS if m <= FEW_ROWS else FOR_MANY_ROWS:
+        tiles, split = math.ceil(m / config.bm) * math.ceil(n / config.bn), config.split_k or 1
+        while (
+            not config.split_k
+            and tiles * split * 2 <= processors * 1.25
+            and split * 2 <= min(8, math.ceil(k / config.bk))
+        ):
+            split *= 2
+        found += [config._replace(split_k=split)] if config.shared_bytes <= shared_bytes else []
     return list(dict.fromkeys(found)) or [SMALLEST]
-
-
-def _filled(config: Config, m: int, n: int, k: int, processors: int) -> Config:
-    """`config` with its free split (0) set so that the tiles fill the device."""
-    tiles, steps, split = math.ceil(m / config.bm) * math.ceil(n / config.bn), math.ceil(k / config.bk), 1
-    if config.split_k:
-        return config
-    while tiles * split * 2 <= processors * 1.25 and split * 2 <= min(8, steps):
-        split *= 2
-    return config._replace(split_k=split)
 
 
 @functools.cache
@@ -71,8 +69,7 @@ def configs_for(m: int, n: int, k: int, device: torch.device) -> list[Config]:
     if device.type != "cuda":
         return configs(m, n, k)
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return configs(m, n, k, shared, properties.multi_processor_count)
+    return configs(m, n, k, properties.shared_memory_per_block_optin, properties.multi_processor_count)
 
 
 @jit
