@@ -26,7 +26,7 @@ ALL_BLOCKS = "all blocks"  # what the tuning table calls the part that a mode co
 class BlockWeights:
     """The quantized weights of the linears of a block, moved side by side; the linears keep views of their parts.
 
-    Make it before any graph is captured: the linears' own tensors are replaced. int8 rows of several lengths are cut
+    The linears' own tensors are replaced, so make it before any graph is captured. int8 rows of several lengths are cut
     into chunks of one length, and their `scales` are repeated for each chunk.
     """
 
@@ -83,11 +83,7 @@ class BlockBuffers:
         self.buffers += [torch.empty(largest, **sizes) for _ in range(count - len(self.buffers))]
         # The second stream, of lower priority than captured passes.
         self.stream = torch.cuda.Stream(first.codes.device, priority=0) if mode == AHEAD else None
-        self._ready: list[torch.cuda.Event] = []
-
-    @property
-    def megabytes(self) -> float:
-        return sum(buffer.nbytes for buffer in self.buffers) / 2**20
+        self.megabytes, self._ready = sum(buffer.nbytes for buffer in self.buffers) / 2**20, []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -95,7 +91,7 @@ class BlockBuffers:
         if self.stream is None:
             yield
             return
-        self._ready = []
+        self._ready.clear()
         self.stream.wait_stream(torch.cuda.current_stream())
         for number in range(min(len(self.buffers), len(self.blocks))):
             self._dequantize(number)

@@ -22,17 +22,13 @@ TURNS, TURN_REPLAYS = 15, 4  # comparisons of two graphs, and the replays in eac
 
 
 class Graph(NamedTuple):
-    """A captured pass: replaying it reads `inputs` (n, 3, h, w) and writes `outputs` (n, classes).
-
-    `pool_mb` is what the driver had to give for it; `buffers` those of the block weights that it dequantizes, which
-    live as long as the graph.
-    """
+    """A captured pass: replaying it reads `inputs` and writes `outputs`."""
 
     graph: "torch.cuda.CUDAGraph"
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-    pool_mb: float
-    buffers: BlockBuffers | None = None
+    inputs: torch.Tensor  # (n, 3, h, w)
+    outputs: torch.Tensor  # (n, classes)
+    pool_mb: float  # that the driver had to allocate for it
+    buffers: BlockBuffers | None = None  # of the dequantized weights of blocks; they must live as long as the graph
 
 
 class Engine:
@@ -158,7 +154,7 @@ class Engine:
         return wins
 
     def _replay(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        count = pixel_values.shape[0]
+        count = len(pixel_values)
         graph, inputs, outputs, *_ = self.graphs[next(size for size in self.sizes if size >= count)]
         if count < len(inputs):
             inputs, outputs = inputs[:count], outputs[:count]
@@ -190,8 +186,6 @@ def tunings(engines: Mapping[str, Engine], name: str) -> pd.DataFrame:
 @torch.inference_mode()
 def logits(engine: Engine, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
     """float32 logits (n, classes) on the CPU of uint8 `pixels` (n, 3, h, w), in batches."""
-    parts = []
-    for chunk in pixels.split(batch_size):
-        batch = engine.loaded.preprocess.normalise(chunk.to(engine.loaded.device), engine.loaded.dtype)
-        parts.append(engine(batch).float().cpu())
-    return torch.cat(parts)
+    loaded = engine.loaded
+    chunks = (loaded.preprocess.normalise(part.to(loaded.device), loaded.dtype) for part in pixels.split(batch_size))
+    return torch.cat([engine(chunk).float().cpu() for chunk in chunks])

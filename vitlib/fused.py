@@ -24,11 +24,9 @@ from vitlib.layers import EightBit, Linear, Quantized
 from vitlib.tuning import Implementation, Tuned
 from vitlib.variants import DIRECT, Variant
 
-# The names of transformers whose function is the exact GELU or its tanh form; anything else runs by itself.
-_GELU = {
-    **dict.fromkeys(("gelu", "gelu_python"), "erf"),
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "tanh"),
-}
+# transformers' names of the exact GELU and of its tanh form; any other activation is a module of its own.
+_GELU = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "tanh")
+_GELU |= {"gelu": "erf", "gelu_python": "erf"}
 
 
 class AddNorm(nn.Module):

@@ -1,13 +1,7 @@
 """Linear layers by weight format behind one interface.
 
 `layer(x, gelu=None)` takes rows x (M, K) and returns (M, N), after the GELU "erf" (exact) or "tanh" if one is given. A
-layer has several implementations of the same function; which is fastest depends on M, so `tuning.tune` measures:
-
-- `Dense`: fp32, fp16 or bf16;
-- `NF4`: blocks of 64 with a scale each (Dettmers et al. 2023, section 3);
-- `Int8WeightOnly`: int8 rows with a scale each, dequantized, then multiplied in FP16;
-- `W8A8`: the same rows, the input quantized row by row too (LLM.int8(), Dettmers et al. 2022, without its outliers);
-- `FP8`: float8_e4m3fn rows with a scale each, the input as well (Micikevicius et al. 2022).
+layer has several implementations of the same function; which is fastest depends on M, so `tuning.tune` measures.
 """
 
 import functools
@@ -115,7 +109,7 @@ class Linear(Tuned):
 
 
 class Dense(Linear):
-    """Weights (N, K) in the dtype of the input; those of a convolution without overlap are taken as a matrix."""
+    """FP32, FP16 or BF16 weights (N, K); those of a convolution without overlap are taken as a matrix."""
 
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d]) -> None:
         weight = _joined([layer.weight.flatten(1) for layer in layers])
@@ -147,7 +141,7 @@ class WeightOnly(Linear):
 
 
 class NF4(WeightOnly):
-    """Packed 4-bit codes (N·K/2 bytes) with a fp32 scale for each 64 of them, both row by row.
+    """Packed 4-bit codes (N·K/2 bytes) with a scale for each 64 of them (Dettmers et al. 2023, section 3), row by row.
 
     The checkpoint's scales are quantized too (double quantization); they are expanded to fp32 here. Where this
     project's kernels run, the codes are in their order instead of bitsandbytes'.
@@ -200,7 +194,7 @@ class Int8(Rows):
 
 
 class Int8WeightOnly(Int8, WeightOnly):
-    """int8 rows, multiplied in the input's dtype."""
+    """int8 rows, dequantized and then multiplied in the input's dtype."""
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty_like(self.rows, dtype=dtype)
@@ -217,9 +211,8 @@ class EightBit(Rows):
     codes_dtype: torch.dtype
 
     def configurations(self, rows: int, name: str) -> tuple[Config | None, ...]:
-        if name != "fused":
-            return (None,)
-        return tuple(products.configs_for(rows, self.out_features, self.in_features, self.device))
+        sizes = rows, self.out_features, self.in_features
+        return tuple(products.configs_for(*sizes, self.device)) if name == "fused" else (None,)
 
     def fused(self, x: torch.Tensor | Quantized, gelu: str | None, config: Config | None = None) -> torch.Tensor:
         """This project's kernel: scales, bias and GELU in its epilogue."""
@@ -239,7 +232,7 @@ class EightBit(Rows):
 
 
 class W8A8(Int8, EightBit):
-    """The rows and scales of `Int8WeightOnly`, and the input quantized row by row: an int8 product."""
+    """int8 rows, and the input quantized row by row: LLM.int8() (Dettmers et al. 2022) without its outliers."""
 
     codes_dtype = torch.int8
 
@@ -268,7 +261,7 @@ def _scaled_product(device: torch.device, dtype: torch.dtype) -> torch.dtype | N
 
 
 class FP8(EightBit):
-    """float8_e4m3fn rows (N, K) with a fp32 scale a row, quantized from 16-bit weights; the input row by row."""
+    """float8_e4m3fn rows (Micikevicius et al. 2022), quantized from 16-bit weights; the input row by row too."""
 
     codes_dtype = torch.float8_e4m3fn
 

@@ -22,13 +22,10 @@ COLUMNS = ("layer", "shape", "batch", "rows", "path", "config", "us", "differenc
 
 
 class Tuned(nn.Module):
-    """A part of a network with several implementations; which is fastest depends on the number of rows.
+    """A part of a network with several implementations; which is fastest depends on the number of rows."""
 
-    `rows_per_picture`: all tokens of a picture, or the class token alone. `shape` is the part's sizes in words.
-    """
-
-    rows_per_picture = 1
-    shape: str
+    rows_per_picture = 1  # all tokens of a picture, or the class token alone
+    shape: str  # the part's sizes in words
     device: torch.device
 
     def __init__(self) -> None:
@@ -72,21 +69,19 @@ class Tuned(nn.Module):
 class Trial(NamedTuple):
     """One implementation of a part of the network that was tried for a batch size.
 
-    `part` is the class of the layer, or `ALL_BLOCKS`; `us` the microseconds of one call (NaN on a CPU or where it
-    failed), `difference` the relative difference to the reference, `note` why it is not usable ('' if it is). In
-    records the columns are called `COLUMNS`.
+    In records the columns are called `COLUMNS`.
     """
 
-    part: str
+    part: str  # class of the layer, or `blocks.ALL_BLOCKS`
     shape: str
     batch: int
     rows: int
     implementation: str
     config: str = ""
-    us: float = float("nan")
-    difference: float = float("nan")
+    us: float = float("nan")  # microseconds of one call; NaN on a CPU or where it failed
+    difference: float = float("nan")  # relative, to the reference
     chosen: bool = False
-    note: str = ""
+    note: str = ""  # why it is not usable
 
 
 @torch.inference_mode()
@@ -95,9 +90,8 @@ def tune(module: nn.Module, batch_sizes: Iterable[int]) -> tuple[Trial, ...]:
 
     On CUDA the parts of one shape run one after another inside a captured graph, each with its own weights, as they
     do in a pass. On a CPU the first implementation is taken. An implementation replaces another that is slower by more
-    than 3 %, which is beyond the noise of ten replays. One that fails here or differs from the first by more than 2 %
-    is not chosen. Of a kernel the first `CONFIGURATIONS` that run are tried, of a part without others like it only one.
-    RuntimeError where no implementation runs.
+    than 3 %, the noise of ten replays, unless it fails here or differs from the first by more than 2 %. Of a kernel the
+    first `CONFIGURATIONS` that run are tried, of a part without others like it only one. RuntimeError if none runs.
     """
     groups: dict[tuple, list[Tuned]] = defaultdict(list)
     for part in module.modules():
@@ -115,8 +109,9 @@ def _tuned(parts: list[Tuned], batch: int) -> list[Trial]:
     for name in first.implementations(rows):
         left = CONFIGURATIONS if len(parts) > 1 else 1
         for config in first.configurations(rows, name):
-            found.append((_measured(parts, batch, name, config), config))
-            left -= int(not found[-1][0].note)  # one that does not run here leaves its turn to the next
+            trial = _measured(parts, batch, name, config)
+            found.append((trial, config))
+            left -= 0 if trial.note else 1  # one that does not run here leaves its turn to the next
             if not left:
                 break
     usable = [pair for pair in found if not pair[0].note]
@@ -132,12 +127,11 @@ def _tuned(parts: list[Tuned], batch: int) -> list[Trial]:
 
 def _measured(parts: list[Tuned], batch: int, name: str, config: tuple | None) -> Trial:
     """The trial of one implementation: microseconds of one call, and the relative difference to the first."""
-    first, rows = parts[0], batch * parts[0].rows_per_picture
-    text = "" if config is None else json.dumps(config)
-    trial = Trial(type(first).__name__, first.shape, batch, rows, name, text)
+    first, rows, times = parts[0], batch * parts[0].rows_per_picture, -(-CALLS // len(parts))
+    trial = Trial(type(first).__name__, first.shape, batch, rows, name, "" if config is None else json.dumps(config))
     if first.device.type != "cuda":
         return trial
-    inputs, times = first.example(rows), -(-CALLS // len(parts))
+    inputs = first.example(rows)
     try:
         reference = first.run(next(iter(first.implementations(rows))), None, rows, *inputs)
         trial = trial._replace(difference=relative_error(first.run(name, config, rows, *inputs), reference))
@@ -162,11 +156,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream that graphs are captured on: libraries keep a workspace of 32 MB for each stream.
-
-    Its priority is higher than that of the second stream, which dequantizes ahead.
-    """
-    return torch.cuda.Stream(device, priority=-1)
+    """The one stream that graphs are captured on: libraries keep a workspace of 32 MB for each stream."""
+    return torch.cuda.Stream(device, priority=-1)  # above that of the second stream, which dequantizes ahead
 
 
 def captured(call: Callable[[], object], device: torch.device) -> tuple["torch.cuda.CUDAGraph", object]:

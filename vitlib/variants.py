@@ -7,10 +7,8 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 
 DIRECT = "direct"  # this project's attention: PyTorch's, without a mask, see `attention`; the others are transformers'
-ATTENTIONS = {
-    **{"eager": "unfused attention", "sdpa": "SDPA"},
-    **{"flash_attention_2": "FlashAttention-2", DIRECT: "SDPA without mask"},
-}
+ATTENTIONS = {"eager": "unfused attention", "sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}
+ATTENTIONS |= {DIRECT: "SDPA without mask"}
 EXECUTIONS = ("eager", "graph", "fused", "fused-graph")
 GELUS = ("checkpoint", "tanh")
 
@@ -137,8 +135,7 @@ def _legal() -> Iterator[Variant]:
             yield Variant(*parts)
 
 
-# Every variant that exists, by name; `attention.not_runnable` says where each can run.
-VARIANTS = {variant.name: variant for variant in _legal()}
+VARIANTS = {variant.name: variant for variant in _legal()}  # all; `attention.not_runnable` says where each can run
 
 # What a study compares unless told otherwise. The first is the baseline that every other is compared with; fp16 and
 # bf16 are there so that precision and quantization are not confounded. The other five are those of the original study.

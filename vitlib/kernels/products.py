@@ -184,9 +184,8 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     q = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _quantize_kernel[(m,)](
-            *(x, q, scale, k, triton.next_power_of_2(k), LIMITS[dtype], dtype == torch.int8), num_warps=4
-        )
+        sizes = k, triton.next_power_of_2(k)
+        _quantize_kernel[(m,)](x, q, scale, *sizes, LIMITS[dtype], dtype == torch.int8, num_warps=4)
     return q, scale
 
 
@@ -237,8 +236,7 @@ def linear_8bit(
             **{"N": n, "K": k, "BM": config.bm, "BN": config.bn, "BK": config.bk},
             **{"STEPS": math.ceil(math.ceil(k / config.bk) / config.split_k), "PARTIALS": parts},
             **{"BIAS": bias is not None, "GELU": gelu or "", "SUM": tl.int32 if integer else tl.float32},
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **{"num_warps": config.warps, "num_stages": config.stages},
         )
         return _reduced(out, bias, gelu, dtype) if parts else out
 
