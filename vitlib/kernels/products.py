@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from vitlib.kernels import triton_support
@@ -171,7 +172,7 @@ def check_codes(dtype: torch.dtype) -> None:
         raise ValueError(f"rows are quantized to {' or '.join(map(str, LIMITS))}, not {dtype}")
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """(q (M, K) int8 or float8_e4m3fn, scale (M,) fp32), x ≈ q · scale: symmetric, each row by its largest value.
 
     Rows longer than 4096 take the plain form. ValueError for another `dtype` or a strided x.
@@ -189,7 +190,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     return q, scale
 
 
-def plain_quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of fp32 values (M, K) in PyTorch."""
     limit, largest = LIMITS[dtype], values.abs().amax(dim=1)
     inverse = torch.where(largest > TINY, limit / largest.clamp_min(TINY), torch.zeros_like(largest))
@@ -198,15 +199,9 @@ def plain_quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tens
 
 
 def linear_8bit(
-    q: torch.Tensor,
-    q_scale: torch.Tensor,
-    rows: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    gelu: str | None = None,
-    dtype: torch.dtype = torch.float16,
-    config: Config | None = None,
-) -> torch.Tensor:
+    q: Tensor, q_scale: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None = None,
+    gelu: str | None = None, dtype: torch.dtype = torch.float16, config: Config | None = None,
+) -> Tensor:  # fmt: skip
     """(M, N) of `dtype`: (q · q_scale) times (rows · scale)ᵀ, plus `bias` (N,), through the GELU "tanh" or "erf".
 
     q (M, K) and rows (N, K) are both int8 (summed in int32) or both float8_e4m3fn (in fp32); q_scale (M,) and
@@ -241,7 +236,7 @@ def linear_8bit(
         return _reduced(out, bias, gelu, dtype) if parts else out
 
 
-def _reduced(partials: torch.Tensor, bias: torch.Tensor | None, gelu: str | None, dtype: torch.dtype) -> torch.Tensor:
+def _reduced(partials: Tensor, bias: Tensor | None, gelu: str | None, dtype: torch.dtype) -> Tensor:
     """(M, N) of `dtype`: the sum over parts (S, M, N) fp32, plus `bias` (N,), through GELU where asked."""
     split, m, n = partials.shape
     out = torch.empty(m, n, dtype=dtype, device=partials.device)

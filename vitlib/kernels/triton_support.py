@@ -64,9 +64,9 @@ def _too_old(device: torch.device, capability: tuple[int, int], what: str, cards
 def check_matrix(name: str, tensor: torch.Tensor, columns: int | None = None, dtypes: tuple = ()) -> None:
     """ValueError unless `tensor` is a contiguous matrix (rows are read at stride K) within reach of 32-bit offsets."""
     if tensor.ndim != 2 or not tensor.is_contiguous():
+        found = f"it is {tuple(tensor.shape)} with strides {tensor.stride()}"
         raise ValueError(
-            f"{name} must be a contiguous matrix, this one is {tuple(tensor.shape)} with strides {tensor.stride()}: "
-            "pass .contiguous(), leading dimensions flattened"
+            f"{name} must be a contiguous matrix, {found}: pass .contiguous(), flattened to two dimensions"
         )
     if columns is not None and tensor.shape[1] != columns:
         raise ValueError(f"{name} has {tensor.shape[1]} columns, {columns} were expected")
