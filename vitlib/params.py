@@ -79,7 +79,7 @@ class Parameters(BaseModel):
     resume: bool = _parameter(False, "continue from the last complete training checkpoint", 1)
 
     variants: list[str] = _parameter(
-        [variant.name for variant in variant_table.STUDY],
+        [variant.name for variant in variant_table.DEFAULTS],
         "rows of the table of variants; the first is the baseline",
         2,
         min_length=1,
