@@ -9,17 +9,8 @@
 # %% [markdown]
 # # Evaluation: what do quantization and attention kernels cost, and what do they bring?
 #
-# A *variant* is one choice of weights, attention and execution; everything else is the same. All of them go through
-# one pipeline, and we will see for each
-#
-# - what was really run, or why it could not run here;
-# - accuracy, and how often it agrees with the unquantized baseline;
-# - latency and throughput, each measured for itself;
-# - size in memory and on disk, and peak memory;
-# - where the device time goes, by part of the model.
-#
-# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
-# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
+# A *variant* is one choice of weight format, attention and execution. All variants are made from the same checkpoint
+# and go through the same pipeline: the same pictures, the same preprocessing, the same instruments.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -50,168 +41,104 @@ eval_batch_size: int = 32  # batch size where only the outputs matter
 margin: float = 0.02  # fraction of pictures that a non-inferior variant may lose
 
 # %%
-from vitlib import params
+from vitlib import evaluate
 
-settings = params.collect(globals())
-
-# %% [markdown]
-# ## What runs here
-#
-# Each variant is loaded from the checkpoint that notebook 1 left, and looked at: which classes its layers really
-# have, in which format its weights are, which attention is set. A variant that cannot run on this machine keeps its
-# row with the reason; nothing is replaced by something else.
-
-# %%
-from vitlib import evaluate, plots, sources
-
-bench = evaluate.prepare(settings, sources.load(settings))
-plots.table(evaluate.status_table(bench))
+study = evaluate.open(globals())
 
 # %% [markdown]
-# A *fused* variant is the same network with fewer, larger kernels: one product for query, key and value, the patch
-# embedding as a product, residual and norm in one step, and after the last attention only the class token. Its layers
-# can be computed in several ways, and which is fastest depends on the number of rows. On a GPU each way is timed when
-# the variant is loaded, and one that wins clearly is taken; on a CPU the first is. "fused" is a kernel of this project,
-# "library" one of PyTorch's; "all blocks" are the weights of whole blocks, dequantized at once ("by block") or while
-# the block before is computed ("ahead"). The whole table is `records/tuning.csv`.
+# Each variant is loaded from the checkpoints of notebook 1. A variant that cannot run on this machine keeps its row
+# with the reason; nothing is replaced by something else.
 
 # %%
-plots.table(evaluate.tuning(bench, settings), none="no fused variant is in this set")
+bench = evaluate.prepare(study)
+engine = bench.engines[bench.baseline]
+engine.network
 
 # %% [markdown]
-# ## Where the time goes
-#
-# Before anything is timed, one pass of each variant is profiled. The profiler lists every kernel (on a CPU: every
-# operator) with its time. A kernel belongs to the part of the model that launched it. Converting between number
-# formats is a part of its own: it is what quantized variants pay for their small weights.
-#
-# This is also the gate: a variant whose kernels are not those of its name (another attention, no quantized product,
-# no attention at all, time that belongs to no part) is refused here and appears below with the reason.
+# An engine takes normalised pixels (n, 3, height, width) and returns logits (n, classes):
 
 # %%
-from vitlib import benchmark
-
-kernels, device_times = benchmark.device_time(bench, settings)
-plots.table(evaluate.readable_device_times(device_times))
-
-# %%
-from vitlib.profile import PARTS
-
-plots.device_time_by_part(kernels, PARTS)
+pixels = bench.batch(engine, 4)
+engine(pixels).shape
 
 # %% [markdown]
-# How near is that to what the hardware allows? A part can run no faster than its arithmetic at the peak rate, nor
-# than its bytes at the peak bandwidth. Both peaks are measured here, with a large matrix product and a large copy.
-# The lines are these ceilings; a point's distance below its line is what is lost. Variants that multiply in 8 bits are
-# held against the rate of 8-bit products, where this machine has them. Attention means all of it here, with its four
-# linear layers.
+# Before anything is measured, one pass of each variant is profiled. A variant whose kernels are not those of its name
+# (another attention, no quantized product, time that belongs to no part of the model) is refused with the reason.
 
 # %%
-from vitlib import roofline
-
-peak = roofline.ceilings(bench.device)
-limits = benchmark.against_the_roofline(bench, settings, kernels, peak)
-plots.roofline(limits)
-
-# %% [markdown]
-# The same as numbers, with the parts that compute little and move much, for parts that take at least a twentieth of
-# their variant's time. A part whose tensors are still in the cache from the part before can pass the copy's bandwidth,
-# as the copy goes through memory. Conversions and copies have no floor: an ideal pass has none of them.
-
-# %%
-plots.table(benchmark.readable_roofline(limits))
+profiled = evaluate.device_time(study, bench)
+bench = bench.without(profiled.refused)
 
 # %% [markdown]
 # ## Accuracy
 #
-# All variants see the same validation pictures, prepared by the checkpoint's own preprocessing. Agreement is the
-# share of pictures that get the same class as from the baseline; KL is the mean divergence of the probabilities
-# from the baseline's, in nats. It shows a change long before accuracy does.
+# *Class changed* counts the pictures whose predicted class differs from the baseline's. KL is the mean divergence of
+# the class probabilities from the baseline's, in nats; it shows a change long before accuracy does.
 
 # %%
-logits = evaluate.outputs(bench, settings)
-quality = evaluate.accuracy(bench, logits, settings)
-evaluate.readable_accuracy(quality)
+from vitlib import columns, plots, tables
+
+logits = evaluate.outputs(study, bench)
+quality = evaluate.accuracy(study, bench, logits)
+tables.table(quality, columns.OF_VARIANTS)
 
 # %%
-from IPython.display import Markdown
-
-from vitlib import origin
-
-Markdown(origin.sentence(settings.study))
+evaluate.base(study)
 
 # %% [markdown]
-# Pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
-# test, with Holm's adjustment for the number of rows). *Different* means that a difference was found;
-# *non-inferior* that a loss larger than the margin is excluded; *not shown* that these pictures cannot tell.
+# Only pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
+# test, with Holm's adjustment for the number of rows). *Different* means that a difference was found, *non-inferior*
+# that a loss larger than the margin is excluded, *not shown* that there are too few pictures to tell.
 
 # %%
-plots.accuracy_intervals(quality, settings.margin)
+plots.accuracy_intervals(quality, study.settings.margin)
 
 # %% [markdown]
-# ## Latency and throughput
+# ## Speed
 #
-# Latency is the time of one call, from an idle device to a finished result. Throughput is measured apart, with
-# calls queued one behind the other. Variants take turns in shuffled order, and the inputs rotate. A percentile is
-# printed only with samples enough for it: 130 for the 95th, 662 for the 99th. The bounds are bootstrap intervals
-# over rounds.
+# Latency is the time of one call, from an idle device to a finished result. Throughput is measured separately, with
+# calls queued one behind the other. Variants are measured in turns, in random order, with changing inputs. *Times
+# faster* is the ratio of the median latencies; all intervals are bootstrap intervals over rounds. P95 needs 130 samples
+# and P99 needs 662; with fewer the cell is empty.
 
 # %%
-latencies, throughputs, clocks = benchmark.measure(bench, settings)
-speeds = benchmark.speed(latencies, throughputs, bench.baseline)
-plots.table(benchmark.readable_speed(speeds))
-
-# %% [markdown]
-# The same for one picture on this machine's CPU, for the variants that run there.
-
-# %%
-cpu = benchmark.cpu_latency(bench, settings)
-plots.table(cpu.to_frame(), index=True)
-
-# %% [markdown]
-# Can these numbers be believed? The instruments are tried on a call and a tensor of known size, and the comparison
-# on this run's own samples: on two halves of the same calls, and on one half made slower by a fiftieth.
-
-# %%
-checks = benchmark.validity(bench, settings, latencies, device_times, clocks)
-plots.table(checks)
-
-# %%
-Markdown(benchmark.unreached(checks))
+measured = evaluate.measure(study, bench)
+tables.table(measured.speed, columns.OF_VARIANTS)
 
 # %% [markdown]
 # ## Memory
 #
-# Weights as they lie in memory (with the scales that quantization adds), the weight files on disk, and the peak of
-# a forward pass: weights plus everything that the pass allocates. *Reserved* is what the allocator holds from a GPU's
-# driver for both. A CUDA graph keeps its activations from capture on, and where the weights of whole blocks are
-# dequantized at once, the buffers for them are the pass's too. A megabyte is 2²⁰ bytes.
+# Weights include the scales that quantization adds. Variants that dequantize whole blocks at once keep *buffers* for
+# them. The peak of a pass is everything that it allocates. *Reserved* is what the allocator gets from the GPU's driver.
+# One MB is 2²⁰ bytes.
 
 # %%
-memories = benchmark.memory(bench, settings)
-plots.table(benchmark.readable_memory(memories))
+memories = evaluate.memory(study, bench)
+tables.table(memories, columns.OF_VARIANTS)
 
 # %% [markdown]
 # ## The table of variants
 #
-# All of it together, one row for each variant and batch size. It is the file `records/variants.csv`.
+# All of it together, a row for each variant and batch size, is `records/variants.csv`. The columns that one compares:
 
 # %%
-measured = {"quality": quality, "speeds": speeds, "memories": memories, "cpu": cpu, "device_times": device_times}
-table = evaluate.variants_table(bench, settings, **measured, clocks=clocks)
-evaluate.readable(table)
+references = evaluate.against_reference(study, bench, logits)
+cpu = evaluate.cpu_latency(study, bench)
+found = (measured.speed, memories, quality, references, profiled.totals, cpu)
+table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
+tables.table(table, columns.SUMMARY)
 
 # %% [markdown]
 # Up and to the left is better:
 
 # %%
-plots.accuracy_against_latency(table, settings.batch_sizes[0])
+plots.accuracy_against_latency(table, study.settings.batch_sizes[0], study.settings.margin)
 
 # %% [markdown]
 # Down and to the left is better:
 
 # %%
-plots.size_against_memory(table, settings.batch_sizes[-1])
+plots.size_against_memory(table, study.settings.batch_sizes[-1])
 
 # %% [markdown]
 # Higher is better:
@@ -220,13 +147,68 @@ plots.size_against_memory(table, settings.batch_sizes[-1])
 plots.throughput_by_batch(table)
 
 # %% [markdown]
-# ## What we saw
+# ## Where the device time goes
 #
-# Against the baseline, as ratios of what was measured in this one run (above 1 is better):
+# The profiler lists every kernel (on a CPU: every operator) with its time. A kernel belongs to the part of the model
+# that launched it. Conversion between number formats is a part of its own: it is the price of small weights.
 
 # %%
-ratios = evaluate.compare(table, bench.baseline)
-plots.table(ratios, index=True)
+plots.device_time_by_part(profiled.kernels, evaluate.PARTS)
 
 # %%
-Markdown(evaluate.headline(table, ratios, bench))
+tables.table(profiled.totals, columns.OF_VARIANTS)
+
+# %% [markdown]
+# A part can run no faster than its arithmetic at the peak rate, nor than its bytes at the peak bandwidth. Both peaks
+# are measured here, with a large linear layer and a large copy. The lines are these ceilings; a point's distance below
+# its line is what is lost. Variants that multiply in 8 bits are compared with the rate of 8-bit products, where this
+# machine has them.
+
+# %%
+limits = evaluate.against_the_roofline(study, bench, profiled.kernels)
+plots.roofline(limits)
+
+# %% [markdown]
+# The same data as a table, including memory-bound parts such as norms. Parts with less than a twentieth of their
+# variant's time are left out. A part that reads from the cache can exceed the bandwidth of the copy; its ceiling was
+# then not measured.
+
+# %%
+tables.table(limits[limits["share_of_time"] >= 0.05], columns.OF_VARIANTS)
+
+# %% [markdown]
+# ## Evidence
+#
+# The layer classes and number formats found in each network:
+
+# %%
+tables.table(evaluate.status(bench))
+
+# %% [markdown]
+# The logits of each variant against those of the eager network with the same weights. Variants that quantize their
+# inputs too are another function than their reference.
+
+# %%
+tables.table(columns.with_reference(references), columns.OF_VARIANTS, none="nothing to compare")
+
+# %% [markdown]
+# A *fused* variant is the same network with fewer and larger kernels. Each of its layers has several implementations.
+# On a GPU they are timed when the variant is loaded and the fastest is used; on a CPU the first is. *all blocks* means
+# that the weights of a whole block are dequantized at once. `records/tuning.csv` has all that were timed.
+
+# %%
+tables.table(evaluate.tuning(study, bench), none="this study has no fused variant")
+
+# %% [markdown]
+# The instruments are checked with a call and a tensor of known size. The comparison is checked with this run's own
+# samples: two halves of the same calls must be called the same, and a half made slower by a fiftieth must be found.
+
+# %%
+checks = evaluate.validity(study, bench, measured, profiled.totals)
+tables.table(checks)
+
+# %% [markdown]
+# ## Summary
+
+# %% tags=["summary"]
+evaluate.headline(table, checks)

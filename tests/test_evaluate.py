@@ -8,22 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor
 
-from vitlib import (
-    ablation,
-    benchmark,
-    checkpoint,
-    decode,
-    evaluate,
-    files,
-    inference,
-    params,
-    records,
-    stats,
-    synthetic,
-)
-from vitlib.sources import DataError, Dataset, Picture
+from vitlib import ablation, evaluate, files, inference, params, records, stats, synthetic
+from vitlib.checkpoint import CheckpointError
+from vitlib.decode import Decoded, Picture
+from vitlib.sources import DataError, Dataset
+from vitlib.study import Study
+from vitlib.verify import GateError
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
 
@@ -52,7 +45,7 @@ def dataset_for(labels) -> Dataset:
     def draw(folder: str, index: int) -> Picture:
         flower = synthetic.TARGET_CLASSES[int(folder) % len(synthetic.TARGET_CLASSES)]
         pixels = synthetic.render(flower, index=index, split="valid", seed=0, size=32)
-        return Picture(f"valid/{folder}/{index}", folder, lambda: evaluate.data.Image.fromarray(pixels))
+        return Picture(f"valid/{folder}/{index}", folder, lambda: Image.fromarray(pixels))
 
     pictures = [draw(folder, index) for folder in labels.folders for index in range(3)]
     return Dataset({"train": list(pictures), "valid": pictures}, dict(zip(labels.folders, labels.names, strict=True)))
@@ -70,24 +63,44 @@ def project(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(project, settings, labels):
-    return evaluate.prepare(settings, dataset_for(labels))
+def study(project, settings):
+    return Study.of(settings)
 
 
 @pytest.fixture(scope="module")
-def table(bench, settings):
-    logits = evaluate.outputs(bench, settings)
-    _, device_times = benchmark.device_time(bench, settings)
-    latencies, throughputs, clocks = benchmark.measure(bench, settings)
+def bench(study, labels):
+    return evaluate.prepare(study, dataset_for(labels))
+
+
+@pytest.fixture(scope="module")
+def profiled(study, bench):
+    return evaluate.device_time(study, bench)
+
+
+@pytest.fixture(scope="module")
+def measured(study, bench):
+    return evaluate.measure(study, bench)
+
+
+@pytest.fixture(scope="module")
+def checks(study, bench, measured, profiled):
+    return evaluate.validity(study, bench, measured, profiled.totals)
+
+
+@pytest.fixture(scope="module")
+def table(study, bench, measured, profiled):
+    logits = evaluate.outputs(study, bench)
+    evaluate.against_the_roofline(study, bench, profiled.kernels)
     return evaluate.variants_table(
+        study,
         bench,
-        settings,
-        quality=evaluate.accuracy(bench, logits, settings),
-        speeds=benchmark.speed(latencies, throughputs, bench.baseline),
-        memories=benchmark.memory(bench, settings),
-        cpu=benchmark.cpu_latency(bench, settings),
-        device_times=device_times,
-        clocks=clocks,
+        measured.speed,
+        evaluate.memory(study, bench),
+        evaluate.against_reference(study, bench, logits),
+        evaluate.accuracy(study, bench, logits),
+        evaluate.cpu_latency(study, bench),
+        profiled.totals,
+        clocks=measured.clocks,
     )
 
 
@@ -104,6 +117,7 @@ def test_what_cannot_run_here_has_a_reason_and_no_numbers(table):
 
 
 def test_every_measured_column_is_filled(table):
+    assert set(records.OPTIONAL["variants"]) <= set(table)
     ran = table[table["status"] == "ok"]
     not_here = {"latency_p95_ms", "latency_p99_ms", "peak_vram_mb"}  # too few samples; no GPU
     filled = ran[[name for name in records.COLUMNS["variants"] if name not in not_here]]
@@ -111,23 +125,32 @@ def test_every_measured_column_is_filled(table):
     assert ran[list(not_here)].isna().all(axis=None)
 
 
-def test_a_latency_that_differs_by_chance_is_not_called_lower():
-    assert evaluate._faster(1.03, "not shown") == "not shown to differ"
-    assert evaluate._faster(1.01, "same") == "the same"
-    assert (
-        evaluate._faster(2.0, "faster") == "2.00 times lower" and evaluate._faster(0.5, "slower") == "2.00 times higher"
-    )
+def test_the_headline_is_a_few_sentences_and_names_no_identifier(table, checks):
+    text = evaluate.headline(table, checks)
+    assert len(text.splitlines()) == 6  # accuracy, two batch sizes, size, not run, checks
+    assert "FlashAttention-2 needs a CUDA device" in text and "-sdpa" not in text
+    assert "of 9" in text or "no picture changes class" in text
+    same = table[table["variant"] == "fp32-sdpa"]
+    same = pd.concat([same, same.assign(variant="fp16-sdpa", verdict="non-inferior", against_baseline="same")])
+    text = evaluate.headline(same, checks[checks["reached"] == "yes"])
+    assert "no picture changes class" in text and "no variant is smaller" in text and "Failed" not in text
 
 
-def test_throughput_is_what_was_measured_at_that_batch_size():
-    """Latencies say 100 images a second at batch 1 and 800 at batch 8; what was measured says otherwise and counts."""
-    keys = [("fp32-sdpa", batch, number) for batch in (1, 8) for number in range(10)]
-    latencies = pd.DataFrame(keys, columns=["variant", "batch", "round"]).assign(
-        sample=0, latency_ms=10.0, device_ms=np.nan
-    )
-    throughputs = latencies[["variant", "batch", "round"]].assign(throughput_img_s=latencies["batch"] * 50.0)
-    found = benchmark.speed(latencies, throughputs, "fp32-sdpa").set_index("batch")["throughput_img_s"]
-    assert found.to_dict() == {1: 50.0, 8: 400.0}
+def test_a_variant_that_the_gate_refuses_keeps_its_row(bench):
+    refused = {"nf4-sdpa": "identity gate: bitsandbytes was not used"}
+    left = bench.without(refused)
+    assert "nf4-sdpa" not in left.engines and "nf4-sdpa" in bench.engines
+    assert left.reasons["nf4-sdpa"] in evaluate.status(left).set_index("variant").loc["nf4-sdpa", "status"]
+    with pytest.raises(GateError, match="baseline"):
+        bench.without({bench.baseline: "fault"})
+
+
+def test_a_reference_is_the_eager_network_with_the_same_weights(study, bench):
+    logits = {name: torch.eye(9, 3) for name in bench.engines}
+    logits["nf4-sdpa"] = logits["nf4-sdpa"].flip(1)
+    rows = evaluate.against_reference(study, bench, logits).set_index("variant")
+    assert rows["reference"].to_dict() == {name: name for name in bench.engines}
+    assert rows["relative_error"].isna().all()  # nothing is compared with itself
 
 
 def test_the_baseline_agrees_with_itself_and_quantized_rows_diverge(table):
@@ -142,10 +165,10 @@ def test_sizes_are_those_of_the_weights(table):
     assert rows["fp32-sdpa"] > 3 * rows["int8-sdpa"] > rows["nf4-sdpa"] * 3
 
 
-def test_records_and_environment_are_written(project, table):
+def test_records_and_environment_are_written(project, table, checks):
     folder = project / "outputs" / "unit" / "records"
     assert len(records.read_table(folder / "variants.csv")) == len(table)
-    for name in ("kernels", "latency", "throughput"):
+    for name in ("kernels", "latency", "throughput", "validity", "roofline"):
         assert len(records.read_table(folder / f"{name}.csv")) > 0
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["parameters"]["variants"] == NAMES
@@ -161,26 +184,26 @@ def test_kept_logits_give_the_published_accuracy(project, table):
     assert table.set_index("variant").loc["nf4-sdpa", "top1"].iloc[0] == again
 
 
-def test_classes_in_another_order_change_nothing(project, settings, labels, bench):
+def test_classes_in_another_order_change_nothing(study, labels, bench):
     """The original study took ids from sorted folder names: '1', '10', '2'."""
     shuffled = dataset_for(labels)
     shuffled.splits["valid"] = shuffled.splits["valid"][::-1]
-    other = evaluate.prepare(settings, shuffled)
+    other = evaluate.prepare(study, shuffled)
     first, second = (
-        evaluate.accuracy(b, {n: evaluate.engine.logits(e, b.valid.pixels, 4) for n, e in b.engines.items()}, settings)
+        evaluate.accuracy(study, b, {n: evaluate.engine.logits(e, b.valid.pixels, 4) for n, e in b.engines.items()})
         for b in (bench, other)
     )
     columns = ["variant", "n", "right", "top5", "flips", "lost", "gained", "verdict"]
     pd.testing.assert_frame_equal(first[columns], second[columns])
 
 
-def test_ids_are_the_checkpoints_everywhere(bench, labels, project, settings):
+def test_ids_are_the_checkpoints_everywhere(bench, labels, study):
     assert bench.labels == labels
-    subject = ablation.prepare(settings, dataset_for(labels))
+    subject = ablation.prepare(study, dataset_for(labels))
     assert subject.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
-def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, settings, checkpoints, labels, project):
+def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, study, settings, checkpoints, labels):
     """The original study typed mean and deviation anew in each notebook; here all three agree."""
     processor = AutoImageProcessor.from_pretrained(checkpoints / "merged", backend="pil")
     pictures = dataset_for(labels).splits["valid"]
@@ -193,13 +216,13 @@ def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, settin
     def watched(model):
         return model.vit.embeddings.register_forward_pre_hook(spy, with_kwargs=True)
 
-    subject = ablation.prepare(settings, dataset_for(labels))
-    predictor = inference.load(settings)
+    subject = ablation.prepare(study, dataset_for(labels))
+    predictor = inference.load(study)
     networks = [bench.engines["fp32-sdpa"].loaded.model, subject.loaded.model, predictor.engine.loaded.model]
     handles = [watched(network) for network in networks]
-    evaluate.outputs(dataclasses.replace(bench, engines={"fp32-sdpa": bench.engines["fp32-sdpa"]}), settings)
-    ablation.measure(subject, settings.model_copy(update={"ablation_bits": [8]}))
-    inference.predict(predictor, pictures, [], settings)
+    evaluate.outputs(study, dataclasses.replace(bench, engines={"fp32-sdpa": bench.engines["fp32-sdpa"]}))
+    ablation.measure(Study.of(settings.model_copy(update={"ablation_bits": [8]})), subject)
+    inference.predict(study, predictor, pictures, [])
     for handle in handles:
         handle.remove()
     assert len(seen) == 3
@@ -211,15 +234,15 @@ def test_checkpoints_of_different_trainings_are_not_compared(project, settings, 
     copy = project / "outputs" / "mixed" / "checkpoints"
     shutil.copytree(checkpoints, copy)
     (copy / "nf4" / "provenance.json").write_text(json.dumps({"merged_sha256": "of another training"}))
-    with pytest.raises(checkpoint.CheckpointError, match="other weights"):
-        evaluate.prepare(settings.model_copy(update={"study": "mixed"}), dataset_for(labels))
+    with pytest.raises(CheckpointError, match="other weights"):
+        evaluate.prepare(Study.of(settings.model_copy(update={"study": "mixed"})), dataset_for(labels))
 
 
-def test_fewer_classes_than_the_checkpoint_knows_is_an_error(project, settings, labels):
+def test_fewer_classes_than_the_checkpoint_knows_is_an_error(study, labels):
     dataset = dataset_for(labels)
     dataset.splits["valid"] = [picture for picture in dataset.splits["valid"] if picture.label != "10"]
     with pytest.raises(DataError, match="knows 3"):
-        evaluate.prepare(settings, dataset)
+        evaluate.prepare(study, dataset)
 
 
 def test_checkpoints_of_different_preprocessing_are_not_compared(project, settings, labels, checkpoints, monkeypatch):
@@ -228,12 +251,12 @@ def test_checkpoints_of_different_preprocessing_are_not_compared(project, settin
     config = json.loads((copy / "nf4" / "preprocessor_config.json").read_text())
     config["image_mean"] = [0.485, 0.456, 0.406]
     (copy / "nf4" / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(checkpoint.CheckpointError, match="different preprocessing"):
-        evaluate.prepare(settings.model_copy(update={"study": "other"}), dataset_for(labels))
+    with pytest.raises(CheckpointError, match="different preprocessing"):
+        evaluate.prepare(Study.of(settings.model_copy(update={"study": "other"})), dataset_for(labels))
 
 
 def test_data_checksum_changes_with_a_label(bench):
-    before = evaluate.data_checksum(bench)
+    before = bench.data_checksum()
     changed = [*bench.valid.pictures[:-1], Picture(bench.valid.pictures[-1].file, "2", None)]
-    other = evaluate.Bench(**{**vars(bench), "valid": decode.Decoded(bench.valid.pixels, changed, [])})
-    assert evaluate.data_checksum(other) != before
+    other = dataclasses.replace(bench, valid=Decoded(bench.valid.pixels, changed, []))
+    assert other.data_checksum() != before

@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from vitlib import bench, files, index, params, records, run
+from vitlib import files, index, params, records, run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in params.NOTEBOOKS]
@@ -54,9 +54,6 @@ def smoke():
     shutil.rmtree(folder, ignore_errors=True)  # what an earlier run left must not pass for what this one wrote
     for notebook in NOTEBOOKS:
         chosen = params.load(ROOT / "params" / "smoke.yaml")
-        if notebook.stem == "6_speed":  # reads what `make bench` measured
-            few = {"rounds": 2, "samples": 2, "round_seconds": 0.02, "device": "cpu", "batch_sizes": [1, 2]}
-            bench.run(params.check(chosen | few), ("engine", "pipeline"), folder / "checkpoints")
         run.execute(notebook, parameters=chosen, folder=folder, progress=False)
     index.write(folder)
     return folder
@@ -78,8 +75,7 @@ def test_the_whole_study_runs_and_leaves_its_files(smoke):
 def test_snakemake_knows_every_record(smoke):
     """A record that is no output of a rule is not made again when it is missing or old."""
     declared = (ROOT / "Snakefile").read_text()
-    benched = {"bench.csv", "bench.json", "targets.csv", "bench_tuning.csv"}  # of `make bench`
-    written = [file for file in (smoke / "records").iterdir() if file.is_file() and file.name not in benched]
+    written = [file for file in (smoke / "records").iterdir() if file.is_file()]
     assert not [file.name for file in written if f'"{file.stem}"' not in declared and f'"{file.name}"' not in declared]
     for checkpoint in ("merged", "nf4", "int8"):
         assert (smoke / "checkpoints" / checkpoint / "provenance.json").is_file()

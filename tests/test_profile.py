@@ -44,19 +44,21 @@ def test_every_part_of_a_vit_is_there(profiled):
         assert ("quantization" in set(frame["part"])) == (weights == "int8")
 
 
-def test_time_is_a_sum_over_calls_not_a_sum_of_averages(checkpoints):
-    """The original study added up averages per call: twice the calls would have given the same number."""
+def test_every_call_counts(checkpoints):
+    """The original study added up averages per call: eight times the calls gave the same number."""
     loaded = checkpoint.load(checkpoints, Variant("fp32"), CPU)
-    pixel_values = torch.randn(8, 3, 32, 32)
+    pixel_values = torch.randn(1, 3, 32, 32)
 
-    def times(repeats: int) -> float:
+    def calls(repeats: int) -> float:
         with torch.inference_mode():
             frame = profile.profile(
-                lambda: [loaded.model(pixel_values=pixel_values) for _ in range(repeats)], loaded.model, CPU
+                lambda: [loaded.model(pixel_values=pixel_values) for _ in range(repeats)], loaded.model, CPU, passes=1
             )
-        return frame["device_time_us"].sum()
+        assert frame["device_time_us"].sum() == pytest.approx(frame.attrs["total_us"], rel=1e-6)
+        inside = frame[frame["operation"] == profile.ATTENTION_FUNCTION].set_index("kernel")["calls"]
+        return inside[inside.index.str.startswith("aten::_scaled_dot_product")].sum()
 
-    assert times(8) > 4 * times(1)
+    assert (calls(1), calls(8)) == (4, 32)  # one a block
 
 
 def test_profiling_leaves_the_network_as_it_was(checkpoints):

@@ -219,7 +219,7 @@ def test_a_missing_record_names_its_notebook(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(ValueError, match="empty: run 2_evaluate again"):
         records.read_table(path)
-    assert set(records.NOTEBOOKS) == {*records.COLUMNS, "environment", "base", "targets"}
+    assert set(records.NOTEBOOKS) == {*records.COLUMNS, "environment", "base", "tuning", "inference"}
 
 
 def test_twice_the_same_column_is_refused(tmp_path: Path) -> None:

@@ -1,351 +1,339 @@
-"""The sections of notebook 2: every variant through one pipeline. Level 3."""
+"""Notebook 2: what each variant costs and what it brings, all through one pipeline."""
 
-import hashlib
-from dataclasses import dataclass, field
-from pathlib import Path
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import checkpoint, engine, files, provenance, records, sources, stats, verify
+from vitlib import benchmark, checkpoint, engine, files, origin, profile, provenance, roofline, timing, verify
 from vitlib.engine import Engine
-from vitlib.params import Parameters, used_by
-from vitlib.records import NO_BREAK
-from vitlib.sources import Dataset, Decoded, Labels
-from vitlib.variants import Variant, find
+from vitlib.params import used_by
+from vitlib.profile import PARTS as PARTS
+from vitlib.stats import Interval
+from vitlib.study import Study
+from vitlib.tables import Markdown
+from vitlib.testbench import Bench, engines_of
+from vitlib.testbench import prepare as prepare
+from vitlib.tuning import relative_error
+from vitlib.variants import Variant, label
+
+open = Study.open
 
 
-@dataclass
-class Bench:
-    """The variants that run here as engines, the reasons of those that do not, and the pictures they all see."""
-
-    variants: list[Variant]
-    engines: dict[str, Engine]
-    reasons: dict[str, str]
-    labels: Labels
-    device: torch.device
-    valid: Decoded
-    checkpoints: Path
-    evidence: dict[str, dict] = field(default_factory=dict)
-
-    @property
-    def baseline(self) -> str:
-        """The name of the first row; it must run."""
-        return self.variants[0].name
-
-
-def prepare(settings: Parameters, dataset: Dataset) -> Bench:
-    """Load every variant of the parameter set once and decode the validation split with the checkpoint's preprocessing.
-
-    A variant that cannot run here keeps its row with the reason. The baseline must run: its error is raised.
-    """
-    checkpoint.quiet_libraries()
-    device = checkpoint.pick_device(settings.device)
-    checkpoints = files.study_folder(settings.study) / "checkpoints"
-    variants = [find(name) for name in settings.variants]
-    engines: dict[str, Engine] = {}
-    reasons: dict[str, str] = {}
-    sizes = tuple(sorted({*settings.batch_sizes, settings.eval_batch_size, settings.profile_batch_size}))
-    for variant in variants:
-        try:
-            engines[variant.name] = Engine(checkpoint.load(checkpoints, variant, device), variant.execution, sizes)
-        except (checkpoint.NotRun, torch.OutOfMemoryError) as reason:
-            if variant is variants[0]:
-                raise
-            reasons[variant.name] = files.first_line(reason)
-    first = engines[variants[0].name].loaded
-    first.labels.check(dataset, "valid")
-    _same_preprocessing(engines)
-    _one_training(engines, checkpoints)
-    valid = sources.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
-    found = {name: verify.evidence(engine_.loaded.model) for name, engine_ in engines.items()}
-    return Bench(variants, engines, reasons, first.labels, device, valid, checkpoints, found)
-
-
-def _same_preprocessing(engines: dict[str, Engine]) -> None:
-    described = {name: engine_.loaded.preprocess.describe() for name, engine_ in engines.items()}
-    first = next(iter(described))
-    for name, settings in described.items():
-        if settings != described[first]:
-            raise checkpoint.CheckpointError(
-                f"{name} and {first} were saved with different preprocessing ({settings} against {described[first]}): "
-                "run 1_finetune again, so that all checkpoints come from one training"
-            )
-
-
-def _one_training(engines: dict[str, Engine], checkpoints: Path) -> None:
-    """CheckpointError where a quantized checkpoint was made from other weights than the merged one beside it."""
-    merged, labels = checkpoints / "merged", checkpoint.read_labels(checkpoints / "merged")
-    checksum = files.checksum(merged / "model.safetensors")
-    for name, engine_ in engines.items():
-        made_from = checkpoint.merged_checksum(engine_.loaded.folder)
-        if engine_.loaded.labels != labels or made_from not in ("", checksum):
-            raise checkpoint.CheckpointError(
-                f"{name} was quantized from other weights or labels than {merged.name}/ holds: run 1_finetune again, "
-                "so that all checkpoints come from one training"
-            )
-
-
-def status_table(bench: Bench) -> pd.DataFrame:
-    """What really is there in each row (module classes, dtypes, attention), or why it is missing."""
+def status(bench: Bench) -> pd.DataFrame:
+    """What each variant really is (module classes, dtypes, attention), or why it did not run."""
     rows = []
     for variant in bench.variants:
-        found = bench.evidence.get(variant.name)
-        if found is None:
-            rows.append((variant.name, f"not run: {bench.reasons[variant.name]}", "", "", ""))
-            continue
+        found = bench.evidence.get(variant.name, {"encoder_linears": {}, "dtypes": [], "attention": ""})
+        reason = bench.reasons.get(variant.name, "")
         linears = ", ".join(f"{count} {kind}" for kind, count in found["encoder_linears"].items())
-        rows.append((variant.name, "runs", linears, ", ".join(found["dtypes"]), found["attention"]))
-    return pd.DataFrame(rows, columns=["variant", "status", "encoder linears", "other weights", "attention"])
+        rows.append((variant.name, f"not run: {reason}" if reason else "runs", linears, ", ".join(found["dtypes"])))
+    return pd.DataFrame(rows, columns=["variant", "status", "linear layers of the encoder", "other weights"])
 
 
-def tuning(bench: Bench, settings: Parameters) -> pd.DataFrame:
-    """The paths that fused variants took, a row a variant, layer format and path; `records/tuning.csv` has all timed.
+def tuning(study: Study, bench: Bench) -> pd.DataFrame:
+    """`benchmark.chosen` of what was timed to choose the kernels of fused variants; all of it to `records/tuning.csv`.
 
-    A column a batch size: the median µs of the layer shapes that took the path there, missing where none did.
+    Empty where the study has no fused variant; there is no record then.
     """
     frame = engine.tunings(bench.engines, "variant")
-    if frame.empty:
-        return frame
-    records.write_table(frame, files.study_folder(settings.study) / "records" / "tuning.csv")
-    taken = frame[frame["chosen"]]
-    table = taken.groupby(["variant", "layer", "path", "batch"], sort=False)["us"].median().unstack()
-    table = table.rename(columns={size: f"batch {size} (µs)" for size in table}).reset_index()
-    return table.rename(columns={"layer": "layers", "path": "path taken"}).rename_axis(columns=None)
+    return benchmark.chosen(frame if frame.empty else study.write("tuning", frame))
 
 
-def outputs(bench: Bench, settings: Parameters) -> dict[str, torch.Tensor]:
-    """float32 logits (n, classes) of the validation split for each variant; kept in `records/logits.npz`."""
-    found = {
-        name: engine.logits(engine_, bench.valid.pixels, settings.eval_batch_size)
-        for name, engine_ in bench.engines.items()
-    }
+def base(study: Study) -> Markdown:
+    """What the base of this study is, and what that means for its accuracies."""
+    return Markdown(origin.sentence(study.folder))
+
+
+# ------------------------------------------------------------------------------------------------ accuracy, speed
+
+
+def outputs(study: Study, bench: Bench) -> dict[str, torch.Tensor]:
+    """float32 logits (n, classes) of the validation split for each variant; also in `records/logits.npz`."""
+    size = study.settings.eval_batch_size
+    found = {name: engine.logits(engine_, bench.valid.pixels, size) for name, engine_ in bench.engines.items()}
     arrays = {name: values.numpy() for name, values in found.items()}
-    target = files.study_folder(settings.study) / "records" / "logits.npz"
-    with files.atomic_path(target) as path, open(path, "wb") as file:
+    with files.atomic_path(study.record("logits.npz")) as path, path.open("wb") as file:
         np.savez_compressed(file, labels=bench.labels.ids(bench.valid.pictures).numpy(), **arrays)
     return found
 
 
-def accuracy(bench: Bench, logits: dict[str, torch.Tensor], settings: Parameters) -> pd.DataFrame:
-    """Accuracy with its uncertainty, a row a variant; written to `records/accuracy.csv`.
+def accuracy(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """`benchmark.accuracy` of the logits of `outputs`; written to `records/accuracy.csv`."""
+    labels, arrays = bench.labels.ids(bench.valid.pictures).numpy(), {name: v.numpy() for name, v in logits.items()}
+    settings = study.settings
+    found = benchmark.accuracy(arrays, labels, bench.baseline, margin=settings.margin, seed=settings.seed)
+    return study.write("accuracy", found)
 
-    Beside Top-1, Top-5 and weighted F1: right answers of n with Wilson's interval; pictures lost and gained against the
-    baseline with McNemar's exact p, adjusted by Holm over the rows; the paired difference with a bootstrap and a
-    score interval; flips; mean KL from the baseline with its interval; and a verdict (`stats.verdict`).
+
+def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """Outputs of each variant against those of the eager network with the same weights, a row a batch size.
+
+    Columns: variant, batch, reference, relative_error (of the logits), agreement_with_reference (share of pictures
+    with the same class). Fused variants and CUDA graphs have kernels of their own for each batch size; the others are
+    compared at the evaluation's. Missing where the reference is the variant itself or did not run.
     """
-    labels = bench.labels.ids(bench.valid.pictures).numpy()
-    base = logits[bench.baseline].numpy()
-    rows = [_accuracy_row(name, values.numpy(), base, labels, settings.seed) for name, values in logits.items()]
-    frame = pd.DataFrame(rows)
-    other = frame["variant"] != bench.baseline
-    frame["holm_p"] = np.nan
-    frame.loc[other, "holm_p"] = stats.holm(frame.loc[other, "mcnemar_p"].to_numpy())
-    bounds = zip(frame["difference"], frame["difference_low"], frame["difference_high"], frame["holm_p"], strict=True)
-    frame["verdict"] = [
-        stats.verdict(difference=stats.Interval(d, low, high), p_adjusted=p, margin=settings.margin)
-        for d, low, high, p in bounds
-    ]
-    frame.loc[~other, "verdict"] = "baseline"
-    records.write_table(frame, files.study_folder(settings.study) / "records" / "accuracy.csv")
-    return frame
+    rows = []
+    for variant in bench.ran():
+        reference = Variant(variant.format.reference).name
+        for size in study.settings.batch_sizes:
+            row = {"variant": variant.name, "batch": size, "reference": reference}
+            row |= {"relative_error": np.nan, "agreement_with_reference": np.nan}
+            if reference in logits and reference != variant.name:
+                own = logits[variant.name]
+                if variant.fused or variant.graphed:
+                    own = engine.logits(bench.engines[variant.name], bench.valid.pixels, size)
+                error, same = relative_error(own, logits[reference]), own.argmax(1) == logits[reference].argmax(1)
+                row["relative_error"] = np.inf if np.isnan(error) else error  # missing means not measured
+                row["agreement_with_reference"] = same.double().mean().item()
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def _accuracy_row(name: str, found: np.ndarray, base: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, object]:
-    right, base_right = (stats.topk_right(values, labels, 1) for values in (found, base))
-    low, high = stats.wilson(int(right.sum()), len(labels))
-    test, score = stats.mcnemar(base_right, right), stats.paired_difference(base_right, right)
-    resampled = stats.paired_bootstrap(right.astype(float) - base_right.astype(float), seed=seed)
-    kl = stats.paired_bootstrap(stats.kl_divergence(base, found), seed=seed)
-    predicted, expected = found.argmax(axis=1), base.argmax(axis=1)
-    return {
-        "variant": name,
-        "n": len(labels),
-        "right": int(right.sum()),
-        "top1": right.mean(),
-        "top1_low": low,
-        "top1_high": high,
-        "top5": stats.topk_accuracy(found, labels, 5),
-        "f1_weighted": stats.f1_weighted(labels, predicted),
-        "agreement_with_baseline": float((predicted == expected).mean()),
-        "flips": stats.flips(expected, predicted),
-        "lost": test.lost,
-        "gained": test.gained,
-        "mcnemar_p": test.p,
-        "difference": score.estimate,
-        "difference_low": score.low,
-        "difference_high": score.high,
-        "bootstrap_low": resampled.low,
-        "bootstrap_high": resampled.high,
-        "logit_kl": kl.estimate,
-        "logit_kl_low": kl.low,
-        "logit_kl_high": kl.high,
-    }
+class Measured(NamedTuple):
+    """Raw latency samples (as `records/latency.csv`), the table of `benchmark.speed`, and the GPU's clocks."""
+
+    latencies: pd.DataFrame
+    speed: pd.DataFrame
+    clocks: dict[str, object]
+
+
+def measure(study: Study, bench: Bench) -> Measured:
+    """Latency and throughput of every variant and batch size, all measured in turns in random order.
+
+    Writes every sample to `records/latency.csv` and every round to `records/throughput.csv`.
+    """
+    settings = study.settings
+    budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
+    calls = {(n, size): bench.calls(run, size) for n, run in bench.engines.items() for size in settings.batch_sizes}
+    with provenance.Monitor(seconds=2.0) as clocks:
+        latencies = timing.latency(calls, bench.device, budget, settings.seed)
+        # Queued calls are averages already: a third of the time is enough.
+        shorter = dataclasses.replace(budget, seconds=budget.seconds / 3)
+        rates = timing.throughput(calls, {key: key[1] for key in calls}, bench.device, shorter, settings.seed)
+    latencies, rates = (_in_order(frame, list(bench.engines)) for frame in (latencies, rates))
+    study.write("latency", latencies)
+    study.write("throughput", rates)
+    return Measured(latencies, benchmark.speed(latencies, rates, bench.baseline), clocks.summary())
+
+
+def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
+    """Samples with their candidate as variant and batch, in the order of the table of variants, batch and time."""
+    names = pd.DataFrame(frame["candidate"].tolist(), columns=["variant", "batch"])
+    frame = pd.concat((names, frame.drop(columns="candidate")), axis=1)
+    rank = frame["variant"].map(variants.index)
+    return frame.assign(rank=rank).sort_values(["rank", "batch"], kind="stable", ignore_index=True).drop(columns="rank")
+
+
+def cpu_latency(study: Study, bench: Bench) -> pd.DataFrame:
+    """Median latency of one picture on this machine's CPU in `cpu_latency_ms`, for variants without a CUDA graph.
+
+    On a machine with a GPU only for unquantized ones: bitsandbytes takes seconds per picture for ViT-L/16 on a CPU.
+    """
+    cpu, cuda = torch.device("cpu"), bench.device.type == "cuda"
+    chosen = [v for v in bench.ran() if not v.graphed and not (v.quantized and cuda)]
+    engines, _ = engines_of(chosen if study.settings.cpu_samples else [], bench.checkpoints, cpu, (1,))
+    calls = {name: bench.calls(engine_, 1) for name, engine_ in engines.items()}
+    budget = timing.Budget(rounds=2, samples=study.settings.cpu_samples, seconds=5.0)
+    samples = timing.latency(calls, cpu, budget, study.settings.seed).rename(columns={"candidate": "variant"})
+    return samples.groupby("variant", sort=False)["latency_ms"].median().rename("cpu_latency_ms").reset_index()
+
+
+# ------------------------------------------------------------------------------------------- memory, device time
+
+
+def memory(study: Study, bench: Bench) -> pd.DataFrame:
+    """Weights in memory and on disk, and the peak of a forward pass, in MB, a row a variant and batch size.
+
+    `held_mb` is `model_mb`, the weights, with the buffers for dequantized weights. `peak_above_weights_mb` is what a
+    pass allocates at its peak and `peak_memory_mb` the sum with the weights, on the device that ran it; `peak_vram_mb`
+    is that sum where the device is a GPU. `reserved_mb` is what the caching allocator must get from the driver for it
+    (weights and the pool that the pass needed), on a GPU only. A CUDA graph holds its activations from capture on; they
+    count as the pass's. `prepare_s` is the time to transform, tune and capture.
+    """
+    rows, cuda = [], bench.device.type == "cuda"
+    for name, engine_ in bench.engines.items():
+        weights, disk = engine_.loaded.weights_mb, checkpoint.disk_mb(engine_.loaded.folder)
+        for size in study.settings.batch_sizes:
+            used, pool = timing.peak_memory_mb(bench.calls(engine_, size), bench.device), engine_.pool_mb.get(size, 0.0)
+            peak, reserved = used.allocated + pool, used.reserved + pool
+            row = {"variant": name, "batch": size, "model_mb": weights, "held_mb": weights + engine_.buffers_mb}
+            row |= {"disk_mb": disk, "prepare_s": engine_.prepare_s}
+            row |= {"peak_above_weights_mb": peak, "peak_memory_mb": weights + peak}
+            # What other engines left free in their blocks may have served this pass too.
+            row["reserved_mb"] = weights + max(reserved, peak) if cuda else np.nan
+            rows.append(row | {"peak_vram_mb": weights + peak if cuda else np.nan})
+    return pd.DataFrame(rows)
+
+
+class Profiled(NamedTuple):
+    """Kernels by part of the model (as `records/kernels.csv`), their totals, and who is not what its name says."""
+
+    kernels: pd.DataFrame
+    totals: pd.DataFrame
+    refused: dict[str, str]
+
+
+def device_time(study: Study, bench: Bench) -> Profiled:
+    """Profile one pass of every variant; `refused` has those whose kernels contradict their name (see `verify`).
+
+    The kernels are written to `records/kernels.csv`, a Chrome trace of each variant to `records/traces/`. A CUDA graph
+    has no module ranges, so its network is profiled launched kernel by kernel.
+    """
+    size, frames, rows, refused = study.settings.profile_batch_size, [], [], {}
+    for variant in bench.ran():
+        runner = bench.engines[variant.name]
+        call = bench.calls(Engine(runner.loaded), size)
+        trace = study.record(f"traces/{variant.name}.json.gz")
+        frame = profile.profile(lambda call=call: call(0), runner.network, bench.device, trace=trace)
+        if fault := verify.identity_fault(variant, frame):
+            refused[variant.name] = f"identity gate: {fault}"
+            continue
+        by_block = "; its graph dequantizes whole blocks" if runner.by_block(size) else ""
+        rows.append(
+            {
+                "variant": variant.name,
+                "profiled_batch": size,
+                "profiled_execution": ("fused" if variant.fused else "eager") + by_block,
+                "device_time_us": frame.attrs["total_us"],
+                "attention_device_time_us": profile.attention_time_us(frame),
+                "attention_kernel": profile.attention_kernel(frame),
+                "kernels_per_pass": frame["calls"].sum(),
+                "unattributed_share": frame.attrs["unattributed_share"],
+            }
+        )
+        frames.append(frame.assign(variant=variant.name, batch=size))
+    return Profiled(study.write("kernels", pd.concat(frames, ignore_index=True)), pd.DataFrame(rows), refused)
+
+
+def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> pd.DataFrame:
+    """TFLOP/s and GB/s of each variant's parts and the ceilings measured here; written to `records/roofline.csv`."""
+    peak, frames = roofline.ceilings(bench.device), []
+    for variant in bench.ran():
+        loaded = bench.engines[variant.name].loaded
+        counted = roofline.work(
+            loaded.model.config,
+            batch=study.settings.profile_batch_size,
+            bytes_per_weight=verify.encoder_bytes_per_weight(loaded.model),
+            bytes_per_value=loaded.dtype.itemsize,
+            class_token_only=variant.fused,
+        )
+        times, dtype = profile.by_part(kernels[kernels["variant"] == variant.name]), str(loaded.dtype)[len("torch.") :]
+        frame = roofline.achieved(counted, times, peak, dtype, linears=variant.format.product or dtype)
+        frame["share_of_time"] = times / times.sum()
+        frames.append(frame.rename_axis("part").reset_index().assign(variant=variant.name))
+    return study.write("roofline", pd.concat(frames, ignore_index=True))
+
+
+# ---------------------------------------------------------------------------------------------- the table, in words
+
+
+def validity(study: Study, bench: Bench, measured: Measured, totals: pd.DataFrame) -> pd.DataFrame:
+    """`benchmark.validity` of this run; written to `records/validity.csv`."""
+    checks = benchmark.validity(
+        measured.latencies,
+        bench.baseline,
+        facts={
+            "variants run, refused with a reason": f"{len(bench.engines)}, {len(bench.reasons)}",
+            "clocks throttled while measuring": "; ".join(measured.clocks.get("throttle_reasons") or []) or "no",
+        },
+        errors={
+            "largest share of device time not attributed": (
+                totals["unattributed_share"].max(),
+                verify.ATTRIBUTION_LIMIT,
+            ),
+            "error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025),
+            "error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02),
+        },
+    )
+    return study.write("validity", checks)
 
 
 def variants_table(
-    bench: Bench,
-    settings: Parameters,
-    *,
-    quality: pd.DataFrame,
-    speeds: pd.DataFrame,
-    memories: pd.DataFrame,
-    cpu: pd.Series,
-    device_times: pd.DataFrame,
-    clocks: dict[str, object],
+    study: Study, bench: Bench, *measured: pd.DataFrame, clocks: dict[str, object] | None = None
 ) -> pd.DataFrame:
-    """All measurements joined, a row a variant and batch size, written to `records/variants.csv`.
+    """All measurements in one table, a row a variant and batch size; written to `records/variants.csv`.
 
-    Accuracy, device time (of `profiled_batch` pictures) and CPU latency (of one picture) do not depend on the row's
-    batch size and repeat. A variant that did not run has one row with its reason.
+    `measured` are tables by variant, or by variant and batch. Accuracy, device time (of `profiled_batch` pictures) and
+    CPU latency do not depend on the row's batch size and repeat. A variant that did not run has one row with its
+    reason. `records/environment.json` gets hardware, versions, parameters, checksums and the GPU's `clocks`.
     """
-    measured = speeds.merge(memories, on=["variant", "batch"], validate="one_to_one")
-    measured = measured.merge(quality, on="variant")
-    measured = measured.merge(device_times, on="variant").merge(cpu, left_on="variant", right_index=True, how="left")
     facts = pd.DataFrame(
         {
             "variant": variant.name,
             "weights": variant.weights,
             "attention": variant.attention,
             "execution": variant.execution,
+            "gelu": variant.gelu,
             "status": "ok" if variant.name in bench.engines else "not run",
             "reason": bench.reasons.get(variant.name, ""),
         }
         for variant in bench.variants
     )
-    table = facts.merge(measured, on="variant", how="left")
-    folder = files.study_folder(settings.study) / "records"
-    records.write_table(table, folder / "variants.csv")
+    table = functools.reduce(lambda left, right: left.merge(right, how="left"), measured, facts)
     environment = provenance.environment(
-        parameters=used_by(settings, "2_evaluate"),
-        seeds={"study": settings.seed},
-        checksums={"weights": files.checksum(bench.checkpoints / "merged"), "data": data_checksum(bench)},
+        parameters=used_by(study.settings, "2_evaluate"),
+        seeds={"study": study.settings.seed},
+        checksums={"weights": files.checksum(study.checkpoint("merged")), "data": bench.data_checksum()},
     )
-    records.write_json(environment | {"while_measuring": clocks}, folder / "environment.json")
-    return table
+    study.write_json("environment", environment | {"while_measuring": clocks or {}})
+    return study.write("variants", table)
 
 
-def data_checksum(bench: Bench) -> str:
-    """sha256 of the decoded validation pictures with their names and labels: the same pictures give the same sum."""
-    digest = hashlib.sha256(bench.valid.pixels.numpy().tobytes())
-    for picture in bench.valid.pictures:
-        digest.update(f"{picture.file}\0{picture.label}\n".encode())
-    return digest.hexdigest()
+def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
+    """What the table of variants and the checks of `validity` say, in a few sentences."""
+    ran, baseline = table[table["status"] == "ok"], str(table["variant"].iloc[0])
+    others = ran[ran["variant"] != baseline].drop_duplicates("variant").set_index("variant")
+    sentences = [_fastest(ran, batch) for batch in dict.fromkeys((ran["batch"].min(), ran["batch"].max()))]
+    if len(others):
+        sentences = [_quality(others), *sentences, _smallest(others, ran["model_mb"].iloc[0])]
+    for reason, rows in table[table["status"] != "ok"].groupby("reason", sort=False):
+        sentences.append(f"**Not run**: {', '.join(map(label, rows['variant']))} ({reason}).")
+    sentences.append(benchmark.failed(checks))
+    return Markdown("\n".join(f"- {sentence}" for sentence in sentences if sentence))
 
 
-def compare(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """How many times smaller and faster than the baseline each variant is, and what it costs in Top-1 points."""
-    ran = table[table["status"] == "ok"]
-    base = ran[ran["variant"] == baseline].set_index("batch")
-    rows = []
-    for (variant, batch), row in ran.set_index(["variant", "batch"]).iterrows():
-        rows.append(
-            {
-                "variant": variant,
-                "batch": int(batch),
-                "times smaller": base.loc[batch, "model_mb"] / row["model_mb"],
-                "times lower latency": base.loc[batch, "latency_p50_ms"] / row["latency_p50_ms"],
-                "times the throughput": row["throughput_img_s"] / base.loc[batch, "throughput_img_s"],
-                "Top-1 points": 100 * (row["top1"] - base.loc[batch, "top1"]),
-            }
-        )
-    return pd.DataFrame(rows).set_index(["variant", "batch"])
-
-
-def readable_device_times(device_times: pd.DataFrame) -> pd.DataFrame:
-    """The totals of `device_time` for a report: milliseconds, and kernel names cut to what tells them apart."""
-    return pd.DataFrame(
-        {
-            "variant": device_times["variant"],
-            "batch": device_times["profiled_batch"],
-            "kernels a pass": device_times["kernels_per_pass"],
-            "device time (ms)": device_times["device_time_us"] / 1000,
-            "attention (ms)": device_times["attention_device_time_us"] / 1000,
-            "not attributed (%)": 100 * device_times["unattributed_share"],
-            "attention kernel": device_times["attention_kernel"].str.removeprefix("void ").map(_short),
-        }
+def _quality(rows: pd.DataFrame) -> str:
+    n, most, changed = int(rows["n"].iloc[0]), str(rows["flips"].idxmax()), int(rows["flips"].max())
+    flips = (
+        f"{changed} of {n} pictures change class with {label(most)}, the most"
+        if changed
+        else "no picture changes class"
     )
-
-
-def _short(kernel: str) -> str:
-    return kernel if len(kernel) <= 40 else kernel[:39] + "…"
-
-
-def readable_accuracy(quality: pd.DataFrame) -> "pd.io.formats.style.Styler":
-    """The accuracy table for a report: percentages with intervals, tests and verdict."""
-    bounds = zip(quality["top1_low"], quality["top1_high"], strict=True)
-    shown = pd.DataFrame(
-        {
-            "variant": quality["variant"],
-            f"right of {quality['n'].iloc[0]}": quality["right"],  # all see the same pictures
-            "Top-1 (%)": 100 * quality["top1"],
-            "95 % interval": [f"{100 * low:.1f} … {100 * high:.1f}".replace(" ", NO_BREAK) for low, high in bounds],
-            "Top-5 (%)": 100 * quality["top5"],
-            "F1": quality["f1_weighted"],
-            "flips": quality["flips"],
-            "lost": quality["lost"],
-            "gained": quality["gained"],
-            "Holm p": quality["holm_p"],
-            "KL (nats)": quality["logit_kl"],
-            "verdict": quality["verdict"],
-        }
+    different, unknown = (
+        ", ".join(map(label, rows.index[rows["verdict"] == verdict])) for verdict in ("different", "not shown")
     )
-    formats = {"Top-1 (%)": "{:.2f}", "Top-5 (%)": "{:.2f}", "F1": "{:.4f}", "Holm p": "{:.3f}", "KL (nats)": "{:.1e}"}
-    text = [list(shown).index(name) for name in ("variant", "verdict")]
-    left = [{"selector": f".col{number}", "props": "text-align: left"} for number in text]
-    return shown.style.format(formats, na_rep="–").set_table_styles(left).hide(axis="index")
+    if different:
+        said = f"differs from the baseline's for {different}"
+    elif unknown:
+        said = f"is not shown to differ, but {n} pictures do not exclude a relevant loss for {unknown}"
+    else:
+        said = "of every variant is non-inferior to the baseline's"
+    return f"**Accuracy** {said}; {flips}."
 
 
-def readable(table: pd.DataFrame) -> "pd.io.formats.style.Styler":
-    """The table of variants for a report: the columns one compares, rounded, with the reason of a missing row."""
-    columns = {
-        "variant": "variant",
-        "batch": "batch",
-        "model_mb": "weights (MB)",
-        "peak_memory_mb": "peak (MB)",
-        "latency_p50_ms": "P50 (ms)",
-        "throughput_img_s": "images/s",
-        "top1": "Top-1 (%)",
-        "top5": "Top-5 (%)",
-        "agreement_with_baseline": "agrees (%)",
-        "logit_kl": "KL (nats)",
-        "reason": "not run because",
-    }
-    shown = table.assign(**{key: 100 * table[key] for key in ("top1", "top5", "agreement_with_baseline")})
-    if not shown["reason"].astype(bool).any():
-        del columns["reason"]
-    shown = shown[list(columns)].rename(columns=columns)
-    formats = {
-        name: "{:.2f}" for name in ("peak (MB)", "weights (MB)", "P50 (ms)", "Top-1 (%)", "Top-5 (%)", "agrees (%)")
-    }
-    formats |= {"batch": "{:.0f}", "images/s": "{:,.0f}", "KL (nats)": "{:.1e}"}
-    return shown.style.format(formats, na_rep="–").hide(axis="index")
+def _fastest(ran: pd.DataFrame, batch: float) -> str:
+    rows = ran[ran["batch"] == batch].set_index("variant")
+    times = rows["latency_p50_ms"]
+    said = [f"**Batch size {batch:.0f}**: the baseline {label(times.index[0])} takes {times.iloc[0]:.3g} ms"]
+    for words, name in (("the fastest", times.idxmin()), ("the slowest", times.idxmax())):
+        if name != times.index[0]:
+            said.append(f"{words}, {label(name)}, {times[name]:.3g} ms ({compared(rows.loc[name])})")
+    return "; ".join(said) + "."
 
 
-def headline(table: pd.DataFrame, ratios: pd.DataFrame, bench: Bench) -> str:
-    """What the records say, in a few sentences (Markdown)."""
-    lines = []
-    for name in bench.engines:
-        if name == bench.baseline:
-            continue
-        rows = ratios.loc[name]
-        small, own = rows.iloc[0], table[table["variant"] == name].set_index("batch")
-        agreement = own["agreement_with_baseline"].iloc[0]
-        latencies = []
-        for batch in dict.fromkeys((rows.index[0], rows.index[-1])):
-            found = _faster(rows.loc[batch, "times lower latency"], own.loc[batch, "against_baseline"])
-            latencies.append(f"{found} at batch {batch:.0f}")
-        lines.append(
-            f"- **{name}**: its weights are {small['times smaller']:.1f} times smaller than those of {bench.baseline}; "
-            f"its latency is {' and '.join(latencies)}. It agrees on "
-            f"{100 * agreement:.1f} % of the pictures, and Top-1 moves by {small['Top-1 points']:+.2f} points."
-        )
-    lines += [f"- **{name}** did not run: {reason}." for name, reason in bench.reasons.items()]
-    return "\n".join(lines)
+def _smallest(rows: pd.DataFrame, whole: float) -> str:
+    name, least = str(rows["model_mb"].idxmin()), rows["model_mb"].min()
+    if whole < 1.05 * least:
+        return f"**Size**: no variant is smaller than the baseline's {whole:,.0f} MB of weights."
+    return f"**Size**: the smallest, {label(name)}, has {least:,.3g} MB of weights, {whole / least:.1f} times less."
 
 
-def _faster(ratio: float, verdict: str) -> str:
-    if verdict in ("same", "not shown"):
-        return "the same" if verdict == "same" else "not shown to differ"
-    return f"{ratio:.2f} times lower" if ratio >= 1 else f"{1 / ratio:.2f} times higher"
+def compared(row: pd.Series) -> str:
+    """The latency of a row of the table of variants against the baseline, in words (`benchmark.in_words`)."""
+    times = Interval(*(row[f"times_baseline{side}"] for side in ("", "_low", "_high")))
+    return benchmark.in_words(times, row["against_baseline"], int(row["rounds"]))

@@ -23,13 +23,6 @@ from vitlib.files import atomic_path, short_path
 NO_BREAK = "\u00a0"  # in a page's table a figure and its bounds stay on one line
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "bench": (
-        *("part", "step", "batch", "gelu", "ms", "ms_low", "ms_high", "images_per_s", "seconds"),
-        *("times_baseline", "times_baseline_low", "times_baseline_high"),
-        *("of_best_fp16", "of_best_fp16_low", "of_best_fp16_high"),
-        *("share", "share_low", "share_high", "reference", "relative_error"),
-        *("agreement", "model_mb", "held_mb", "peak_mb", "prepare_s", "note"),
-    ),
     "finetune": (
         *("epoch", "train_loss", "valid_loss", "top1", "top5"),
         *("epoch_s", "images_per_s", "peak_vram_mb"),
@@ -63,6 +56,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 """Columns that each record has at least, in this order; units are in the names."""
 
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "variants": (
+        *("gelu", "held_mb", "prepare_s", "rounds", "times_baseline", "times_baseline_low", "times_baseline_high"),
+        *("reference", "relative_error", "agreement_with_reference"),
+    ),
+}
+"""Columns that are written today and that records of earlier versions lack."""
+
 NOTEBOOKS: dict[str, str] = {
     "finetune": "1_finetune",
     "base": "1_finetune",
@@ -73,10 +74,10 @@ NOTEBOOKS: dict[str, str] = {
     "claims": "5_claims",
     "environment": "2_evaluate",
     **dict.fromkeys(("accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
-    **dict.fromkeys(("bench", "targets"), "`make bench` with this STUDY"),
+    "tuning": "2_evaluate",
 }
 
-"""The notebook, or the command, that writes a record, for the message when it is missing."""
+"""The notebook that writes a record, for the message when it is missing."""
 
 # Columns read back as text, so that a class folder "01" or a label "1e3" does not come back as a number.
 _TEXT_COLUMNS = frozenset(

@@ -3,7 +3,7 @@
 Everything is paired: the baseline and the variant see the same images, or are timed in the same round. That
 is what makes a difference of eight images in 818, or of two percent in a latency, a question with an answer.
 Numpy arrays go in, plain floats and small named tuples come out. A number that could not be measured is NaN,
-never 0. Level 0: no torch.
+never 0.
 """
 
 from __future__ import annotations
@@ -19,23 +19,11 @@ from scipy import optimize, special, stats
 SIGNIFICANCE = 0.05
 """Level of the Holm-adjusted p-value below which a row is called different."""
 
-MINIMUM_SAMPLES: dict[int, int] = {50: 1, 90: 64, 95: 130, 99: 662}
-"""Samples below which a percentile is not reported.
-
-For P90, P95 and P99 this is the smallest n at which at least two samples lie beyond the true percentile
-with 99 % probability, whatever the distribution: 1 - n q^(n-1) + (n-1) q^n >= 0.99 (`samples_needed`
-computes it). Said the other way round, the second-largest sample bounds the percentile from above, so that
-it need not rest on one outlier. The same n makes [min, max] a 99 % tolerance interval for a share q of the
-distribution (Wilks, Ann. Math. Statist. 12, 1941). The median is an exception by decision, not by that rule
-(which would ask for 11): it is the estimate of location, always shown, and `median_interval` shows its
-uncertainty.
-"""
-
 MINIMUM_ROUNDS = 8
-"""Rounds below which `same_or_slower` decides nothing: the smallest signed-rank p of n rounds is 2 / 2^n, and
-n = 8 is the first with p < 0.01."""
+"""Rounds that `same_or_slower` needs: the smallest signed-rank p of n rounds is 2 / 2^n, and n = 8 is the first with
+p < 0.01."""
 
-_CHUNK_ELEMENTS = 4_000_000  # about 32 MB of indices at a time in the bootstrap
+TOO_FEW_ROUNDS = "too few rounds"
 
 
 class Interval(NamedTuple):
@@ -64,15 +52,6 @@ class SplitHalf(NamedTuple):
     corrected: float
     splits: int
     undefined: int
-
-
-class SpeedComparison(NamedTuple):
-    """Outcome of `same_or_slower`; `ratio` is variant time over baseline time (1.02: two percent slower)."""
-
-    verdict: str
-    ratio: Interval
-    p: float
-    rounds: int
 
 
 # ---------------------------------------------------------------------------------------------- proportions
@@ -233,26 +212,42 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval of a statistic of per-image values, shape (n_images,).
 
-    The values are already paired, such as the difference of correctness or the KL of each image: images are
-    drawn anew and both models go with them. `statistic` is called with `axis=` as np.mean and np.median are.
-    One value has no spread to resample: its bounds are NaN, and so is everything for no value or a NaN.
+    The values are already paired, such as the difference of correctness or the KL of each image: resampling an image
+    resamples both models. `statistic` is called with `axis=` as np.mean and np.median are. One value has no spread to
+    resample: its bounds are NaN, and so is everything for no value or a NaN. ValueError unless one-dimensional.
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"expected per-image values of shape (n_images,), got {values.shape}")
-    n = len(values)
-    estimate = float(np.asarray(statistic(values, axis=0))) if n else math.nan
-    if n < 2 or np.isnan(values).any():
+    return _bootstrap((values,), statistic, resamples=resamples, confidence=confidence, seed=seed)
+
+
+def _bootstrap(
+    paired: tuple[NDArray, ...],
+    statistic: Callable[..., ArrayLike],
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """`statistic(*paired, axis=)` with its percentile interval; the arrays, each (n,), are resampled together."""
+    n = len(paired[0])
+    estimate = float(np.asarray(statistic(*paired, axis=0))) if n else math.nan
+    if n < 2 or any(np.isnan(values).any() for values in paired):
         return Interval(estimate, math.nan, math.nan)
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK_ELEMENTS // n)
-    drawn = [
-        np.asarray(statistic(values[rng.integers(n, size=(min(rows, resamples - done), n))], axis=1))
-        for done in range(0, resamples, rows)
-    ]
-    low, high = np.quantile(np.concatenate(drawn), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(low), float(high))
+    bounds = stats.bootstrap(
+        paired,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        confidence_level=confidence,
+        batch=250,  # a few MB of resampled values at a time
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(estimate, float(bounds.low), float(bounds.high))
 
 
 def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, seed: int = 0) -> SplitHalf:
@@ -288,44 +283,58 @@ def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, s
 
 
 def samples_needed(q: float, *, confidence: float = 0.99) -> int:
-    """Smallest n with at least two samples beyond the q-th percentile at `confidence`; see MINIMUM_SAMPLES.
+    """Samples below which the q-th percentile (q in percent) is not reported: 64 for P90, 130 for P95, 662 for P99.
 
-    `q` in (0, 100); below the median it is the other tail that counts. ValueError outside.
+    The smallest n at which at least two samples are beyond the true percentile with 99 % probability, whatever the
+    distribution: 1 - n q^(n-1) + (n-1) q^n >= 0.99. The second-largest sample then bounds the percentile from above,
+    so that it need not rest on one outlier, and [min, max] is a 99 % tolerance interval for a share q of the
+    distribution (Wilks, Ann. Math. Statist. 12, 1941). Below the median the other tail counts. The median needs one
+    sample, by decision and not by that rule (which asks for 11): `median_interval` shows its uncertainty.
+
+    ValueError unless 0 < q < 100.
     """
     if not 0 < q < 100:
-        raise ValueError(f"a percentile lies between 0 and 100, got {q}")
-    share = max(q, 100 - q) / 100
-    n = 2
+        raise ValueError(f"a percentile must be between 0 and 100, got {q}")
+    if q == 50:
+        return 1
+    share, n = max(q, 100 - q) / 100, 2
     while 1 - n * share ** (n - 1) + (n - 1) * share**n < confidence:
         n += 1
     return n
 
 
 def percentile(samples: ArrayLike, q: float) -> float:
-    """The q-th percentile (q in percent) of samples of any shape, in their unit; NaN from too few samples.
-
-    Too few is below MINIMUM_SAMPLES[q], or below `samples_needed(q)` for a percentile not listed there.
-    """
+    """The q-th percentile (q in percent) of samples of any shape, in their unit; NaN below `samples_needed(q)`."""
     values = np.asarray(samples, dtype=np.float64).ravel()
-    needed = MINIMUM_SAMPLES[int(q)] if q in MINIMUM_SAMPLES else samples_needed(q)
-    return float(np.percentile(values, q)) if len(values) >= needed else math.nan
+    return float(np.percentile(values, q)) if len(values) >= samples_needed(q) else math.nan
 
 
-def median_interval(
-    samples_by_round: Sequence[ArrayLike],
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Median of the rounds' medians, in the samples' unit, with a bootstrap interval over rounds.
+def median_interval(samples_by_round: Sequence[ArrayLike], *, seed: int = 0) -> Interval:
+    """Median of the rounds' medians, in the samples' unit, with its 95 % bootstrap interval over rounds.
 
-    Samples of one round share its clock, its temperature and its neighbours, so the round is what is
-    resampled; resampling single samples would promise more than was measured. Bounds are NaN for a single
-    round. Raises ValueError if a round is empty.
+    Samples of one round share its clock, its temperature and its neighbours, so rounds are resampled; resampling
+    single samples would promise more than was measured. Bounds are NaN for a single round. Raises ValueError if a
+    round is empty.
     """
-    medians = round_medians(samples_by_round)
-    return paired_bootstrap(medians, statistic=np.median, resamples=resamples, confidence=confidence, seed=seed)
+    return paired_bootstrap(round_medians(samples_by_round), statistic=np.median, seed=seed)
+
+
+def times_faster(
+    baseline_by_round: Sequence[ArrayLike], variant_by_round: Sequence[ArrayLike], *, seed: int = 0
+) -> Interval:
+    """How many times faster a variant is than the baseline: the ratio of their median latencies, above 1 if faster.
+
+    Both inputs hold the latencies of each round, in any unit; round i of both was measured side by side. The estimate
+    is the ratio of the two medians that `median_interval` gives; its 95 % interval resamples rounds, and both
+    sides of a round together. Bounds are NaN for a single round. Raises ValueError if the numbers of rounds differ or
+    a latency is not positive and finite.
+    """
+    before, after = _latencies(baseline_by_round, variant_by_round)
+
+    def ratio(before: NDArray, after: NDArray, axis: int) -> NDArray:
+        return np.median(before, axis=axis) / np.median(after, axis=axis)
+
+    return _bootstrap((before, after), ratio, seed=seed)
 
 
 def round_medians(samples_by_round: Sequence[ArrayLike]) -> NDArray[np.float64]:
@@ -363,20 +372,21 @@ def same_or_slower(
     *,
     tolerance: float = 0.02,
     alpha: float = 0.01,
-) -> SpeedComparison:
-    """Whether a variant takes the same time as the baseline: "same", "slower", "faster" or "not shown".
+) -> str:
+    """The verdict on two latencies: "same", "slower", "faster", "not shown" or TOO_FEW_ROUNDS.
 
-    Both inputs hold the latencies of each round, any unit, round i of both taken side by side: drift of
-    clock and temperature is then common to both and leaves the ratio of the rounds' medians. Over rounds,
-    Wilcoxon's signed-rank test of the log ratios (Biometrics Bull. 1, 1945) gives p, and the Hodges–Lehmann
-    estimate with its interval gives the ratio; neither is moved by a few outlying rounds.
+    Both inputs hold the latencies of each round, any unit, round i of both measured side by side: drift of clock and
+    temperature is then common to both and leaves the ratio of the rounds' medians. Over rounds, Wilcoxon's signed-rank
+    test of the log ratios (Biometrics Bull. 1, 1945) gives p, and the Hodges–Lehmann estimate with its interval gives
+    the size; neither is moved by a few outlying rounds. The ratio to print is that of `times_faster`.
 
     `tolerance` is the relative difference that matters and must be found (0.02: two percent).
 
     - "slower" / "faster": p < alpha and the estimate beyond tolerance / 2, half way between nothing and what
       must be found, where the two errors balance.
     - "same": otherwise, if the interval excludes the tolerance on both sides.
-    - "not shown": too noisy for either, or fewer than MINIMUM_ROUNDS rounds. Measure more rounds.
+    - "not shown": too noisy for either. Measure more rounds.
+    - TOO_FEW_ROUNDS: below MINIMUM_ROUNDS, where no difference of any size could be significant.
 
     With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples
     call A/A the same and a 2 % slowdown slower in 99 of 100 runs; 12 rounds find the slowdown in 87, and with
@@ -384,23 +394,23 @@ def same_or_slower(
 
     Raises ValueError if the numbers of rounds differ or a latency is not positive and finite.
     """
-    before, after = _paired(round_medians(baseline_rounds), round_medians(variant_rounds), dtype=np.float64)
-    if not (np.isfinite([before, after]).all() and min(before.min(initial=1), after.min(initial=1)) > 0):
-        raise ValueError("latencies must be positive and finite")
+    before, after = _latencies(baseline_rounds, variant_rounds)
+    if len(before) < MINIMUM_ROUNDS:
+        return TOO_FEW_ROUNDS
     log_ratio = np.log(after / before)
-    interval = hodges_lehmann(log_ratio)
+    interval, limit = hodges_lehmann(log_ratio), math.log1p(tolerance)
     p = float(stats.wilcoxon(log_ratio).pvalue) if np.any(log_ratio) else 1.0
-    enough = len(log_ratio) >= MINIMUM_ROUNDS
-    outcome = _speed_outcome(interval, p < alpha, math.log1p(tolerance)) if enough else "not shown"
-    ratio = Interval(*(math.exp(value) for value in interval))
-    return SpeedComparison(verdict=outcome, ratio=ratio, p=p, rounds=len(log_ratio))
-
-
-def _speed_outcome(interval: Interval, significant: bool, limit: float) -> str:
-    """The rule of `same_or_slower`, for a log ratio and the tolerance as one."""
-    if significant and abs(interval.estimate) > limit / 2:
+    if p < alpha and abs(interval.estimate) > limit / 2:
         return "slower" if interval.estimate > 0 else "faster"
     return "same" if -limit < interval.low and interval.high < limit else "not shown"
+
+
+def _latencies(baseline: Sequence[ArrayLike], variant: Sequence[ArrayLike]) -> tuple[NDArray, NDArray]:
+    """Medians of both sides' rounds; ValueError unless they are as many, positive and finite."""
+    before, after = _paired(round_medians(baseline), round_medians(variant))
+    if not (np.isfinite([before, after]).all() and min(before.min(initial=1), after.min(initial=1)) > 0):
+        raise ValueError("latencies must be positive and finite")
+    return before, after
 
 
 # --------------------------------------------------------------------------------- logits and predictions

@@ -1,9 +1,9 @@
-"""Latency, throughput and memory of a callable. Level 1: knows nothing of models or variants.
+"""Latency, throughput and memory of a callable; the only module that measures durations.
 
 A latency sample is one call from an idle device to a finished result: the clock stops only after the device is
-done. Throughput is measured apart, over calls that are queued without waiting; it is never computed from a latency.
-All candidates are measured in rounds, in an order that is shuffled anew each round, so that a drift of the machine
-(clocks, neighbours) falls on all of them alike.
+done. Throughput is measured separately, over calls that are queued without waiting; it is never computed from a
+latency. All candidates are measured in rounds, each in a new random order, so that a drift of the machine (clocks,
+other processes) affects all of them alike.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def _timed(call: Call, number: int, device: torch.device) -> tuple[float, float]
     before, after = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
     if cuda:
         before.record()
-    start = time.perf_counter()  # the wall clock does not pay for the other instrument
+    start = time.perf_counter()  # after recording the event, so that its cost is excluded
     call(number)
     if cuda:
         after.record()
@@ -132,6 +132,18 @@ def throughput(
     return pd.DataFrame(rows, columns=["candidate", "round", "throughput_img_s"])
 
 
+def replay_us(graph: "torch.cuda.CUDAGraph", repeats: int = 10) -> float:
+    """Median microseconds of replaying `graph`, between two device events, from replays queued back to back."""
+    graph.replay()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in pairs:
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    return 1e3 * sorted(before.elapsed_time(after) for before, after in pairs)[repeats // 2]
+
+
 class Used(NamedTuple):
     """Megabytes (2**20) that a call needed at its peak above what was there before it."""
 
@@ -160,3 +172,17 @@ def peak_memory_mb(call: Call, device: torch.device) -> Used:
         held += event.nbytes()
         peak = max(peak, held)
     return Used(peak / 2**20, float("nan"))
+
+
+def known_duration_error(milliseconds: float = 5.0) -> float:
+    """Relative error of `latency` for a call of known duration on the CPU."""
+    calls, budget = {"": busy(milliseconds / 1e3)}, Budget(rounds=3, samples=20, seconds=0.5)
+    samples = latency(calls, torch.device("cpu"), budget)
+    return abs(samples["latency_ms"].min() / milliseconds - 1)  # other processes only make a call longer
+
+
+def known_tensor_error(megabytes: float = 64.0) -> float:
+    """Relative error of `peak_memory_mb` for a tensor of known size on the CPU."""
+    size = int(megabytes * 2**20)
+    used = peak_memory_mb(lambda _: torch.empty(size, dtype=torch.uint8).fill_(1), torch.device("cpu"))
+    return abs(used.allocated / megabytes - 1)

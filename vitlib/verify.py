@@ -1,55 +1,50 @@
-"""Proof that a network is what was asked for: its module classes, dtypes, attention and size in memory."""
+"""Proof that a network is what was asked for: module classes, dtypes, attention, kernels and size in memory."""
 
 from collections import Counter
 
 import bitsandbytes as bnb
+import pandas as pd
 import torch
 from torch import nn
 
-from vitlib import layers, quantize
+from vitlib import profile, quantize
 from vitlib.fused import Block, FusedViT
-from vitlib.layers import Linear
+from vitlib.layers import Dense, Linear
 from vitlib.variants import DIRECT, Variant
 
 MB = 2**20  # "MB" is 1,048,576 bytes everywhere, as in the original study (ViT-L/16 in FP32: 1157.4)
+
+
+ATTRIBUTION_LIMIT = 0.05  # share of the device time that may belong to no part of the model
 
 
 class EvidenceError(RuntimeError):
     """A network that is not the variant asked for."""
 
 
+class GateError(RuntimeError):
+    """The baseline is not what its name says; nothing may be compared with it."""
+
+
 def evidence(model: nn.Module) -> dict[str, object]:
     """What the module really is: encoder linear classes, dtypes of the other weights, attention, classifier."""
+    classifier, compute, dtypes = type(model.classifier).__name__, set(), set()
     if isinstance(model, FusedViT):
-        return _fused_evidence(model)
-    encoder = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and quantize.CLASSIFIER not in name]
-    return {
-        "encoder_linears": dict(Counter(type(m).__name__ for m in encoder)),
-        "dtypes": _names({p.dtype for p in model.parameters() if p.is_floating_point()}),
-        "compute_dtypes": _names({m.compute_dtype for m in encoder if hasattr(m, "compute_dtype")}),
-        "attention": model.config._attn_implementation,
-        "classifier": type(model.classifier).__name__,
-        "training": model.training,
-    }
-
-
-def _fused_evidence(network: FusedViT) -> dict[str, object]:
-    """The same of a fused network; what its blocks hold themselves are scales of quantized weights."""
-    other = set()
-    for module in network.modules():
-        held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        quantized = isinstance(module, (Block, Linear)) and not isinstance(module, layers.Dense)
-        other |= {tensor.dtype for name, tensor in held.items() if name == "bias" or not quantized}
-    encoder = [module for module in network.blocks.modules() if isinstance(module, Linear)]
-    dense = isinstance(network.classifier, layers.Dense)
-    return {
-        "encoder_linears": dict(Counter(type(layer).__name__ for layer in encoder)),
-        "dtypes": _names(other),
-        "compute_dtypes": [],
-        "attention": DIRECT,
-        "classifier": "Linear" if dense else type(network.classifier).__name__,
-        "training": network.training,
-    }
+        encoder, attention = [module for module in model.blocks.modules() if isinstance(module, Linear)], DIRECT
+        classifier = "Linear" if classifier == "Dense" else classifier
+        for module in model.modules():  # blocks themselves hold scales of quantized weights
+            held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            quantized = isinstance(module, (Block, Linear)) and not isinstance(module, Dense)
+            dtypes |= {tensor.dtype for name, tensor in held.items() if name == "bias" or not quantized}
+    else:
+        linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        encoder = [module for name, module in linears if quantize.CLASSIFIER not in name]
+        attention = model.config._attn_implementation
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        compute = {module.compute_dtype for module in encoder if hasattr(module, "compute_dtype")}
+    found = {"encoder_linears": dict(Counter(type(module).__name__ for module in encoder)), "dtypes": _names(dtypes)}
+    found |= {"compute_dtypes": _names(compute), "attention": attention, "classifier": classifier}
+    return found | {"training": model.training}
 
 
 def _names(dtypes: set[torch.dtype]) -> list[str]:
@@ -72,6 +67,30 @@ def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
     if faults:
         raise EvidenceError(f"{variant.name}: " + "; ".join(faults))
     return found
+
+
+def identity_fault(variant: Variant, frame: pd.DataFrame) -> str:
+    """What in the kernels of `profile.profile` contradicts `variant`, '' if nothing does.
+
+    FlashAttention-2's own kernels are in the namespace `flash::`, PyTorch's copy of them in `pytorch_flash::`.
+    """
+    kernel = profile.attention_kernel(frame)
+    if profile.attention_time_us(frame) <= 0:
+        return "the profiler saw no attention function"
+    if frame.attrs["unattributed_share"] > ATTRIBUTION_LIMIT:
+        return f"{frame.attrs['unattributed_share']:.1%} of the device time belongs to no part of the model"
+    own_flash = "flash::flash_fwd" in kernel and "pytorch_flash" not in kernel
+    if own_flash != variant.own_flash:
+        return f"attention ran in {kernel}"
+    unfused = variant.attention == "eager"
+    if unfused and any(part in kernel for part in ("scaled_dot_product", "fmha", "sdpa", "flash")):
+        return f"attention ran fused, in {kernel}"
+    if variant.fused and variant.quantized:  # several libraries can compute these; the layers were verified
+        return ""
+    through_bitsandbytes = frame["operation"].str.startswith("bitsandbytes::").any()
+    if through_bitsandbytes != variant.quantized:
+        return "bitsandbytes was " + ("not used" if variant.quantized else "used")
+    return ""
 
 
 def model_mb(model: nn.Module) -> float:
