@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # it becomes a folder, a link and a word of a command line
 _STALE_SECONDS = 3600  # a temporary sibling untouched this long belongs to a run that was killed
 
 
@@ -30,11 +31,11 @@ def project_root() -> Path:
 
 
 def study_folder(study: str, *, root: Path | str | None = None) -> Path:
-    """Folder of a study, `<root>/outputs/<study>`; it is not created. `root` defaults to the project's.
+    """Folder of a study, `<root>/outputs/<study>`, which is not created. `root` defaults to the project's.
 
-    Raises ValueError unless the name is plain: it becomes a folder, a link and a word of a command line.
+    Raises ValueError unless the name is a STUDY_NAME.
     """
-    if not isinstance(study, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study):
+    if not isinstance(study, str) or not re.fullmatch(STUDY_NAME, study):
         raise ValueError(
             f"{study!r} cannot name a study: use letters, digits, '.', '_' or '-', a letter or digit first, "
             "such as the name of a file in params/ without .yaml"

@@ -78,8 +78,8 @@ def _environment(study: Study) -> Any:
 
 def _name(study: Study, made: Any) -> str:
     """The study's name in its record, as a copy may be in a folder of another name; else that of the folder."""
-    name = provenance.part(made, "parameters").get("study")
-    return name if page.is_study(name) else study.folder.name
+    name = str(provenance.part(made, "parameters").get("study", ""))
+    return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
 
 
 def _card(folder: Path, stem: str, status: str) -> dict[str, str]:

@@ -203,16 +203,8 @@ def _study_of(executed: NotebookNode) -> str:
     for cell in executed.cells:
         if {"parameters", "injected-parameters"} & {*_tags(cell)}:
             found = params.assigned(cell.source).get("study", found)  # papermill's own cell comes second
-    name = getattr(found, "value", None)
-    return name if is_study(name) else ""
-
-
-def is_study(name: object) -> bool:
-    """Whether `name` can be a study's (see `files.study_folder`)."""
-    try:
-        return bool(files.study_folder(name))
-    except ValueError:
-        return False
+    name = str(getattr(found, "value", ""))
+    return name if re.fullmatch(files.STUDY_NAME, name) else ""
 
 
 def _shown(executed: NotebookNode) -> NotebookNode:

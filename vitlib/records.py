@@ -157,6 +157,8 @@ def _advice(path: Path, when: str) -> str:
 
 def _plain(value: Any) -> Any:
     """The value in JSON's own types."""
+    if value is pd.NA or value is pd.NaT:
+        return None
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -176,8 +178,6 @@ def _plain(value: Any) -> Any:
             return value.isoformat()
         case os.PathLike():
             return Path(value).name
-    if dataclasses.is_dataclass(value):
-        return _plain(vars(value))
-    if value is pd.NA or value is pd.NaT:
-        return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: convert it to text or numbers first")

@@ -10,7 +10,6 @@ otherwise the run is kept beside them as `<notebook>.failed.ipynb` and `.failed.
 from __future__ import annotations
 
 import argparse
-import ast
 import html
 import logging
 import os
@@ -25,7 +24,6 @@ from vitlib.study import Study, StudyBusy
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
-
 
 _COMMANDS = {
     "run": "execute a notebook into the study's folder",
@@ -140,14 +138,11 @@ def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, P
     except page.PageError as error:  # the kernel did not start, or the disk is full
         reason = f"{type(ended).__name__}: {_one_line(ended)}" if ended is not None else str(error)
         raise ReportError(f"{running.name} was not written: {reason}") from None
-    if ended is None or isinstance(ended, PapermillExecutionError):
-        problem = first_problem(executed)
-        if problem is not None or ended is None:
-            return executed, problem
-    # Ended from outside (dead kernel, timeout): in the last cell that was started.
-    started = [cell.metadata.get("papermill", {}).get("start_time") for cell in _code_cells(executed)]
-    number = max((number for number, time in enumerate(started, start=1) if time), default=1)
-    return executed, Problem(number, type(ended).__name__, _one_line(ended))
+    problem = first_problem(executed)
+    if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # a dead kernel, a timeout
+        started = [cell.metadata.get("papermill", {}).get("start_time") for cell in _code_cells(executed)]
+        problem = Problem(max(len(list(filter(None, started))), 1), type(ended).__name__, _one_line(ended))
+    return executed, problem
 
 
 def first_problem(executed: NotebookNode) -> Problem | None:
@@ -201,17 +196,15 @@ def sources(script: str | Path, package: str = "vitlib") -> list[str]:
     import grimp
 
     graph = grimp.build_graph(package, cache_dir=None)
-    named = set()
-    for node in ast.walk(ast.parse(Path(script).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-    direct = named & graph.modules
-    modules = direct.union(*(graph.find_upstream_modules(module) for module in direct))
+    lines = re.findall(
+        rf"^from ({package}\b[\w.]*) import (.+)", Path(script).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    named = {f"{parent}.{name.strip()}" for parent, names in lines for name in names.split(",")}
+    modules = graph.modules & {*named, *(parent for parent, _ in lines)}
+    modules = modules.union(*map(graph.find_upstream_modules, modules))
     modules |= {module.rsplit(".", up)[0] for module in modules for up in range(1, module.count(".") + 1)}
-    packages = {module for module in graph.modules if graph.find_children(module)}
-    return sorted(f"{module.replace('.', '/')}{'/__init__' if module in packages else ''}.py" for module in modules)
+    ends = {module: "/__init__.py" if graph.find_children(module) else ".py" for module in modules}
+    return sorted(module.replace(".", "/") + end for module, end in ends.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
