@@ -70,8 +70,8 @@ def _has_html5lib() -> bool:
 
 def render(folder: Path, *outputs: nbformat.NotebookNode, markdown: str = "text") -> str:
     cell = new_code_cell("1", outputs=list(outputs), execution_count=1)
-    nbformat.write(new_notebook(cells=[new_markdown_cell(markdown), cell]), folder / "2_evaluate.ipynb")
-    return page.render(folder / "2_evaluate.ipynb").read_text()
+    page.write(new_notebook(cells=[new_markdown_cell(markdown), cell]), folder / "2_evaluate.ipynb")
+    return (folder / "2_evaluate.html").read_text()
 
 
 def shown(data: dict[str, str], **more: object) -> nbformat.NotebookNode:

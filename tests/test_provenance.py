@@ -64,8 +64,7 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch, **changed: object) -> None:
         "nvmlDeviceGetTemperature": lambda card, sensor: 41,
         "nvmlDeviceGetPowerUsage": None,
         "nvmlDeviceGetPowerManagementLimit": lambda card: 700_000,
-        "nvmlDeviceGetCurrentClocksEventReasons": None,  # an older driver
-        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda card: 0x24,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda card: 0x24,
         **changed,
     }
     constants = {"NVMLError": Refused, "NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "NVML_TEMPERATURE_GPU": 0}

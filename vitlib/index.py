@@ -21,13 +21,20 @@ def write(folder: str | Path) -> Path:
     study = Study.at(folder)
     loader = FileSystemLoader(page.TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made, (frame, columns, note) = _environment(study), _variants(study)
+    frame, columns, note = _variants(study)
+    try:
+        made = study.read_json("environment")
+    except (OSError, ValueError):  # no record yet: the index is still of use
+        made = {}
+    # A copy of a study may be in a folder of another name.
+    name = str(provenance.part(made, "parameters").get("study", ""))
+    name = name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
     text = environment.get_template("index.html.j2").render(
-        study=_name(study, made),
+        study=name,
         policy=page.POLICY,
         css=(page.TEMPLATES / "report" / "static" / "report.css").read_text(encoding="utf-8"),
         cards=[_card(study.folder, stem, status) for stem, status in page.reports(study.folder)],
-        facts=_facts(study, made),
+        facts=_facts(study, name, made),
         table="" if frame.empty else tables.table(frame, columns).to_html(),
         note=note,
         files=sorted(path.relative_to(study.folder).as_posix() for path in study.record("x").parent.glob("[!.]*.*")),
@@ -69,19 +76,6 @@ def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]
     return frame.reset_index(), {**columns, "reason": "not run because"}, ""
 
 
-def _environment(study: Study) -> Any:
-    try:
-        return study.read_json("environment")
-    except (OSError, ValueError):  # no record yet: the index is still of use
-        return {}
-
-
-def _name(study: Study, made: Any) -> str:
-    """The study's name in its record, as a copy may be in a folder of another name; else that of the folder."""
-    name = str(provenance.part(made, "parameters").get("study", ""))
-    return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
-
-
 def _card(folder: Path, stem: str, status: str) -> dict[str, str]:
     """What the index shows of one report: title, status, date and links."""
     good, failed = folder / f"{stem}.html", folder / f"{stem}.failed.html"
@@ -98,18 +92,18 @@ def _minute(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
 
 
-def _facts(study: Study, made: Any) -> dict[str, str]:
+def _facts(study: Study, name: str, made: Any) -> dict[str, str]:
     """The lines above the table: parameter set, base, date, hardware, versions; unknown ones are left out."""
     pages = [study.folder / f"{stem}.html" for stem, _ in page.reports(study.folder)]
     parameters = dict(provenance.part(made, "parameters"))
     if parameters.get("data_source", "synthetic") != "synthetic":  # they only apply to synthetic pictures
-        for name in ("image_size", "pictures_per_class"):
-            parameters.pop(name, None)
+        for unused in ("image_size", "pictures_per_class"):
+            parameters.pop(unused, None)
     facts = {
-        "parameter set": f"params/{_name(study, made)}.yaml",
+        "parameter set": f"params/{name}.yaml",
         "base": re.sub("[*`]", "", origin.sentence(study.folder)),
         "last report": max((_minute(path) for path in pages if path.exists()), default=""),
         **provenance.facts(made),
-        "parameters": ", ".join(f"{name} = {value}" for name, value in parameters.items()),
+        "parameters": ", ".join(f"{key} = {value}" for key, value in parameters.items()),
     }
-    return {name: text for name, text in facts.items() if text}
+    return {fact: text for fact, text in facts.items() if text}

@@ -141,15 +141,6 @@ def reports(folder: str | Path) -> list[tuple[str, str]]:
     return [(stem, status(stem)) for stem in sorted(stems, key=lambda stem: (int(stem.partition("_")[0]), stem))]
 
 
-def render(ipynb: str | Path) -> Path:
-    """Write the page of an executed notebook beside it, `.html`: complete in itself, without scripts."""
-    page = Path(ipynb).with_suffix(".html")
-    text = page_of(read(Path(ipynb)), page)
-    with files.atomic_path(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return page
-
-
 def write(executed: NotebookNode, ipynb: Path) -> None:
     """Write notebook and page together: both are complete before either is renamed."""
     import nbformat

@@ -44,14 +44,17 @@ def environment(
     are cut to the part below the project, or to `.../<last name>`. Unknown values are None, with a reason for the GPU.
     torch is asked only if it is already imported; clocks are those at the moment of the call.
     """
-    torch = sys.modules.get("torch")
+    torch, installed = sys.modules.get("torch"), dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
     forced = os.environ.get(_FORCE) == "1"
     return {
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": _hardware(),
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "python": platform.python_version(),
-        "versions": _versions() | {"cuda": torch and torch.version.cuda},
+        "versions": installed | {"cuda": torch and torch.version.cuda},
         # Precision of FP32 matrix products: "highest" is FP32, any other allows TF32.
         "float32_products": f"TF32, forced by {_FORCE}" if forced else torch and torch.get_float32_matmul_precision(),
         "git": _git(files.project_root()),
@@ -71,7 +74,7 @@ def facts(made: Any) -> dict[str, str]:
         f"{hardware['cores_usable']} cores" if hardware.get("cores_usable") else "",
         f"{hardware['memory_gib']} GiB memory" if hardware.get("memory_gib") else "",
     ]
-    named = {"Python": made.get("python") if isinstance(made, Mapping) else None, **versions}
+    named = {"Python": made["python"], **versions} if versions else {}
     software = ("Python", "torch", "cuda", "triton", "transformers", "bitsandbytes", "flash-attn")
     found = {
         "hardware": ", ".join(filter(None, parts)),
@@ -85,14 +88,6 @@ def part(record: Any, key: str) -> Mapping[str, Any]:
     """The mapping under `key`, empty if there is none: a record of another version must not stop a page."""
     part = record.get(key) if isinstance(record, Mapping) else None
     return part if isinstance(part, Mapping) else {}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def _hardware() -> dict[str, Any]:
@@ -125,8 +120,7 @@ def _gpus() -> tuple[list[dict[str, Any]] | None, str | None]:
     states, reason = gpu_state()
     by_uuid = {state.pop("uuid"): state for state in states or []}  # it identifies the machine: not recorded
     gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+    for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
         about = {
             "name": properties.name,
             "compute_capability": f"{properties.major}.{properties.minor}",
@@ -166,8 +160,6 @@ def _card(nvml: ModuleType, card: Any) -> dict[str, Any]:
 
     memory = ask("nvmlDeviceGetMemoryInfo")
     reasons = ask("nvmlDeviceGetCurrentClocksEventReasons")
-    if reasons is None:  # drivers before 535
-        reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
     return {
         "uuid": ask("nvmlDeviceGetUUID"),
         "name": ask("nvmlDeviceGetName"),

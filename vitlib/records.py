@@ -7,7 +7,6 @@ it. No torch.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -126,8 +125,8 @@ def _require(path: Path, frame: pd.DataFrame, advice: str) -> None:
 def write_json(obj: Any, path: Path | str) -> Path:
     """Write JSON, atomically, keys in the order given and NaN or infinity as null; returns the path.
 
-    Dataclasses, named tuples, numpy and pandas values, dates and sets are written as their plain equivalents; a path
-    is written as its last name only. Raises TypeError for any other object.
+    Dataclasses, named tuples and numpy values are written as their plain equivalents, a path as its last name only.
+    Raises TypeError for any other object.
     """
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
@@ -157,8 +156,6 @@ def _advice(path: Path, when: str) -> str:
 
 def _plain(value: Any) -> Any:
     """The value in JSON's own types."""
-    if value is pd.NA or value is pd.NaT:
-        return None
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -170,12 +167,8 @@ def _plain(value: Any) -> Any:
             return _plain(value._asdict())
         case list() | tuple():
             return [_plain(entry) for entry in value]
-        case set() | frozenset():
-            return [_plain(entry) for entry in sorted(value)]
-        case np.ndarray() | np.generic() | pd.Series():
+        case np.ndarray() | np.generic():
             return _plain(value.tolist())
-        case datetime.date():
-            return value.isoformat()
         case os.PathLike():
             return Path(value).name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -4,7 +4,7 @@
 otherwise the run is kept beside them as `<notebook>.failed.ipynb` and `.failed.html`. From a shell:
 
     python -m vitlib.run run notebooks/2_evaluate.ipynb --study demo
-    python -m vitlib.run render | index | summary --study demo
+    python -m vitlib.run index | summary --study demo
 """
 
 from __future__ import annotations
@@ -25,13 +25,6 @@ from vitlib.study import Study, StudyBusy
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-_COMMANDS = {
-    "run": "execute a notebook into the study's folder",
-    "render": "make the pages of executed notebooks again, without executing them",
-    "index": "write index.html",
-    "summary": "print the table of variants",
-}
-
 
 class ReportError(RuntimeError):
     """A report that was not made; the message names the notebook, the cell and the error in one line."""
@@ -48,14 +41,7 @@ class Problem(NamedTuple):
         return ": ".join(filter(None, (f"cell {self.cell}", self.name, self.message)))
 
 
-def execute(
-    notebook: str | Path,
-    *,
-    parameters: Mapping[str, Any],
-    folder: str | Path,
-    cell_timeout_s: int | None = None,
-    progress: bool = True,
-) -> Path:
+def execute(notebook: str | Path, *, parameters: Mapping[str, Any], folder: str | Path) -> Path:
     """Execute `notebook` into `folder`, its page beside it, with `parameters` from `params.load`; returns the path.
 
     Names that the notebook's parameters cell does not declare are left out: one set serves all notebooks.
@@ -70,7 +56,7 @@ def execute(
     target, running = folder / f"{notebook.stem}.ipynb", folder / f".{notebook.stem}.running.ipynb"
     running.unlink(missing_ok=True)
     try:
-        ended = _papermill(notebook, running, chosen, cell_timeout_s, progress)
+        ended = _papermill(notebook, running, chosen)
         executed, problem = _judged(running, ended)
     finally:
         running.unlink(missing_ok=True)
@@ -97,9 +83,7 @@ def _check_twin(notebook: Path, cells: Sequence[NotebookNode]) -> None:
         raise ReportError(f"{notebook.name} and {twin.name} differ: run `make sync` (the newer one wins)")
 
 
-def _papermill(
-    notebook: Path, output: Path, parameters: dict[str, Any], cell_timeout_s: int | None, progress: bool
-) -> BaseException | None:
+def _papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> BaseException | None:
     """Execute `notebook` into `output`; returns what ended it early, if anything: the run so far is kept."""
     import papermill
     import zmq
@@ -117,10 +101,9 @@ def _papermill(
             parameters=parameters,
             kernel_name="python3",
             cwd=str(files.project_root()),
-            progress_bar={"desc": notebook.stem} if progress else False,
+            progress_bar={"desc": notebook.stem},
             log_output=False,
             start_timeout=120,
-            execution_timeout=cell_timeout_s,
             iopub_timeout=120,  # seconds for outputs to arrive; the default of 4 is short on a busy machine
             config=Config({"KernelManager": {"transport_encryption": encryption}}),
         )
@@ -139,9 +122,9 @@ def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, P
         reason = f"{type(ended).__name__}: {_one_line(ended)}" if ended is not None else str(error)
         raise ReportError(f"{running.name} was not written: {reason}") from None
     problem = first_problem(executed)
-    if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # a dead kernel, a timeout
-        started = [cell.metadata.get("papermill", {}).get("start_time") for cell in _code_cells(executed)]
-        problem = Problem(max(len(list(filter(None, started))), 1), type(ended).__name__, _one_line(ended))
+    if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # Ctrl-C, a dead kernel
+        started = sum(bool(cell.metadata.get("papermill", {}).get("start_time")) for cell in _code_cells(executed))
+        problem = Problem(max(started, 1), type(ended).__name__, _one_line(ended))
     return executed, problem
 
 
@@ -211,20 +194,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 1 with one line on stderr if a report was not made."""
     parser = argparse.ArgumentParser(prog="python -m vitlib.run", description="Reports of a study.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, meaning in _COMMANDS.items():
-        command = commands.add_parser(name, help=meaning)
-        if name == "run":
-            command.add_argument("notebook", type=Path)
-            command.add_argument("--params", type=Path, help="parameter set (default: params/<study>.yaml)")
+    run = commands.add_parser("run", help="execute a notebook into the study's folder")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("--params", type=Path, help="parameter set (default: params/<study>.yaml)")
+    commands.add_parser("index", help="write index.html")
+    commands.add_parser("summary", help="print the table of variants")
+    for command in commands.choices.values():
         command.add_argument("--study", required=True, help="results go to outputs/<study>/")
     options = parser.parse_args(arguments)
     try:
         folder = files.study_folder(options.study)
         if options.command == "run":
             _run(options, folder)
-        elif options.command == "render":
-            for ipynb in sorted(folder.glob("[0-9]*_*.ipynb")):
-                print(page.display(page.render(ipynb)))
         else:
             print(page.display(index.write(folder)) if options.command == "index" else index.summary(folder))
     except (ReportError, page.PageError, StudyBusy, OSError, ValueError) as error:
