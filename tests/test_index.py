@@ -52,21 +52,11 @@ def test_index_shows_status_in_order_and_escapes(study):
 def test_the_table_has_a_row_a_variant_and_a_column_a_batch_size(study):
     soup = BeautifulSoup(index.write(study).read_text(), "html.parser")
     rows = [[cell.get_text() for cell in row(["td", "th"])] for row in soup.select("table tr")]
-    assert rows[0] == [
-        "variant",
-        "Top-1 (%)",
-        "same class as the baseline (%)",
-        "MB",
-        "ms, batch 1",
-        "ms, batch 32",
-        *HINT,
-    ]
+    assert rows[0][:4] == ["variant", "Top-1 (%)", "same class as the baseline (%)", "MB"]
+    assert rows[0][4:] == ["ms, batch 1", "ms, batch 32", "not run because"]
     assert rows[1] == ["FP32 · SDPA", "91.0", "–", "1,157.4", "3.14", "412.3", ""]
     assert rows[2][0].startswith("<script>alert(1)</script>") and rows[2][-1] == "no CUDA device, <b>none</b>"
     assert len(rows) == 3
-
-
-HINT = ["not run because"]
 
 
 def test_a_copied_study_keeps_its_name_and_says_what_its_base_is(study):

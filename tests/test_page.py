@@ -46,7 +46,7 @@ SCRIPTS = {
 
 def alive(page: str) -> list[str]:
     """What in a page could run, load, or send: the judgement of a parser other than the sanitizer's."""
-    soup = BeautifulSoup(page, "html5lib" if _has_html5lib() else "html.parser")
+    soup = BeautifulSoup(page, "html.parser")
     found = [str(tag) for tag in soup(["script", "iframe", "object", "embed", "form", "base", "link", "svg"])]
     found += [str(tag) for tag in soup("meta") if tag.get("http-equiv", "").lower() == "refresh"]
     for tag in soup(True):
@@ -58,14 +58,6 @@ def alive(page: str) -> list[str]:
             if name == "style" and re.search(r"expression|url\(", address):
                 found.append(address)
     return found + [sheet.get_text() for sheet in soup("style") if "evil" in sheet.get_text()]
-
-
-def _has_html5lib() -> bool:
-    try:
-        import html5lib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def render(folder: Path, *outputs: nbformat.NotebookNode, markdown: str = "text") -> str:
@@ -103,9 +95,8 @@ def test_hostile_names_are_shown_as_text_and_no_row_is_lost(folder):
         soup = BeautifulSoup(text, "html.parser")
         rows = [row("td") for row in soup.select("tbody tr")]
         assert [file.get_text() for file, _ in rows] == names
-        assert {count["class"][0] for _, count in rows} == {"num"} and {file["class"][0] for file, _ in rows} == {
-            "text"
-        }
+        kinds = {(file["class"][0], count["class"][0]) for file, count in rows}
+        assert kinds == {("text", "num")}
         assert alive(str(soup.table)) == []
 
 
@@ -120,10 +111,9 @@ def test_pandas_own_tables_and_pictures_survive(folder):
 
 
 def test_links_within_the_study_and_to_the_web_survive():
-    links = '<a href="2_evaluate.html#speed">a</a> <a href="https://example.org/?a=1:2">b</a> <a href="#x">c</a>'
-    assert [a["href"] for a in BeautifulSoup(page.clean(links), "html.parser")("a")] == [
-        *("2_evaluate.html#speed", "https://example.org/?a=1:2", "#x")
-    ]
+    targets = ["2_evaluate.html#speed", "https://example.org/?a=1:2", "#x"]
+    links = page.clean(" ".join(f'<a href="{target}">a</a>' for target in targets))
+    assert [a["href"] for a in BeautifulSoup(links, "html.parser")("a")] == targets
 
 
 def test_a_page_needs_no_network_and_stays_small(folder):
@@ -136,13 +126,9 @@ def test_a_page_needs_no_network_and_stays_small(folder):
     assert [link["href"] for link in soup.select("nav a")] == ["2_evaluate.html", "index.html"]
 
 
-def test_a_warning_names_the_library_and_not_where_it_is_installed():
+def test_paths_are_shortened_and_what_only_begins_alike_stays(folder):
     text = "/opt/x/.venv/lib/python3.12/site-packages/torch/profiler.py:224: UserWarning: cleared"
     assert page.scrubbed(text) == "torch/profiler.py:224: UserWarning: cleared"
-    assert page.scrubbed("in /usr/lib/python3/dist-packages/x.py") == "in x.py"
-
-
-def test_a_path_that_only_begins_alike_stays(folder):
     project = folder.parents[1]
     text = f"{project}s {project}-old {project}.bak x{project} file://{project}/a {project}."
     assert page.scrubbed(text) == f"{project}s {project}-old {project}.bak x{project} file://./a .."
