@@ -21,10 +21,10 @@ from vitlib import (
     files,
     origin,
     preprocess,
-    pretrain,
     provenance,
     quantize,
     sources,
+    standin,
     stats,
     trainer,
     tuning,
@@ -35,7 +35,7 @@ from vitlib.preprocess import Preprocess
 from vitlib.sources import Dataset, Labels
 from vitlib.study import Study
 from vitlib.tables import Column, Markdown
-from vitlib.trainer import Recipe
+from vitlib.trainer import Examples, Recipe
 from vitlib.variants import Variant
 
 HISTORY = {
@@ -93,7 +93,7 @@ def _base_folder(study: Study, device: torch.device) -> Path | str:
     """The folder or Hub id of the base; FinetuneError where there is none."""
     name = study.settings.base_model
     if name == "pretrain":
-        return pretrain.base(study, device)
+        return standin.demo_base(study, device)
     if not is_hub_id(name) and not files.resolve(name).is_dir():
         raise FinetuneError(f"base_model {name!r} is neither pretrain, random, a folder nor a Hub id (owner/name)")
     return name if is_hub_id(name) else files.resolve(name)
@@ -212,7 +212,7 @@ def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded
     names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
     history = trainer.train(
         model,
-        pretrain.examples(decoded, base.labels),
+        {split: Examples.of(decoded[split], base.labels) for split in ("train", "valid")},
         pre=base.preprocess,
         recipe=Recipe.of(study.settings),
         folder=study.training("finetune"),
