@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageOps
 
-from vitlib import decode, preprocess, sources, synthetic
+from vitlib import decode, preprocess, synthetic
 from vitlib.decode import BadPicture, Picture
 
 
@@ -349,25 +348,3 @@ def test_no_duplicates_is_an_empty_table_with_its_columns(flowers):
     found = decode.duplicates(decoded)
     assert found.empty
     assert list(found.columns) == ["file", "other_file", "correlation", "kind"]
-
-
-def test_more_batches_than_one_need_two_buffers():
-    batches = decode.read_batches([Picture("a", None, None)] * 3, lambda *_: "", [torch.zeros(1, 3, 8, 8)], 1)
-    with pytest.raises(ValueError, match="two buffers"):
-        next(batches)
-
-
-def test_a_buffer_is_filled_again_only_after_the_batch_that_follows_its_own():
-    """Rows are filled with the picture's number; the caller still holds the batch before the last one it asked for."""
-    pictures = [Picture(str(number), None, None) for number in range(40)]
-    buffers = [torch.zeros(4, 1) for _ in range(3)]
-
-    def fill(picture, row):
-        row.fill_(int(picture.file))
-
-    before = None
-    for number, (_, buffer, _) in enumerate(decode.read_batches(pictures, fill, buffers, 3)):
-        expected = torch.arange(4.0)[:, None] + 4 * number
-        assert torch.equal(buffer, expected)
-        assert before is None or torch.equal(before[0], before[1])
-        before = buffer, expected

@@ -1,6 +1,7 @@
 """The stand-in: randomness is what the papers say, one compilation serves a stage, both stages are kept."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -11,10 +12,11 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
-from vitlib import checkpoint, decode, files, preprocess, records, standin, trainer
+from vitlib import checkpoint, decode, files, params, preprocess, records, standin, trainer
 from vitlib.decode import Picture
 from vitlib.sources import Dataset, Labels
 from vitlib.standin import StandIn, StandInError
+from vitlib.study import Study
 
 CPU = torch.device("cpu")
 COLOURS = {"1": (200, 40, 40), "2": (40, 200, 40), "10": (40, 40, 200)}
@@ -63,9 +65,6 @@ def trained(tmp_path_factory):
     return folder, standin.train(StandIn(**TINY), coloured(), folder, CPU)
 
 
-# --- the network
-
-
 def test_stochastic_depth_skips_branches_and_keeps_the_mean(network):
     model = copy.deepcopy(network)
     standin.drop_paths(model, 0.2)
@@ -79,15 +78,6 @@ def test_stochastic_depth_skips_branches_and_keeps_the_mean(network):
     assert out.mean().item() == pytest.approx(1, abs=0.01)
     assert path.eval()(ones) is ones
     assert set(model.state_dict()) == set(network.state_dict())  # nothing of it is in a checkpoint
-
-
-def test_a_picture_that_skips_every_branch_is_its_embedding_only(network):
-    model, x = copy.deepcopy(network).train(), torch.randn(2, 3, 32, 32)
-    for layer in model.vit.layers:
-        layer.dropout = standin.DropPath(0.999999, CPU)
-    with torch.no_grad():
-        tokens = model.vit.layernorm(model.vit.embeddings(x))
-        torch.testing.assert_close(model(pixel_values=x).logits, model.classifier(tokens[:, 0]))
 
 
 def test_one_compilation_serves_every_block_of_a_stage(network):
@@ -118,9 +108,6 @@ def test_a_network_at_another_side_shares_weights_and_interpolates_positions_onl
     assert torch.equal(same.state_dict()[standin.POSITIONS], network.state_dict()[standin.POSITIONS])
 
 
-# --- randomness
-
-
 def test_the_share_is_that_of_the_pixels_kept():
     """Pictures of ones and zeros: the mean of a mixture is the share of its own picture."""
     images = torch.cat((torch.ones(2, 3, 40, 40), torch.zeros(2, 3, 40, 40)))
@@ -145,9 +132,6 @@ def test_batches_are_full_and_take_each_picture_once_a_pass(size):
         assert drawn[start : start + 10].sort().values.tolist() == list(range(10))
 
 
-# --- schedule and settings
-
-
 def test_the_rate_warms_up_then_falls_as_a_cosine():
     stage = StandIn().stages()[0]
     rates = [standin.learning_rate(stage, step, step / 2500) for step in range(2500)]
@@ -155,11 +139,10 @@ def test_the_rate_warms_up_then_falls_as_a_cosine():
     assert 250 <= int(np.argmax(rates)) <= 300
     assert rates[1250] == pytest.approx(3e-4, rel=1e-3)
     assert rates[-1] < 1e-8
-
-
-def test_a_card_too_slow_for_the_warm_up_still_reaches_the_peak():
-    stage = StandIn().stages()[0]
-    assert standin.learning_rate(stage, 10, standin.WARMUP_SHARE) > 0.9 * stage.learning_rate
+    slow = standin.learning_rate(
+        stage, 10, standin.WARMUP_SHARE
+    )  # a card too slow for the warm-up reaches the peak too
+    assert slow > 0.9 * stage.learning_rate
 
 
 def test_only_matrices_decay(network):
@@ -178,7 +161,6 @@ def test_only_matrices_decay(network):
         ({"stage1_side": 20}, "multiple of the patch"),
         ({"stage2_seconds": 0.0, "stage2_steps": 0}, "stage2: batch size and seconds"),
         ({"stage1_batch_size": 0}, "positive"),
-        ({"drop_path": 1.0}, "drop_path"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, said):
@@ -192,22 +174,15 @@ def test_the_defaults_are_the_recipe_that_was_measured():
     assert second == standin.Stage(2, 224, 192, 1.5e-4, 50, False, 112.0, 0)
 
 
-# --- both stages
-
-
-def test_both_stages_are_in_the_history(trained):
+def test_the_stand_in_learns_and_both_stages_are_in_the_history(trained):
     folder, history = trained
-    assert history.groupby("stage")["step"].max().to_dict() == {1: 12, 2: 6}
+    assert history["stage"].tolist() == [1, 2] and history["step"].tolist() == [12, 6]
     assert history["epoch"].tolist() == [12 * 16 / 24, 6 * 8 / 24]
     assert history["side"].tolist() == [16, 32]
     assert history[["top1", "top5"]].notna().all(axis=None)
     assert (history["images_per_s"] > 0).all()
     assert records.read_table(folder / "history.csv")["step"].tolist() == [12, 6]
-    assert standin.summary(history)["step"].to_dict() == {1: 12, 2: 6}
-
-
-def test_the_stand_in_learns(trained):
-    assert trained[1]["top1"].iloc[-1] >= 0.9
+    assert history["top1"].iloc[-1] >= 0.9
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -220,12 +195,9 @@ def test_each_checkpoint_is_enough_by_itself_and_as_good_as_it_says(trained, sta
     pre = preprocess.load(folder)
     assert pre.side == (32, 32)
     note = json.loads((folder / "provenance.json").read_text())
-    assert "random initialisation" in note["origin"]
-    assert "stand-in" in note["origin"]
-    assert note["pretrained"] is False
-    assert [(entry["after stage"], entry["side"]) for entry in note["accuracy"]] == [(1, 16), (1, 32), (2, 32)][
-        : stage + 1
-    ]
+    assert note["origin"] == standin.ORIGIN and note["pretrained"] is False
+    measured = [(entry["after stage"], entry["side"]) for entry in note["accuracy"]]
+    assert measured == [(1, 16), (1, 32), (2, 32)][: stage + 1]
     part = decode.decode(coloured().splits["valid"], pre)
     with torch.no_grad():
         found = model(pixel_values=pre.normalise(part.pixels)).logits.argmax(dim=1)
@@ -233,28 +205,20 @@ def test_each_checkpoint_is_enough_by_itself_and_as_good_as_it_says(trained, sta
     assert right == pytest.approx(note["top1"])
 
 
-def test_stage_one_is_a_base_for_fine_tuning(trained):
-    labels = Labels(("a", "b"), ("a", "b"))
-    base = checkpoint.load_base(
-        str(trained[0] / "stage1"), revision="", labels=labels, dtype=torch.float32, quantized=False, device=CPU
-    )
-    assert base(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)
+def test_the_same_seed_gives_the_same_weights(trained, tmp_path):
+    standin.train(StandIn(**TINY), coloured(), tmp_path, CPU)
+    first, again = (files.checksum(folder / "stage2" / "model.safetensors") for folder in (trained[0], tmp_path))
+    assert first == again
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path):
-    short = StandIn(**{**TINY, "stage1_steps": 2, "stage2_steps": 2})
-    for name in ("a", "b"):
-        standin.train(short, coloured(), tmp_path / name, CPU)
-    sums = {files.checksum(tmp_path / name / "stage2" / "model.safetensors") for name in ("a", "b")}
-    assert len(sums) == 1
-
-
-def test_a_stage_ends_with_its_time_whatever_the_speed(tmp_path):
+def test_a_stage_ends_with_its_time_whatever_the_speed(tmp_path, monkeypatch):
+    """The clock advances by 10 ms whenever it is read."""
+    clock = itertools.count()
+    monkeypatch.setattr(standin.time, "perf_counter", lambda: next(clock) / 100)
     timed = {"stage1_steps": 0, "stage1_seconds": 0.4, "stage2_steps": 1, "log_seconds": 0.1}
     history = standin.train(StandIn(**{**TINY, **timed}), coloured(), tmp_path, CPU)
     rows = history[history["stage"] == 1]
-    assert len(rows) >= 3
-    assert 0.4 <= rows["seconds"].iloc[-1] < 1.5
+    assert len(rows) == 4 and rows["seconds"].iloc[-1] == pytest.approx(0.41, abs=0.02)
     assert rows["learning_rate"].iloc[-1] < 0.1 * rows["learning_rate"].max()
     assert rows["top1"].notna().tolist() == [False] * (len(rows) - 1) + [True]
 
@@ -262,12 +226,9 @@ def test_a_stage_ends_with_its_time_whatever_the_speed(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path, monkeypatch):
     loss = standin._loss
     monkeypatch.setattr(standin, "_loss", lambda *args: loss(*args) * math.nan)
-    with pytest.raises(StandInError, match="loss of stage 1 is nan at step 12"):
-        standin.train(StandIn(**TINY), coloured(), tmp_path, CPU)
+    with pytest.raises(StandInError, match="loss of stage 1 is nan at step 1"):
+        standin.train(StandIn(**{**TINY, "stage1_steps": 1}), coloured(), tmp_path, CPU)
     assert list(tmp_path.iterdir()) == []
-
-
-# --- command line
 
 
 def test_the_command_line_trains_and_ends_with_a_table(tmp_path, capsys):
@@ -292,3 +253,14 @@ def test_bad_data_is_one_line_and_another_exit_code(tmp_path):
     assert "there is no data folder" in ended.value.code  # text: Python prints it to standard error and exits with 1
     assert "\n" not in ended.value.code
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demos_base_is_trained_once_for_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(standin, "DEMO_PICTURES", 2)
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
+    chosen = {"study": "unit", "architecture": "vit-micro", "image_size": 32, "pretrain_epochs": 1, "workers": 1}
+    study = Study.of(params.check(chosen))
+    folder = standin.demo_base(study, CPU)
+    note, changed = json.loads((folder / "provenance.json").read_text()), (folder / "config.json").stat().st_mtime_ns
+    assert note["trained on"] == "the generator's pretraining classes" and 0 <= note["top1"] <= 1
+    assert standin.demo_base(study, CPU) == folder and (folder / "config.json").stat().st_mtime_ns == changed

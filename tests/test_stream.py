@@ -107,7 +107,7 @@ def test_logits_are_those_of_decoding_first(checkpoints, pixels, batch_size):
     runner = engine.Engine(checkpoint.load(checkpoints, Variant("fp32"), CPU))
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
     pictures = [Picture(str(i), None, image.copy) for i, image in enumerate(images)]
-    passed = stream.classify(pictures, runner, batch_size=batch_size, workers=3)
+    passed = stream.classify(pictures, runner, batch_size=batch_size, workers=3, decoder="pil")
     decoded = decode.decode(pictures, runner.loaded.preprocess)
     expected = engine.logits(runner, decoded.pixels, batch_size)
     torch.testing.assert_close(passed.logits, expected, rtol=0, atol=0)
@@ -132,7 +132,7 @@ def test_order_is_kept_and_an_unreadable_picture_leaves_its_place(torchvision, b
 def test_the_place_of_an_unreadable_picture_is_taken_by_another_of_its_batch():
     """A black one would have outliers of its own, and LLM.int8() takes those from the whole batch."""
     runner = Toy()
-    stream.classify([numbered(9), unreadable(1), numbered(200)], runner, batch_size=3, workers=1)
+    stream.classify([numbered(9), unreadable(1), numbered(200)], runner, batch_size=3, workers=1, decoder="pil")
     first, second, third = runner.batches[0]
     assert torch.equal(second, first) and not torch.equal(third, first)
 
@@ -140,7 +140,7 @@ def test_the_place_of_an_unreadable_picture_is_taken_by_another_of_its_batch():
 @pytest.mark.parametrize("count", [0, 5])
 def test_the_network_is_not_called_without_a_readable_picture(count):
     runner = Toy()
-    passed = stream.classify([unreadable(i) for i in range(count)], runner, batch_size=2, workers=2)
+    passed = stream.classify([unreadable(i) for i in range(count)], runner, batch_size=2, workers=2, decoder="pil")
     assert runner.batches == [] and passed.logits.shape == (0, 2) and len(passed.skipped) == count
 
 
@@ -152,7 +152,7 @@ def test_the_next_batch_is_decoded_before_the_network_is_done_with_this_one():
     started = threading.Event()
     runner = Toy(before=lambda: seen.append(started.wait(SECONDS)))
     seen, pictures = [], [numbered(i, started.set if i == 7 else lambda: None) for i in range(8)]
-    stream.classify(pictures, runner, batch_size=4, workers=2)
+    stream.classify(pictures, runner, batch_size=4, workers=2, decoder="pil")
     assert seen == [True, True]
 
 
@@ -175,30 +175,28 @@ def test_threads_do_not_run_further_ahead_than_the_buffers():
     opened, ahead = [], []
     runner = Toy(before=lambda: ahead.append(len(opened)))
     pictures = [numbered(i, lambda i=i: opened.append(i)) for i in range(200)]
-    stream.classify(pictures, runner, batch_size=4, workers=2)
+    stream.classify(pictures, runner, batch_size=4, workers=2, decoder="pil")
     assert len(ahead) == 50
     assert all(count <= 4 * (number + decoders.LEAST_BUFFERS) for number, count in enumerate(ahead))
 
 
-@pytest.mark.parametrize("batch_size", [8, 128])
-def test_no_thread_idles_because_another_holds_what_it_could_decode(batch_size):
-    """One task may be 16 pictures. All 16 threads must have one at the same time: the barrier opens for no fewer."""
-    meeting = threading.Barrier(16)
+def test_a_buffer_is_filled_again_only_after_the_batch_that_follows_its_own():
+    """Rows are filled with the picture's number; the caller still holds the batch before the last one it asked for."""
 
-    class Together(decoders.PilDecoder):
-        together = 16
-
+    class Numbers(decoders.PilDecoder):
         def read(self, picture, row):
-            if threading.current_thread() not in met:
-                met.add(threading.current_thread())
-                meeting.wait(SECONDS)
+            row.fill_(int(picture.file))
             return decoders.Read()
 
-    met = set()
-    source = Together(preprocess.new(24), CPU)
-    batches = source.batches([unreadable(i) for i in range(512)], batch_size=batch_size, workers=16)
-    assert sum(len(group) for group, *_ in batches) == 512
-    assert len(met) == 16
+    before = None
+    for number, (group, pixels, _) in enumerate(
+        Numbers(preprocess.new(8), CPU).batches([numbered(i) for i in range(42)], batch_size=4, workers=3)
+    ):
+        expected = [4 * number + row for row in range(len(group))]
+        assert pixels[:, 0, 0, 0].tolist() == expected
+        assert before is None or before[0][:, 0, 0, 0].tolist() == before[1]
+        before = pixels, expected
+    assert number == 10
 
 
 @pytest.mark.parametrize("place", ["picture", "network"])
@@ -222,35 +220,41 @@ def test_an_error_ends_the_threads_and_is_shown(torchvision, place, decoder):
 
 
 def test_only_plain_jpeg_files_are_for_another_decoder(folder):
-    found = {p.file: p.jpeg() for p in pictures_in(folder)}
-    assert all(found[f"{i}.jpg"] == ((folder / f"{i}.jpg").read_bytes(), "") for i in range(5))
-    assert {file: reason for file, (content, reason) in found.items() if not content} == {
-        "5-turned.jpg": "turned by its EXIF orientation",
-        "6-cmyk.jpg": "colours stored as CMYK",
-        "7.png": "not a JPEG picture",
-        "8-cut.jpg": "no end of the picture",
-        "9-grey.jpg": "colours stored as L",
-    }
-    assert decode.plain_jpeg(folder / "0.jpg", 1e-4)[1]  # over the limits: only `open_picture` says so in a record
+    assert all(decode.plain_jpeg(folder / f"{i}.jpg", 1) == (folder / f"{i}.jpg").read_bytes() for i in range(5))
+    for file, megapixels, reason in (
+        ("5-turned.jpg", 1, "turned by its EXIF orientation"),
+        ("6-cmyk.jpg", 1, "colours stored as CMYK"),
+        ("7.png", 1, "stored as PNG"),
+        ("8-cut.jpg", 1, "no end of the picture"),
+        ("9-grey.jpg", 1, "colours stored as L"),
+        ("0.jpg", 1e-4, "more than 0.0001 megapixels"),
+    ):
+        with pytest.raises(decode.BadPicture, match=reason):
+            decode.plain_jpeg(folder / file, megapixels)
 
 
 def test_nvjpeg_gets_plain_files_and_pillow_the_others(torchvision, folder):
     pictures, runner = pictures_in(folder), Toy(24)
     passed = stream.classify(pictures, runner, batch_size=4, workers=2, decoder="nvjpeg")
-    expected = stream.classify(pictures, runner, batch_size=4, workers=2)
+    expected = stream.classify(pictures, runner, batch_size=4, workers=2, decoder="pil")
     assert torchvision.calls == [4, 1] and passed.on_device == 5
     assert passed.pictures == expected.pictures and passed.skipped == expected.skipped
     torch.testing.assert_close(passed.logits, expected.logits, rtol=0, atol=2.1 / 127.5)
     assert (passed.decoder, expected.decoder, expected.note) == ("nvjpeg", "pil", "")
     assert "differ a little" in passed.note
-    for reason in ("1 × turned by its EXIF", "1 × colours stored as CMYK", "1 × not a JPEG", "1 × colours stored as L"):
+    for reason in (
+        "1 × turned by its EXIF",
+        "1 × colours stored as CMYK",
+        "1 × stored as PNG",
+        "1 × colours stored as L",
+    ):
         assert reason in passed.note
     assert "no end" not in passed.note  # Pillow could not read that one either: it has its own row
 
 
 def test_one_picture_that_nvjpeg_refuses_does_not_take_the_others_along(torchvision, folder):
     pictures = pictures_in(folder)[:4]
-    nonsense = lambda: (b"\xff\xd8\xff nonsense", "")  # noqa: E731
+    nonsense = lambda: b"\xff\xd8\xff nonsense"  # noqa: E731
     pictures[1] = Picture("1.jpg", None, pictures[1].open, nonsense)
     pictures[2] = Picture("2.jpg", None, unreadable(2).open, nonsense)
     passed = stream.classify(pictures, Toy(24), batch_size=4, workers=2, decoder="auto")
@@ -304,7 +308,7 @@ def test_no_picture_of_nvjpeg_is_overwritten_before_it_is_resized(tmp_path):
 
     busy = Busy(24)
     busy.loaded.device = torch.device("cuda")
-    passed = stream.classify(pictures * 10, busy, batch_size=16, workers=4, decoder="nvjpeg", progress=False)
+    passed = stream.classify(pictures * 10, busy, batch_size=16, workers=4, decoder="nvjpeg")
     decoder = decoders.NvJpegDecoder(busy.loaded.preprocess, busy.loaded.device)
     for position, picture in enumerate(pictures):
         buffer = torch.zeros(1, 3, 24, 24, dtype=torch.uint8)

@@ -18,7 +18,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -97,8 +96,6 @@ class StandIn:
                 raise StandInError(f"stage{stage.number}_side: {stage.side} is not a multiple of the patch of {patch}")
             if min(stage.batch_size, stage.steps or stage.seconds) <= 0:
                 raise StandInError(f"stage{stage.number}: batch size and seconds must be positive")
-        if not 0 <= self.drop_path < 1 or min(self.workers, self.decode_side) < 1:
-            raise StandInError("drop_path must be in [0, 1), workers and decode_side must be positive")
 
     def stages(self) -> tuple[Stage, Stage]:
         """Both stages; only the first mixes pictures."""
@@ -152,13 +149,10 @@ class DropPath(nn.Module):
 
 
 def drop_paths(model: nn.Module, last: float) -> None:
-    """Give each block of a transformers ViT stochastic depth, with a rate that rises linearly from 0 to `last`.
-
-    A block's `dropout` is applied to both of its branches, and only there.
-    """
+    """Give each block of a transformers ViT stochastic depth, with a rate that rises linearly from 0 to `last`."""
     layers = model.vit.layers
     for layer, rate in zip(layers, torch.linspace(0, last, len(layers)).tolist(), strict=True):
-        layer.dropout = DropPath(rate, model.device)
+        layer.dropout = DropPath(rate, model.device)  # applied to both branches of the block, and only there
 
 
 def at_side(model: nn.Module, settings: StandIn, side: int, labels: Labels) -> nn.Module:
@@ -213,10 +207,10 @@ def learning_rate(stage: Stage, step: int, progress: float) -> float:
 
 def optimizer(model: nn.Module) -> torch.optim.AdamW:
     """AdamW, with decay on matrices (the patch embedding's kernel is one), not on tokens, positions, norms, biases."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim in (2, 4)]
-    others = [parameter for parameter in model.parameters() if parameter.ndim not in (2, 4)]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True if matrices[0].is_cuda else None)
+    groups = [{"params": [], "weight_decay": decay} for decay in (WEIGHT_DECAY, 0.0)]
+    for parameter in model.parameters():
+        groups[parameter.ndim not in (2, 4)]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=model.device.type == "cuda" or None)
 
 
 @dataclass
@@ -230,17 +224,12 @@ class _Run:
     rng: np.random.Generator
 
 
-def _autocast(device: torch.device) -> torch.autocast | nullcontext:
-    """Matrix products in bf16 on a GPU; weights, norms and the residual stream stay in fp32."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
 def _loss(run: _Run, model: nn.Module, stage: Stage, rows: torch.Tensor) -> torch.Tensor:
     """Cross entropy of one augmented batch; nothing in it waits for the device."""
     labels = run.train.labels[rows]
     views = preprocess.augment(run.train.pixels[rows], side=stage.side, generator=run.generator, **AUGMENTATION)
     views, share = mix(views, MIX_ALPHA, run.rng) if stage.mixing else (views, 1.0)
-    with _autocast(rows.device):
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.is_cuda):  # weights and norms stay in fp32
         logits = model(pixel_values=run.pre.normalise(views)).logits.float()
     loss = nn.functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
     if stage.mixing:
@@ -293,7 +282,7 @@ def _train_stage(run: _Run, model: nn.Module, stage: Stage) -> list[dict[str, fl
 @torch.inference_mode()
 def evaluate(model: nn.Module, examples: Examples, pre: Preprocess, batch_size: int = 256) -> dict[str, float]:
     """top1 and top5 (shares, 0…1) of `examples` on the model's device, in the arithmetic of training; not compiled."""
-    with _autocast(model.device):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         chunks = (pre.normalise(pixels.to(model.device)) for pixels in examples.pixels.split(batch_size))
         logits = torch.cat([model.eval()(pixel_values=chunk).logits.float().cpu() for chunk in chunks])
     return {f"top{k}": stats.topk_accuracy(logits, examples.labels, k) for k in (1, 5)}
@@ -334,28 +323,13 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
             if side == stage.side:
                 history[-1] |= found
             print(", ".join(f"{key} {value:.4g}" for key, value in accuracy[-1].items()), flush=True)
-        note = _provenance(settings, history, accuracy, len(on_device.labels))
+        note = {"origin": ORIGIN, "pretrained": False, "training pictures": len(on_device.labels), "weights": "fp32"}
+        note |= {"accuracy": list(accuracy), "top1": accuracy[-1]["top1"], "top5": accuracy[-1]["top5"]}
+        note |= {"settings": asdict(settings), "versions": provenance.environment(parameters={})["versions"]}
         checkpoint.save(model, folder / f"stage{stage.number}", pre=run.pre, labels=labels, provenance=note)
     table = pd.DataFrame(history)
     records.write_table(table, folder / "history.csv")
     return table
-
-
-def _provenance(settings: StandIn, history: list[dict], accuracy: list[dict], pictures: int) -> dict[str, object]:
-    """What a checkpoint says about itself; top1 and top5 are its own, at its own size."""
-    last = {row["stage"]: row for row in history}
-    keys = ("stage", "side", "step", "epoch", "seconds")
-    about = {"origin": ORIGIN, "pretrained": False, "training pictures": pictures, "weights": "fp32"}
-    about["stages"] = [{key: row[key] for key in keys} for row in last.values()]
-    about |= {"accuracy": list(accuracy), "top1": accuracy[-1]["top1"], "top5": accuracy[-1]["top5"]}
-    return about | {"settings": asdict(settings), "versions": provenance.environment(parameters={})["versions"]}
-
-
-def summary(history: pd.DataFrame) -> pd.DataFrame:
-    """A row a stage: side, steps, epochs, seconds, images per second over the stage, loss and accuracy at its end."""
-    last = history.groupby("stage").tail(1).set_index("stage")
-    speed = history.groupby("stage")["images_per_s"].median()
-    return last.drop(columns="learning_rate").assign(images_per_s=speed)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -378,7 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"standin: {error}")
     for file, split, reason in dataset.skipped:
         print(f"skipped in {split}: {file} ({reason})")
-    print(summary(history).to_string(float_format=lambda value: f"{value:,.4g}"))
+    ends = history.groupby("stage").tail(1).set_index("stage")
+    print(ends.to_string(float_format=lambda value: f"{value:,.4g}"))
 
 
 if __name__ == "__main__":
