@@ -104,7 +104,7 @@ plots.alone_bars(blocks)
 # accuracy that could be significant after Holm's adjustment, if every change were in one direction.
 
 # %%
-reliable = ablation.reliability(study, logits, frame, subject)
+reliable = ablation.reliability(study, logits, subject)
 tables.table(reliable, ablation.RELIABILITY)
 
 # %% [markdown]

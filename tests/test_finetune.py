@@ -107,17 +107,17 @@ def test_a_base_from_nowhere_says_what_is_allowed(tmp_path, monkeypatch):
         finetune.load_base(chosen, finetune.dataset(chosen))
 
 
-def test_a_missing_data_folder_is_said_before_anything_else():
+def test_a_missing_data_folder_is_named():
+    study = finetune.open({"study": "unit", "data_source": "no/such/folder"})
     with pytest.raises(DataError, match="no data folder"):
-        finetune.open({"study": "unit", "data_source": "no/such/folder"})
-    assert finetune.open({"study": "unit"}).name == "unit"
+        finetune.dataset(study)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({}, ""),
-        ({"data_source": "data/photographs"}, "only seen drawn flowers"),
+        ({"data_source": "data/photographs"}, "trained on drawn flowers only"),
         ({"base_model": "random"}, "leaves random weights frozen"),
         ({"base_model": "random", "method": "full"}, ""),
     ],
@@ -158,13 +158,13 @@ def test_headline_names_the_best_epoch_the_merged_accuracy_and_copies(base):
     empty = decode.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], [])
     text = finetune.headline(history, reloaded, base, {"train": empty, "valid": empty})
     assert "best epoch was 2 with 79.00 %" in text and "lowest in epoch 2 and rose afterwards" in text
-    assert "has Top-1 **77.60 %**, because its weights are rounded to 16 bits" in text
+    assert "has Top-1 **77.60 %**, because its weights are rounded to FP16" in text
     assert "No picture appears in both" in text
     reloaded["top1"], history["valid_loss"] = 0.78, 0.5
     one = decode.Decoded(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8), _pictures(base)[:1], [])
     text = finetune.headline(history, reloaded, base, {"train": one, "valid": one})
     assert "has Top-1 **78.00 %**." in text and "overfits" not in text
-    assert "**1 pictures appear in both training and validation** (1 exact and 0 near copies)" in text
+    assert "**Training and validation share pictures** (1 exact and 0 near copies)" in text
 
 
 def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatch, pixels):
