@@ -273,7 +273,7 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
         "their accuracy upwards." + _overfits(history),
         f"The merged FP16 checkpoint, which the other notebooks start from, has Top-1 **{merged:.2f} %**{why}.",
         _copies(decode.duplicates({split: decoded[split] for split in ("train", "valid")})["kind"]),
-        f"Training ran at {history['images_per_s'].median():,.0f} images/s on {base.device.type}.",
+        f"Training ran at {history['images_per_s'].median():,.0f} images/s on the {'GPU' if base.device.type == 'cuda' else 'CPU'}.",
         _quantized(reloaded),
     ]
     return Markdown("\n".join(f"- {line}" for line in lines))
