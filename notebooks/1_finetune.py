@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Fine-tuning: train small adapters on a Vision Transformer
 #
-# The base is a Vision Transformer. It gets a new head for the classes of this study, and small LoRA adapters are trained
-# while its own weights stay frozen. The result is saved as three checkpoints (FP16, NF4 and INT8) with everything that
+# The base is a Vision Transformer. It gets a new head for the classes of this study, and small LoRA adapters are
+# trained while its own weights stay frozen. The result is saved as three checkpoints (FP16, NF4 and INT8) with everything that
 # the other notebooks need: weights, class names, image size and normalisation.
 
 # %% tags=["parameters"]
@@ -102,7 +102,7 @@ pixels.shape, pixels.dtype, (pixels.min().item(), pixels.max().item())
 tables.table(dataset.problems(), none="every file could be used")
 
 # %% [markdown]
-# A picture in two splits would reward memorization, so every pair of splits is searched for copies: exact ones, and near
+# A picture in two splits would reward memorization, so every pair of splits is searched for copies: exact ones and near
 # ones (the same photograph, saved again). The test split is read for this search only; training does not use it.
 
 # %%
@@ -111,8 +111,8 @@ tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in
 # %% [markdown]
 # ## What is trained
 #
-# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers of
-# attention and MLP get such an adapter. The new head has random weights and is always trained: adapters cannot make up
+# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers
+# of attention and MLP get such an adapter. The new head has random weights and is always trained: adapters cannot make up
 # for a random head.
 
 # %%
@@ -122,7 +122,7 @@ tables.table(finetune.parameter_table(model), index=True)
 # %% [markdown]
 # ## Training
 #
-# Training uses random crops and flips, AdamW and a cosine schedule. Validation follows each epoch, without augmentation.
+# Training uses random crops and flips, AdamW and a cosine schedule. Validation after each epoch has no augmentation.
 
 # %%
 history = finetune.train(study, model, base, decoded)
