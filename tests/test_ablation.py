@@ -45,12 +45,8 @@ def test_every_configuration_equals_a_network_quantized_that_way(subject, bits):
 
 
 def needed_runs(blocks: int) -> int:
-    """Distinct beginnings of all configurations: what `configurations` must cost at least, counted by hand.
-
-    Nothing kept: every block. Block k kept: those from k on. First and last: the last. Everything kept: all after the
-    first, as "first and last" has that. All but block k: those from k on, for k = 0 and 1 without those that "block 1
-    kept" and "block 0 kept" have.
-    """
+    """Distinct beginnings of all configurations, counted by hand: each block k that is kept, or alone quantized, needs
+    the blocks from k on, but "all but block 0" and "all but block 1" share theirs with "block 1" and "block 0"."""
     rest = (blocks - 1) * (blocks - 2) // 2
     return blocks + blocks * (blocks + 1) // 2 + 1 + (blocks - 1) + 2 * (blocks - 2) + rest
 

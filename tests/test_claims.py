@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTConfig, ViTForImageClassification
 
 from vitlib import claims, records
 from vitlib.claims import claim as judging
@@ -92,12 +89,7 @@ def test_the_claims_are_few_and_valid_and_carry_no_verdict():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ({"kind": "guess"}, "does not match any of the expected tags"),
-        ({"variants": ["nf5-sdpa"]}, "did you mean"),
-        ({"column": None}, "column"),
-        ({"colour": "red"}, "colour"),
-    ],
+    [({"kind": "guess"}, "expected tags"), ({"variants": ["nf5-sdpa"]}, "did you mean"), ({"colour": 1}, "colour")],
 )
 def test_a_quantity_that_cannot_be_measured_is_refused(change, message):
     whole = claims.load()["objective-size"].model_dump()
@@ -105,36 +97,24 @@ def test_a_quantity_that_cannot_be_measured_is_refused(change, message):
         Claim(**whole | {"quantity": whole["quantity"] | change})
 
 
-def test_the_shortest_possible_times_count_the_networks_operations():
-    config = ViTConfig(**quantities.content()["network"]["config"], num_attention_heads=16, num_labels=1)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        ViTForImageClassification(config).eval()(torch.empty(1, 3, 224, 224))
-    kernels, attention = (claims.load()[f"slides-{name}-time"].quantity.pairs for name in ("kernel", "attention"))
-    gflop, tf32, fp16 = counter.get_total_flops() / 1e9, 156, 312  # peak TFLOP/s of an A100
-    assert kernels["fp32-sdpa"][1] == pytest.approx(1e3 * gflop / tf32, rel=1e-3)
-    assert kernels["nf4-sdpa"][1] == pytest.approx(1e3 * gflop / fp16, rel=1e-3)
-    assert attention[""][1] == pytest.approx(24 * 4 * 197**2 * 1024 / 1e6 / fp16, rel=1e-3)
-
-
 @pytest.mark.parametrize(
-    ("original", "criterion", "tolerance", "figure", "verdict"),
+    ("original", "criterion", "tolerance", "figures", "verdict"),
     [
-        (10, "about", 0.1, exact(11.0), HOLDS),
-        (10, "about", 0.1, exact(10 / 1.1), HOLDS),
-        (10, "about", 0.1, exact(11.01), FAILS),
-        (10, "at least", 0, exact(10), HOLDS),
-        (10, "at most", 0, exact(10.1), FAILS),
-        (1, "more than", 0, exact(1), FAILS),
-        (1, "more than", 0, Figure(1.1, 1, 1.2), UNTESTED),
-        (1, "more than", 0, Figure(1.1, 1.01, 1.2), HOLDS),
-        ((4, 8), "between", 0, Figure(5, 4, 8), HOLDS),
-        ((4, 8), "between", 0, Figure(5, 3.9, 8), UNTESTED),
-        ((4, 8), "between", 0, Figure(3, 2, 3.9), FAILS),
-        (2, "at least", 0, quantities.bounded(3, np.nan, np.nan), UNTESTED),  # an interval that is not known
+        (10, "about", 0.1, [exact(11.0), exact(10 / 1.1)], HOLDS),
+        (10, "about", 0.1, [exact(11.01), exact(9.09)], FAILS),
+        (10, "at least", 0, [exact(10)], HOLDS),
+        (10, "at most", 0, [exact(10.1)], FAILS),
+        (1, "more than", 0, [exact(1)], FAILS),
+        (1, "more than", 0, [Figure(1.1, 1.01, 1.2)], HOLDS),
+        (1, "more than", 0, [Figure(1.1, 1, 1.2), quantities.bounded(3, np.nan, np.nan)], UNTESTED),
+        ((4, 8), "between", 0, [Figure(5, 4, 8)], HOLDS),
+        ((4, 8), "between", 0, [Figure(5, 3.9, 8)], UNTESTED),
+        ((4, 8), "between", 0, [Figure(3, 2, 3.9)], FAILS),
     ],
 )
-def test_criteria_at_their_boundaries(original, criterion, tolerance, figure, verdict):
-    assert judging.kind_of(claim(original, criterion, tolerance).judge({"": figure})) == verdict
+def test_criteria_at_their_boundaries(original, criterion, tolerance, figures, verdict):
+    for figure in figures:
+        assert judging.kind_of(claim(original, criterion, tolerance).judge({"": figure})) == verdict
 
 
 def test_verdicts_name_the_cases():
@@ -190,7 +170,7 @@ def test_what_is_missing_is_named(made):
     assert "ran on a CPU" in made.verdict("readme-latency-nf4") and made.verdict("objective-size") == HOLDS
 
 
-def test_of_another_network_one_sentence_counts_the_claims(made):
+def test_of_another_network_one_row_counts_the_claims(made):
     made.config |= {"num_hidden_layers": 4, "hidden_size": 128}
     made.verdict("objective-size")
     frame = made.study.read("claims")

@@ -40,16 +40,11 @@ def predicted(study):
     return predictor, *inference.predict(study, predictor, found, skipped)
 
 
-def measured(study, *rows):
-    columns = ("variant", "status", "batch", "latency_p50_ms")
-    table = pd.DataFrame([dict(zip(columns, row, strict=True)) for row in rows])
-    study.write("variants", table.reindex(columns=records.COLUMNS["variants"]))
-
-
-def test_without_a_record_of_speed_auto_is_a_stated_default(predicted):
-    predictor = predicted[0]
-    assert predictor.variant.name == "fp32-sdpa"
-    assert "notebook 2 has measured no variant that runs here" in predictor.reason()
+def test_auto_without_a_record_of_speed_and_a_named_variant_are_explained(study, predicted):
+    assert predicted[0].variant.name == "fp32-sdpa"
+    assert "notebook 2 has measured no variant that runs here" in predicted[0].reason()
+    variant, why = inference.choose(changed(study, variant="int8-sdpa"), torch.device("cpu"))
+    assert variant == variants.find("int8-sdpa") and "names it" in why
 
 
 @pytest.mark.parametrize(
@@ -61,26 +56,15 @@ def test_without_a_record_of_speed_auto_is_a_stated_default(predicted):
     ],
 )
 def test_auto_takes_the_fastest_variant_that_was_measured_and_runs_here(study, monkeypatch, size, runs, chosen):
-    measured(
-        study,
-        ("nf4-sdpa", "ok", 1, 5.0),
-        ("fp16-sdpa", "ok", 1, 6.0),
-        ("nf4-sdpa", "ok", 32, 20.0),
-        ("fp16-sdpa", "ok", 32, 15.0),
-        ("nf4-flash_attention_2", "ok", 32, 10.0),
-        ("fp16-sdpa-graph", "not run", 32, float("nan")),
-        ("another-version", "ok", 32, 1.0),
-    )
+    rows = [("nf4-sdpa", 1, 5.0), ("fp16-sdpa", 1, 6.0), ("nf4-sdpa", 32, 20.0), ("fp16-sdpa", 32, 15.0)]
+    rows += [("nf4-flash_attention_2", 32, 10.0), ("fp16-sdpa-graph", 32, np.nan), ("another-version", 32, 1.0)]
+    table = pd.DataFrame(rows, columns=["variant", "batch", "latency_p50_ms"]).assign(status="ok")
+    study.write("variants", table.reindex(columns=records.COLUMNS["variants"]))
     own_flash = "" if runs else "needs a CUDA device"
     monkeypatch.setattr(inference.attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
     variant, why = inference.choose(changed(study, eval_batch_size=size), torch.device("cpu"))
     assert variant.name == chosen
     assert f"the nearest to {size}" in why and "the fastest of" in why
-
-
-def test_a_variant_that_is_named_is_taken(study):
-    variant, why = inference.choose(changed(study, variant="int8-sdpa"), torch.device("cpu"))
-    assert variant == variants.find("int8-sdpa") and "names it" in why
 
 
 def test_predictions_of_other_pictures_are_not_replaced(study, predicted, tmp_path):

@@ -40,16 +40,11 @@ class Claim(BaseModel, extra="forbid", frozen=True):
     def accepts(self, case: str = "") -> tuple[float, float]:
         """The range of figures with which the claim holds, bounds included. 'about' is a factor in either direction."""
         value = self.original[case] if isinstance(self.original, dict) else self.original
-        match self.criterion:
-            case "between":
-                return value
-            case "about":
-                return value / (1 + self.tolerance), value * (1 + self.tolerance)
-            case "at most":
-                return -math.inf, value
-            case "at least":
-                return value, math.inf
-        return value * (1 + 1e-6), math.inf  # more than
+        if isinstance(value, tuple):
+            return value
+        about, more = 1 + self.tolerance, 1 + 1e-6
+        bounds = {"about": (value / about, value * about), "at most": (-math.inf, value)}
+        return (bounds | {"at least": (value, math.inf), "more than": (value * more, math.inf)})[self.criterion]
 
     @property
     def counts_as(self) -> str:

@@ -75,7 +75,7 @@ def require(study: Study, *, gpu: bool = False, weights: bool = False, training:
         same = wanted["config"].items() <= config.items()
         about = f"{config['num_hidden_layers']} blocks of width {config['hidden_size']}"
     else:
-        size = cell(study.read("variants"), "fp32-sdpa", "model_mb").value
+        size = cell(study, "fp32-sdpa", "model_mb").value
         same, about = math.isclose(size, wanted["fp32_mb"], rel_tol=0.005), f"{size:,.0f} MB in fp32"
     if not same:
         raise Missing(f"{OTHER_NETWORK} ({about})")
@@ -91,8 +91,9 @@ def require(study: Study, *, gpu: bool = False, weights: bool = False, training:
         raise Missing(f"the baseline's Top-1 is only {100 * top1:.0f} %, so quantization has little to change")
 
 
-def rows_of(table: pd.DataFrame, variant: str) -> pd.DataFrame:
+def rows_of(study: Study, variant: str) -> pd.DataFrame:
     """Rows of a variant in `variants.csv`, by batch size. Missing with the reason where it did not run."""
+    table = study.read("variants")
     rows = table[table["variant"] == variant].set_index("batch")
     if rows.empty:
         raise Missing(f"{label(variant)} is not among the study's variants")
@@ -101,9 +102,9 @@ def rows_of(table: pd.DataFrame, variant: str) -> pd.DataFrame:
     return rows
 
 
-def cell(table: pd.DataFrame, variant: str, column: str, batch: int = 1) -> Figure:
+def cell(study: Study, variant: str, column: str, batch: int = 1) -> Figure:
     """A column of `variants.csv` at one batch size; accuracies in percent."""
-    rows, scale = rows_of(table, variant), 100 if column in ACCURACIES else 1
+    rows, scale = rows_of(study, variant), 100 if column in ACCURACIES else 1
     if batch not in rows.index or pd.isna(rows.loc[batch, column]):
         raise Missing(f"{column} was not measured for {label(variant)} at batch size {batch}")
     return bounded(*(rows.loc[batch, [column, *_BOUNDS.get(column, (column, column))]].astype(float) * scale))
@@ -142,9 +143,8 @@ class Value(_Kind):
     def measure(self, study: Study) -> Measurement:
         accuracy = self.column in ACCURACIES
         require(study, weights=accuracy, gpu=not accuracy and self.column != "model_mb")
-        table = study.read("variants")
-        found = {name: cell(table, name, self.column) for name in self.variants}
-        base = cell(table, self.baseline, self.column).value if self.baseline else None
+        found = {name: cell(study, name, self.column) for name in self.variants}
+        base = cell(study, self.baseline, self.column).value if self.baseline else None
         return {name: exact(base / figure.value) for name, figure in found.items()} if base else found
 
 
@@ -158,10 +158,10 @@ class Faster(_Kind):
 
     def measure(self, study: Study) -> Measurement:
         require(study, gpu=True)
-        table, calls = study.read("variants"), study.read("latency").groupby(["variant", "batch"])
-        found, rounds = {}, {key: [part for _, part in own.groupby("round")["latency_ms"]] for key, own in calls}
+        calls, found = study.read("latency").groupby(["variant", "batch"]), {}
+        rounds = {key: [part for _, part in own.groupby("round")["latency_ms"]] for key, own in calls}
         for name in self.variants:
-            measured = rows_of(table, name).index.intersection(rows_of(table, self.baseline).index)
+            measured = rows_of(study, name).index.intersection(rows_of(study, self.baseline).index)
             if self.batch and self.batch not in measured:
                 raise Missing(f"{label(name)} was not measured at batch size {self.batch}")
             for batch in [self.batch] if self.batch else measured:
@@ -198,14 +198,13 @@ class Best(_Kind):
     def measure(self, study: Study) -> Measurement:
         timed = "latency_p50_ms" in self.columns
         require(study, gpu=timed, training="logit_kl" in self.columns)
-        table = study.read("variants")
-        batches = rows_of(table, self.variant).index
-        return {f"batch {b}" if timed else "": self._margin(table, b) for b in (batches if timed else batches[:1])}
+        batches = rows_of(study, self.variant).index
+        return {f"batch {b}" if timed else "": self._margin(study, b) for b in (batches if timed else batches[:1])}
 
-    def _margin(self, table: pd.DataFrame, batch: int) -> Figure:
-        own, margins = [cell(table, self.variant, column, batch) for column in self.columns], {}
+    def _margin(self, study: Study, batch: int) -> Figure:
+        own, margins = [cell(study, self.variant, column, batch) for column in self.columns], {}
         for name in self.rivals:
-            pairs = zip((cell(table, name, column, batch) for column in self.columns), own, strict=True)
+            pairs = zip((cell(study, name, column, batch) for column in self.columns), own, strict=True)
             ratios = [(rival.value / mine.value, rival.low / mine.high, rival.high / mine.low) for rival, mine in pairs]
             margins[name] = np.max(ratios, axis=0)
         closest = label(min(margins, key=lambda name: margins[name][0]))
