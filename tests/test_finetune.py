@@ -43,16 +43,12 @@ def test_lora_trains_the_head_and_an_adapter_on_every_encoder_linear(base):
 
 
 def test_a_frozen_head_or_a_linear_without_adapter_is_an_error(base):
-    partly = copy.deepcopy(base.model)
-    model = finetune.make_trainable(settings(), base)
-    for name, parameter in model.named_parameters():
-        if "classifier" in name:
-            parameter.requires_grad_(False)
-    with pytest.raises(adapters.AdapterError, match="classifier is frozen"):
-        adapters.check(model, "classifier")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
     with pytest.raises(adapters.AdapterError, match="have an adapter"):
-        adapters.check(peft.get_peft_model(partly, config), "classifier")
+        adapters.check(peft.get_peft_model(copy.deepcopy(base.model), config), "classifier")
+    model = finetune.make_trainable(settings(), base).requires_grad_(False)
+    with pytest.raises(adapters.AdapterError, match="classifier is frozen"):
+        adapters.check(model, "classifier")
 
 
 def _stir(model):
@@ -91,17 +87,13 @@ def test_merging_qlora_keeps_the_dequantized_weights(nf4_base):
     assert not hasattr(merged.config, "quantization_config")
 
 
-def test_a_base_from_nowhere_says_what_is_allowed(tmp_path, monkeypatch):
+def test_a_missing_base_or_data_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = settings(base_model="no-such-folder")
     with pytest.raises(FinetuneError, match="pretrain, random, a folder"):
         finetune.load_base(chosen, finetune.dataset(chosen))
-
-
-def test_a_missing_data_folder_is_named():
-    study = finetune.open({"study": "unit", "data_source": "no/such/folder"})
     with pytest.raises(DataError, match="no data folder"):
-        finetune.dataset(study)
+        finetune.dataset(finetune.open({"study": "unit", "data_source": "no/such/folder"}))
 
 
 @pytest.mark.parametrize(

@@ -82,15 +82,6 @@ def test_predictions_of_other_pictures_are_not_replaced(study, predicted, tmp_pa
     assert inference.open(given | {"pictures": ""}).name == "unit"
 
 
-def test_the_rate_is_recorded_with_its_conditions(study, predicted):
-    about = study.read_json("inference")
-    assert about["images_per_s"] == pytest.approx(predicted[3])
-    assert {key: about[key] for key in ("variant", "device", "decoder", "batch", "workers", "pictures")} == {
-        "variant": "fp32-sdpa", "device": "cpu", "decoder": "pil", "batch": 32, "workers": 2, "pictures": 4,
-    }  # fmt: skip
-    assert study.settings.pictures not in str(about)  # no path of this machine
-
-
 def test_a_picture_by_hand_gives_the_same_class(predicted):
     predictor, frame, passed, _ = predicted
     preprocess = predictor.engine.loaded.preprocess
@@ -98,7 +89,7 @@ def test_a_picture_by_hand_gives_the_same_class(predicted):
     assert predictor.engine(pixels).argmax().item() == frame["id_1"][0]
 
 
-def test_every_file_has_a_row_with_names_that_belong_to_its_ids(predicted, study):
+def test_every_file_has_a_row_and_the_rate_its_conditions(predicted, study):
     predictor, frame, *_ = predicted
     written = study.read("predictions")
     files = [".DS_Store", "2/a.png", "2/broken.jpg", "10/b.png", "weeds/c.png", "d.png"]
@@ -110,6 +101,12 @@ def test_every_file_has_a_row_with_names_that_belong_to_its_ids(predicted, study
     assert (rows["probability_1"] >= rows["probability_2"]).all()
     np.testing.assert_allclose(rows[["probability_1", "probability_2", "probability_3"]].sum(axis=1), 1, atol=1e-3)
     assert rows["id_4"].isna().all()  # there are three classes
+    about = study.read_json("inference")
+    assert about["images_per_s"] == pytest.approx(predicted[3])
+    assert [about[key] for key in ("variant", "device", "decoder", "batch", "workers", "pictures")] == (
+        ["fp32-sdpa", "cpu", "pil", 32, 2, 4]
+    )
+    assert study.settings.pictures not in str(about)  # no path of this machine
 
 
 def test_only_known_labels_count_for_accuracy(predicted):

@@ -263,7 +263,7 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
 def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> Markdown:
     """What the records say, in a few sentences."""
     last, best = history.iloc[-1], history.loc[history["top1"].idxmax()]
-    merged = 100 * reloaded.loc["merged", "top1"]
+    merged, device = 100 * reloaded.loc["merged", "top1"], "GPU" if base.device.type == "cuda" else "CPU"
     why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ", because its weights are rounded to FP16"
     lines = [
         f"After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of {len(base.labels.names)} "
@@ -273,7 +273,7 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
         "their accuracy upwards." + _overfits(history),
         f"The merged FP16 checkpoint, which the other notebooks start from, has Top-1 **{merged:.2f} %**{why}.",
         _copies(decode.duplicates({split: decoded[split] for split in ("train", "valid")})["kind"]),
-        f"Training ran at {history['images_per_s'].median():,.0f} images/s on the {'GPU' if base.device.type == 'cuda' else 'CPU'}.",
+        f"Training ran at {history['images_per_s'].median():,.0f} images/s on the {device}.",
         _quantized(reloaded),
     ]
     return Markdown("\n".join(f"- {line}" for line in lines))
@@ -292,8 +292,8 @@ def _copies(kinds: pd.Series) -> str:
         return "No picture appears in both training and validation."
     exact, near = (kinds == "exact").sum(), (kinds == "near").sum()
     return (
-        f"**Training and validation share pictures** ({exact} exact and {near} near copies), so the accuracy may be too "
-        "high by up to their share."
+        f"**Training and validation share pictures** ({exact} exact and {near} near copies), so the accuracy may be "
+        "too high by up to their share."
     )
 
 
