@@ -10,8 +10,8 @@
 # # Fine-tuning: train small adapters on a Vision Transformer
 #
 # The base is a Vision Transformer. It gets a new head for the classes of this study, and small LoRA adapters are
-# trained while its own weights stay frozen. The result is saved as three checkpoints (FP16, NF4 and INT8) with everything that
-# the other notebooks need: weights, class names, image size and normalisation.
+# trained while its own weights stay frozen. The result is saved as three checkpoints (FP16, NF4 and INT8) with
+# everything that the other notebooks need: weights, class names, image size and normalisation.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -111,8 +111,8 @@ tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in
 # %% [markdown]
 # ## What is trained
 #
-# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers
-# of attention and MLP get such an adapter. The new head has random weights and is always trained: adapters cannot make up
+# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers of
+# attention and MLP get such an adapter. The new head has random weights and is always trained: adapters cannot make up
 # for a random head.
 
 # %%

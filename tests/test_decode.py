@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vitlib import decode, preprocess, sources, synthetic
+from vitlib import decode, preprocess, synthetic
 from vitlib.decode import BadPicture, Picture
 
 
@@ -27,6 +27,10 @@ def save(path: Path, colour: object = "red", *, mode: str = "RGB", size: tuple[i
 
 def read(path: Path) -> Image.Image:
     return decode.open_picture(path, max_megapixels=1)
+
+
+def picture_in(file: Path, root: Path) -> Picture:
+    return Picture(file.relative_to(root).as_posix(), None, partial(read, file))
 
 
 @contextmanager
@@ -261,7 +265,7 @@ def test_mutated_files_are_read_or_skipped_one_row_each(tmp_path, form, options)
     for number in range(300):
         file = tmp_path / f"{number:03d}"
         file.write_bytes(mutate(original, chance))
-        pictures.append(sources.picture_of(file, tmp_path, None, 1.0))
+        pictures.append(picture_in(file, tmp_path))
     with within(20):
         decoded = decode.decode(pictures, preprocess.new(8), workers=2)
     rows = [p.file for p in decoded.pictures] + [file for file, _ in decoded.skipped]
@@ -279,7 +283,7 @@ def test_decode_keeps_the_order_and_names_what_it_skipped(tmp_path):
     files = [save(tmp_path / f"{name}.png", colours[name]) if name in colours else tmp_path / name for name in "abcdef"]
     (tmp_path / "b").write_text("no picture")
     (tmp_path / "d").mkdir()
-    decoded = decode.decode([sources.picture_of(f, tmp_path, None, 1) for f in files], preprocess.new(8), workers=3)
+    decoded = decode.decode([picture_in(f, tmp_path) for f in files], preprocess.new(8), workers=3)
     assert [p.file for p in decoded.pictures] == ["a.png", "c.png", "e.png", "f.png"]
     assert decoded.pixels[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
     assert decoded.skipped == [("b", "not a picture in a known format"), ("d", "a folder")]
@@ -326,7 +330,7 @@ def test_duplicates_are_exact_or_near_and_different_pictures_are_neither(tmp_pat
         for name, (image, options) in content.items():
             (tmp_path / split).mkdir(exist_ok=True)
             image.save(tmp_path / split / name, **options)
-        pictures = [sources.picture_of(tmp_path / split / name, tmp_path, None, 1) for name in content]
+        pictures = [picture_in(tmp_path / split / name, tmp_path) for name in content]
         decoded[split] = decode.decode(pictures, preprocess.new(64))
     found = decode.duplicates(decoded)
     assert list(found[["file", "other_file", "kind"]].itertuples(index=False, name=None)) == [

@@ -7,15 +7,13 @@ dropout (W + s B A) x is the same function, for which nothing but the product it
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 ENCODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -28,15 +26,7 @@ class _Summed(torch.autograd.Function):
     """x (W + s B A)ᵀ + bias with gradients of x, A and B only; that of the frozen W is never formed."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float):
         # Summed in fp32 and rounded once. Rounding W first would swallow a small s B A: the sum would round back to W.
         summed = torch.addmm(weight.to(b.dtype), b, a, alpha=scaling).to(x.dtype)
         ctx.save_for_backward(x, summed, a, b)
@@ -44,7 +34,7 @@ class _Summed(torch.autograd.Function):
         return nn.functional.linear(x, summed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         x, summed, a, b = ctx.saved_tensors
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         inner = rows @ a.to(x.dtype).T  # (rows, rank): through it no product is larger than the adapters'
@@ -60,7 +50,7 @@ class SummedLinear(LoraLinear):
     Parameters, files and merging are PEFT's own. The weight should stay in fp32, see `_Summed`.
     """
 
-    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(…, in) to (…, out) in the arithmetic of autocast, else in that of x."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
@@ -72,34 +62,22 @@ class SummedLinear(LoraLinear):
             return _Summed.apply(x.to(dtype), layer.weight, layer.bias, a, b, self.scaling[name])
 
 
-def config(*, rank: int, alpha: int, dropout: float, head: str, summed: bool) -> LoraConfig:
-    """Adapters on every linear of the encoder, and `head` trained as a whole; `summed` takes `SummedLinear`.
+def attach(model: nn.Module, *, rank: int, alpha: int, dropout: float, head: str, summed: bool) -> PeftModel:
+    """`model` with adapters on every linear of the encoder, and `head` trained as a whole; AdapterError otherwise.
 
-    ValueError for `summed` with dropout: W sees the whole input and B A a part of it, so there is no sum of them.
+    A list of names that matches nothing, or a head left at random, would train without an error. `summed` takes
+    `SummedLinear`; ValueError with dropout: W sees the whole input and B A a part of it, so there is no sum of them.
     """
     if summed and dropout:
         raise ValueError(f"adapters cannot be added into the weights while lora_dropout is {dropout}: set it to 0")
-    made = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(ENCODER_LINEARS),
-        modules_to_save=[head],
-    )
+    targets = {"target_modules": list(ENCODER_LINEARS), "modules_to_save": [head]}
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **targets)
     if summed:
-        made._register_custom_module({nn.Linear: SummedLinear})
-    return made
-
-
-def attach(model: nn.Module, **settings: object) -> PeftModel:
-    """`model` with adapters of `config(**settings)`; AdapterError unless all of them and the head are trained.
-
-    A list of names that matches nothing, or a head left at random, would train without an error.
-    """
+        config._register_custom_module({nn.Linear: SummedLinear})
     with warnings.catch_warnings():  # of a name that peft still uses and transformers will drop
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-        adapted = get_peft_model(model, config(**settings))
-    check(adapted, settings["head"])
+        adapted = get_peft_model(model, config)
+    check(adapted, head)
     return adapted
 
 
@@ -145,10 +123,3 @@ def merged(model: PeftModel, *, quantized: bool) -> nn.Module:
     for name, delta in deltas.items():
         dense.get_submodule(name).weight.data += delta
     return dense.eval().half()
-
-
-@contextmanager
-def without_casts(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Within, PEFT leaves the inputs of its adapters as they are: for use under autocast, which casts the adapters."""
-    with disable_input_dtype_casting(model, active and isinstance(model, PeftModel)):
-        yield

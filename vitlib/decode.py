@@ -6,22 +6,22 @@ named .jpg, FIFOs. Each is read as a viewer would show it, or skipped with its r
 
 from __future__ import annotations
 
-import hashlib
-import io
 import stat
 import struct
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from PIL.Image import Transpose
 from tqdm import tqdm
 
 from vitlib import files
@@ -36,16 +36,10 @@ DAMAGED = (
 )
 ORIENTATION = 0x0112  # EXIF tag; UPRIGHT undoes each of its values
 UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
+    **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
 }
 NEAR_DUPLICATE = 0.998  # correlation of 16 × 16 grey thumbnails; below it different pictures of one plant appear
-R = TypeVar("R")
 
 
 class BadPicture(ValueError):
@@ -56,16 +50,13 @@ class BadPicture(ValueError):
 class Picture:
     """One picture: `file` names it in records, `label` is its class folder (None: unlabelled), `open()` decodes it.
 
-    `jpeg()` gives the bytes for another decoder, or b'' and the reason; None where there is no file to read.
+    `jpeg()` gives the bytes for another decoder; None where there is no file to read. Both raise BadPicture.
     """
 
     file: str
     label: str | None
     open: Callable[[], Image.Image] = field(repr=False, compare=False)
-    jpeg: Callable[[], tuple[bytes, str]] | None = field(default=None, repr=False, compare=False)
-
-
-# ------------------------------------------------------------------------------------------------------------ one file
+    jpeg: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
 
 
 def not_a_picture(path: Path) -> str:
@@ -83,23 +74,25 @@ def not_a_picture(path: Path) -> str:
     return "" if status.st_size else "empty file"
 
 
-def open_picture(path: Path, max_megapixels: float) -> Image.Image:
-    """The picture as an upright RGB image. BadPicture with the reason where that is impossible."""
-    if reason := not_a_picture(path):
+def open_picture(file: Path | BinaryIO, max_megapixels: float) -> Image.Image:
+    """The picture in a file, on disk or in memory, as an upright RGB image. BadPicture where that is impossible."""
+    with _opened(file, max_megapixels) as image:
+        return to_rgb(_upright(image))
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO, max_megapixels: float) -> Iterator[Image.Image]:
+    """A file whose header is acceptable; whatever Pillow raises for it in the context becomes BadPicture."""
+    if isinstance(file, Path) and (reason := not_a_picture(file)):
         raise BadPicture(reason)
-    return decode_file(path, max_megapixels)
-
-
-def decode_file(file: Path | BinaryIO, max_megapixels: float) -> Image.Image:
-    """As `open_picture`, for a path that was checked or for a file in memory."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            # The compressed size says nothing: a 12 KB PNG can take half a gigabyte. The header says it in advance.
+            # The size of the file says nothing: a 12 KB PNG can take half a gigabyte.
             if image.width * image.height > max_megapixels * 1e6:
                 raise BadPicture(f"{image.width} × {image.height} pixels are more than {max_megapixels:g} megapixels")
             if min(image.size) < 2:
                 raise BadPicture(f"{image.width} × {image.height} pixels are too small")
-            return to_rgb(_upright(image))
+            yield image
     except BadPicture:
         raise
     except Image.UnidentifiedImageError:
@@ -140,42 +133,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def plain_jpeg(path: Path, max_megapixels: float) -> tuple[bytes, str]:
-    """The bytes of a plain JPEG file and '', or b'' and the reason why only `open_picture` may read it.
+def plain_jpeg(path: Path, max_megapixels: float) -> bytes:
+    """The content of a JPEG file on which decoders differ by rounding only. BadPicture with the reason for others.
 
-    Decoders differ on a plain one by rounding only: it is complete, RGB stored as YCbCr, upright, a single picture, and
-    within the limits.
+    It is one complete, upright picture with RGB stored as YCbCr.
     """
-    if reason := not_a_picture(path):
-        return b"", reason
-    try:
-        if path.stat().st_size > 3e6 * max_megapixels:  # more bytes than pixels take uncompressed
-            return b"", "a file larger than its picture may be"
+    with _opened(path, max_megapixels) as image:
+        if image.format != "JPEG":  # MPO holds several pictures
+            raise BadPicture(f"stored as {image.format}")
+        if image.mode != "RGB" or image.info.get("adobe_transform") == 0:
+            raise BadPicture(f"colours stored as {image.mode}")
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            raise BadPicture("turned by its EXIF orientation")
+        if path.stat().st_size > 3e6 * max_megapixels:
+            raise BadPicture("a file larger than its pixels may be")
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-            reason = _odd_jpeg(image, max_megapixels)
-    except Image.UnidentifiedImageError:
-        return b"", "not a JPEG picture"
-    except (*DAMAGED, Image.DecompressionBombError):
-        return b"", "a header that cannot be read"
-    if not reason and b"\xff\xd9" not in content[-1024:]:  # some cameras append a few bytes
-        reason = "no end of the picture"
-    return (b"", reason) if reason else (content, "")
-
-
-def _odd_jpeg(image: Image.Image, max_megapixels: float) -> str:
-    if image.format != "JPEG":
-        return f"{image.format} (several pictures in one file)"
-    if image.mode != "RGB" or image.info.get("adobe_transform") == 0:
-        return f"colours stored as {image.mode}"
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        return "turned by its EXIF orientation"
-    if image.width * image.height > max_megapixels * 1e6 or min(image.size) < 2:
-        return "too many or too few pixels"
-    return ""
-
-
-# ---------------------------------------------------------------------------------------------------------- many files
+        if b"\xff\xd9" not in content[-1024:]:  # some cameras append a few bytes
+            raise BadPicture("no end of the picture")
+        return content
 
 
 @dataclass
@@ -205,75 +180,32 @@ def decode(pictures: list[Picture], preprocess: Preprocess, *, workers: int = 2,
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda picture, row: read_picture(picture, preprocess, row), pictures, pixels)
         reasons = list(tqdm(results, f"decoding {what}", len(pictures), unit="img"))
+    skipped = [(picture.file, reason) for picture, reason in zip(pictures, reasons, strict=True) if reason]
+    if not skipped:
+        return Decoded(pixels, list(pictures), skipped)
     good = [position for position, reason in enumerate(reasons) if not reason]
-    if len(good) < len(pictures):
-        pixels = pixels[good]
-    skipped = [(pictures[i].file, reason) for i, reason in enumerate(reasons) if reason]
-    return Decoded(pixels, [pictures[i] for i in good], skipped)
-
-
-def read_batches(
-    pictures: list[Picture],
-    read: Callable[[Picture, torch.Tensor], R],
-    buffers: Sequence[torch.Tensor],
-    workers: int,
-    together: int = 1,
-) -> Iterator[tuple[list[Picture], torch.Tensor, list[R]]]:
-    """Batches in order: their pictures, their buffer, and what `read(picture, row of the buffer)` returned in a thread.
-
-    A batch has as many pictures as a buffer has rows; the last one may have fewer. Threads fill every free buffer.
-    A buffer is free again when the caller asks for the second batch after its own, so there must be two, or one for
-    each batch. `together` pictures are one task: more than 1 where reading takes less time than starting a task.
-    """
-    size = len(buffers[0])
-    groups = deque(pictures[start : start + size] for start in range(0, len(pictures), size))
-    if len(groups) > len(buffers) < 2:
-        raise ValueError("more than one batch needs at least two buffers: one is read while the other is used")
-    free, lent, filling = deque(buffers), deque(), deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        while groups or filling:
-            while groups and free:
-                group, buffer = groups.popleft(), free.popleft()
-                rows = list(zip(group, buffer, strict=False))
-                tasks = [rows[start : start + together] for start in range(0, len(rows), together)]
-                futures = [pool.submit(lambda task: [read(*one) for one in task], task) for task in tasks]
-                filling.append((group, buffer, futures))
-            group, buffer, futures = filling.popleft()
-            lent.append(buffer)
-            yield group, buffer[: len(group)], [result for future in futures for result in future.result()]
-            if len(lent) == 2:
-                free.append(lent.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return Decoded(pixels[good], [pictures[position] for position in good], skipped)
 
 
 def duplicates(decoded: dict[str, Decoded]) -> pd.DataFrame:
     """Pairs of pictures that appear in two splits: file, other_file, correlation, kind (exact or near).
 
-    Exact: the same pixels after resizing. Near: 16 × 16 grey thumbnails that correlate over `NEAR_DUPLICATE`,
-    which finds re-encoded and rescaled copies, not two photographs of one flower.
+    Exact: the same pixels after resizing. Near: 16 × 16 grey thumbnails that correlate over `NEAR_DUPLICATE`, which
+    finds re-encoded and rescaled copies, not two photographs of one flower.
     """
-    rows, names = [], list(decoded)
-    thumbnails = {split: _thumbnails(decoded[split].pixels) for split in names}
-    digests = {split: [hashlib.sha256(p.numpy().tobytes()).digest() for p in decoded[split].pixels] for split in names}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            likeness = thumbnails[second] @ thumbnails[first].T
-            for row, column in (likeness > NEAR_DUPLICATE).nonzero().tolist():
-                same = digests[second][row] == digests[first][column]
-                both = (decoded[second].pictures[row].file, decoded[first].pictures[column].file)
-                rows.append((*both, round(likeness[row, column].item(), 4), "exact" if same else "near"))
+    rows = []
+    thumbnails = {split: _thumbnails(part.pixels) for split, part in decoded.items() if part.pictures}
+    for first, second in combinations(thumbnails, 2):
+        likeness = thumbnails[second] @ thumbnails[first].T
+        for row, column in (likeness > NEAR_DUPLICATE).nonzero().tolist():
+            kind = "exact" if decoded[second].pixels[row].equal(decoded[first].pixels[column]) else "near"
+            both = (decoded[second].pictures[row].file, decoded[first].pictures[column].file)
+            rows.append((*both, round(likeness[row, column].item(), 4), kind))
     return pd.DataFrame(rows, columns=["file", "other_file", "correlation", "kind"])
 
 
 def _thumbnails(pixels: torch.Tensor) -> torch.Tensor:
     """Normalised grey thumbnails (n, 256): their scalar products are correlations."""
-    if not len(pixels):
-        return torch.empty(0, 256)
-    rows = []
-    for chunk in pixels.split(512):
-        grey = chunk.to(torch.float32).mean(dim=1, keepdim=True)
-        small = torch.nn.functional.interpolate(grey, size=(16, 16), mode="area").flatten(1)
-        rows.append(torch.nn.functional.normalize(small - small.mean(dim=1, keepdim=True), dim=1))
-    return torch.cat(rows)
+    grey = (chunk.to(torch.float32).mean(dim=1, keepdim=True) for chunk in pixels.split(512))
+    small = torch.cat([torch.nn.functional.interpolate(one, size=(16, 16), mode="area").flatten(1) for one in grey])
+    return torch.nn.functional.normalize(small - small.mean(dim=1, keepdim=True), dim=1)

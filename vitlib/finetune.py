@@ -19,10 +19,10 @@ from vitlib import (
     files,
     origin,
     preprocess,
-    pretrain,
     provenance,
     quantize,
     sources,
+    standin,
     stats,
     trainer,
     tuning,
@@ -33,7 +33,7 @@ from vitlib.preprocess import Preprocess
 from vitlib.sources import Dataset, Labels
 from vitlib.study import Study
 from vitlib.tables import Column, Markdown
-from vitlib.trainer import Recipe
+from vitlib.trainer import Examples, Recipe
 from vitlib.variants import Variant
 
 HISTORY = {
@@ -95,7 +95,7 @@ def load_base(study: Study, dataset: Dataset) -> Base:
         model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
         pre = preprocess.new(settings.image_size)
     else:
-        folder = pretrain.base(study, device) if name == "pretrain" else files.resolve(name)
+        folder = standin.demo_base(study, device) if name == "pretrain" else files.resolve(name)
         if not (is_hub_id(name) or folder.is_dir()):
             raise FinetuneError(f"base_model {name!r} is neither pretrain, random, a folder nor a Hub id (owner/name)")
         source, quantized = name if is_hub_id(name) else str(folder), settings.method == "qlora"
@@ -186,7 +186,7 @@ def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded
     names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
     about = {name: getattr(study.settings, name) for name in names}
     where = {"folder": study.training("finetune"), "device": base.device, "resume": study.settings.resume}
-    examples, recipe = pretrain.examples(decoded, base.labels), Recipe.of(study.settings)
+    examples, recipe = {s: Examples.of(decoded[s], base.labels) for s in ("train", "valid")}, Recipe.of(study.settings)
     history = trainer.train(model, examples, pre=base.preprocess, recipe=recipe, about=about, **where)
     return study.write("finetune", history)
 

@@ -8,10 +8,9 @@ the checkpoint was trained with.
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +20,10 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from vitlib import files, synthetic
-from vitlib.decode import BadPicture, Decoded, Picture, decode, decode_file, not_a_picture, open_picture, plain_jpeg
+from vitlib.decode import BadPicture, Decoded, Picture, decode, not_a_picture, open_picture, plain_jpeg
 from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
 
@@ -42,28 +42,20 @@ class Dataset:
     names: dict[str, str]
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def classes(self) -> list[str]:
-        """Class folders of the training split, in natural order ('2' before '10')."""
-        return sorted({picture.label for picture in self.splits["train"] if picture.label}, key=_natural)
+    def classes(self, split: str = "train") -> list[str]:
+        """Class folders of a split, in natural order ('2' before '10')."""
+        return sorted({picture.label for picture in self.splits[split]} - {None}, key=_natural)
 
     def summary(self) -> pd.DataFrame:
         """A row a split: pictures, classes, fewest and most pictures of a class, unlabelled and skipped ones."""
-        rows = []
+        rows = {}
         for split, pictures in self.splits.items():
-            counts = pd.Series([p.label for p in pictures if p.label is not None], dtype=object).value_counts()
-            skipped = sum(where == split for _, where, _ in self.skipped)
-            rows.append(
-                {
-                    "split": split,
-                    "pictures": len(pictures),
-                    "classes": len(counts),
-                    "fewest of a class": int(counts.min()) if len(counts) else 0,
-                    "most of a class": int(counts.max()) if len(counts) else 0,
-                    "unlabelled": sum(p.label is None for p in pictures),
-                    "skipped": skipped,
-                }
-            )
-        return pd.DataFrame(rows).set_index("split")
+            sizes = Counter(picture.label for picture in pictures)
+            unlabelled, skipped = sizes.pop(None, 0), sum(where == split for _, where, _ in self.skipped)
+            fewest, most = min(sizes.values(), default=0), max(sizes.values(), default=0)
+            rows[split] = len(pictures), len(sizes), fewest, most, unlabelled, skipped
+        columns = ["pictures", "classes", "fewest of a class", "most of a class", "unlabelled", "skipped"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("split")
 
     def problems(self) -> pd.DataFrame:
         """The skipped files with their reasons."""
@@ -89,21 +81,21 @@ class Labels:
 
     def check(self, dataset: Dataset, split: str) -> None:
         """DataError unless `split` holds a picture of every class that the checkpoint knows, and no other class."""
-        found = {picture.label for picture in dataset.splits[split] if picture.label is not None}
+        found = dataset.classes(split)
         if missing := [folder for folder in self.folders if folder not in found]:
             raise DataError(
                 f"split {split!r} has pictures of {len(found)} classes, the checkpoint knows {len(self.folders)}; "
                 f"missing: {_some(missing)}. Accuracy over a part of the classes is another number: complete the "
                 "data, or fine-tune on these classes first."
             )
-        if extra := sorted(found - set(self.folders), key=_natural):
+        if extra := [folder for folder in found if folder not in self.folders]:
             raise DataError(f"split {split!r} has classes that the checkpoint does not know: {_some(extra)}")
 
 
 def load(settings: Parameters) -> Dataset:
     """The data set that `settings.data_source` names, checked and cut to `settings.limit`."""
     kind, _, rest = settings.data_source.partition(":")
-    if settings.data_source == "synthetic":
+    if kind == "synthetic":
         dataset = from_synthetic(synthetic.TARGET_CLASSES, settings)
     elif kind == "hub":
         dataset = from_hub(rest, settings.max_megapixels)
@@ -112,8 +104,7 @@ def load(settings: Parameters) -> Dataset:
     else:
         dataset = from_folder(existing_folder(settings.data_source), settings.max_megapixels)
     check(dataset)
-    for split, pictures in dataset.splits.items():
-        dataset.splits[split] = evenly(pictures, settings.limit)
+    dataset.splits = {split: evenly(pictures, settings.limit) for split, pictures in dataset.splits.items()}
     return dataset
 
 
@@ -122,17 +113,14 @@ def check(dataset: Dataset) -> None:
     for split in ("train", "valid"):
         if not dataset.splits.get(split):
             raise DataError(
-                f"there is no split {split!r} with labelled pictures: make folders train/<class>/ and valid/<class>/"
+                f"no split {split!r} with labelled pictures: make folders train/<class>/ and valid/<class>/"
             )
-    found = {
-        split: {picture.label for picture in pictures if picture.label is not None}
-        for split, pictures in dataset.splits.items()
-    }
-    for split in ("valid", "test"):
-        if unknown := sorted(found.get(split, set()) - found["train"], key=_natural):
+    trained = dataset.classes()
+    for split in dataset.splits:
+        if unknown := [folder for folder in dataset.classes(split) if folder not in trained]:
             raise DataError(f"split {split!r} has classes without training pictures: {_some(unknown)}")
-    if missing := sorted(found["train"] - found["valid"], key=_natural):  # said now, not after hours of training
-        raise DataError(
+    if missing := [folder for folder in trained if folder not in dataset.classes("valid")]:
+        raise DataError(  # said now, not after hours of training
             f"split 'valid' has no picture of {_some(missing)}, which 'train' has: move some pictures of each class "
             "there, or remove the class from 'train'"
         )
@@ -140,33 +128,27 @@ def check(dataset: Dataset) -> None:
 
 def evenly(pictures: list[Picture], limit: int) -> list[Picture]:
     """At most `limit` pictures (0: all), one of each class in turn, in the given order within a class."""
-    if not limit or len(pictures) <= limit:
-        return pictures
-    by_class = defaultdict(list)
-    for position, picture in enumerate(pictures):
-        by_class[picture.label].append(position)
-    turns = sorted((turn, position) for group in by_class.values() for turn, position in enumerate(group))
-    return [pictures[position] for position in sorted(position for _, position in turns[:limit])]
+    labels = pd.Series([picture.label for picture in pictures], dtype=object)
+    turns = labels.groupby(labels, dropna=False).cumcount().sort_values(kind="stable")
+    return [pictures[position] for position in sorted(turns.index[: limit or None])]
 
 
 def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
     """Flower pictures drawn when they are opened; valid and test hold half as many of a class as train."""
-    counts = {"train": settings.pictures_per_class}
-    counts["valid"] = counts["test"] = settings.pictures_per_class // 2
+
+    def draw(flower: synthetic.FlowerClass, index: int, split: str) -> Image.Image:
+        size, seed = settings.image_size, settings.seed
+        return Image.fromarray(synthetic.render(flower, index=index, split=split, seed=seed, size=size))
+
     splits = {
         split: [
-            Picture(f"{split}/{flower.key}/{index:04d}", flower.key, partial(_draw, flower, index, split, settings))
+            Picture(f"{split}/{flower.key}/{index:04d}", flower.key, partial(draw, flower, index, split))
             for flower in flowers
-            for index in range(count)
+            for index in range(settings.pictures_per_class // share)
         ]
-        for split, count in counts.items()
+        for split, share in (("train", 1), ("valid", 2), ("test", 2))
     }
     return Dataset(splits, {flower.key: flower.name for flower in flowers})
-
-
-def _draw(flower: synthetic.FlowerClass, index: int, split: str, settings: Parameters) -> Image.Image:
-    size = settings.image_size
-    return Image.fromarray(synthetic.render(flower, index=index, split=split, seed=settings.seed, size=size))
 
 
 def existing_folder(name: str) -> Path:
@@ -190,33 +172,28 @@ def from_folder(folder: Path, max_megapixels: float) -> Dataset:
     """The class-folder layout: train/<class>/, valid/<class>/, test/ flat or in classes, cat_to_name.json beside."""
     splits, skipped = {}, []
     for split, spellings in SPLITS.items():
-        found = next((folder / name for name in spellings if (folder / name).is_dir()), None)
-        if found is not None:
-            splits[split] = _split(found, folder, split, skipped, max_megapixels)
+        root = next((folder / name for name in spellings if (folder / name).is_dir()), None)
+        if root is None:
+            continue
+        found, faults = pictures_below(root, max_megapixels, folder)
+        splits[split] = []
+        for picture in found:
+            depth = picture.file.count("/")
+            if depth > 2:
+                faults.append((picture.file, "in a folder inside a class folder"))
+            elif depth == 1 and split != "test":
+                faults.append((picture.file, "not in a class folder"))
+            else:
+                splits[split].append(picture)
+        skipped += [(file, split, reason) for file, reason in faults]
+        classes = {picture.label for picture in splits[split]}
+        for empty in root.iterdir():
+            if empty.is_dir() and not empty.name.startswith(".") and empty.name not in classes:
+                raise DataError(
+                    f"the class folder {empty.relative_to(folder)} holds no picture: add pictures or remove the folder "
+                    "(and the class from the other splits)"
+                )
     return Dataset(splits, _read_names(folder), skipped)
-
-
-def _split(root: Path, folder: Path, split: str, skipped: list, max_megapixels: float) -> list[Picture]:
-    """The pictures of one split; what is not one joins `skipped`."""
-    pictures = []
-    for path, reason in walk(root):
-        depth = len(path.relative_to(root).parts)
-        if not reason and depth == 1 and split != "test":
-            reason = "not in a class folder"
-        if not reason and depth > 2:
-            reason = "in a folder inside a class folder"
-        if reason:
-            skipped.append((shown(path, folder), split, reason))
-        else:
-            pictures.append(picture_of(path, folder, path.parent.name if depth == 2 else None, max_megapixels))
-    classes = {picture.label for picture in pictures}
-    empty = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in classes]
-    if empty:
-        raise DataError(
-            f"the class folder {empty[0].relative_to(folder)} holds no picture: add pictures or remove the folder "
-            "(and the class from the other splits)"
-        )
-    return pictures
 
 
 def walk(folder: Path) -> list[tuple[Path, str]]:
@@ -246,29 +223,24 @@ def walk(folder: Path) -> list[tuple[Path, str]]:
     return sorted(found, key=lambda pair: [_natural(part) for part in pair[0].relative_to(folder).parts])
 
 
-def pictures_below(folder: Path, max_megapixels: float) -> tuple[list[Picture], list[tuple[str, str]]]:
+def pictures_below(
+    folder: Path, max_megapixels: float, root: Path | None = None
+) -> tuple[list[Picture], list[tuple[str, str]]]:
     """All pictures below a folder, flat or in class folders, and what is none (file, reason).
 
-    A picture's label is the folder that it is in, None for one directly in `folder`.
+    A picture's label is the folder that it is in, None for one directly in `folder`. Files are named by their path
+    below `root` (by default `folder`), in which bytes that are not Unicode text are escaped.
     """
-    found = walk(folder)
-    pictures = [
-        picture_of(path, folder, None if path.parent == folder else path.parent.name, max_megapixels)
-        for path, reason in found
-        if not reason
-    ]
-    return pictures, [(shown(path, folder), reason) for path, reason in found if reason]
-
-
-def shown(path: Path, root: Path) -> str:
-    """A path below `root` as records name it; bytes that are not Unicode text are escaped."""
-    return path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def picture_of(file: Path, root: Path, label: str | None, max_megapixels: float) -> Picture:
-    """A picture in a file, named by its path below `root`."""
-    opening = (partial(function, file, max_megapixels) for function in (open_picture, plain_jpeg))
-    return Picture(shown(file, root), label, *opening)
+    pictures, skipped = [], []
+    for path, reason in walk(folder):
+        file = path.relative_to(root or folder).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+        if reason:
+            skipped.append((file, reason))
+        else:
+            label = None if path.parent == folder else path.parent.name
+            opening = (partial(function, path, max_megapixels) for function in (open_picture, plain_jpeg))
+            pictures.append(Picture(file, label, *opening))
+    return pictures, skipped
 
 
 def from_hub(name: str, max_megapixels: float) -> Dataset:
@@ -284,58 +256,51 @@ def from_hub(name: str, max_megapixels: float) -> Dataset:
     label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
     if image is None or label is None:
         raise DataError(f"{name!r} needs an image and a class-label column, it has {', '.join(features)}")
-    names = features[label].names
-    splits = {}
+
+    def opened(table: datasets.Dataset, row: int) -> Image.Image:
+        cell = table[row][image]
+        if not cell:
+            raise BadPicture("no picture in this row")
+        return open_picture(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), max_megapixels)
+
+    splits, names = {}, dict(enumerate(features[label].names))
     for split, spellings in SPLITS.items():
         if (key := next((key for key in spellings if key in loaded), None)) is not None:
             table = loaded[key].cast_column(image, datasets.Image(decode=False))  # opened here, with our limits
-            splits[split] = [
-                Picture(
-                    f"{split}/{row:06d}",
-                    None if number is None or number < 0 else names[number],  # −1: unlabelled, by the Hub's custom
-                    partial(_open_row, table, row, image, max_megapixels),
-                )
+            splits[split] = [  # unlabelled rows have −1 or None
+                Picture(f"{split}/{row:06d}", names.get(number), partial(opened, table, row))
                 for row, number in enumerate(table[label])
             ]
-    return Dataset(splits, {key: key.replace("_", " ") for key in names})
-
-
-def _open_row(table: object, row: int, column: str, max_megapixels: float) -> Image.Image:
-    cell = table[row][column]
-    if not cell:
-        raise BadPicture("no picture in this row")
-    return decode_file(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), max_megapixels)
+    return Dataset(splits, {key: key.replace("_", " ") for key in names.values()})
 
 
 def from_torchvision(folder: str, max_megapixels: float) -> Dataset:
     """torchvision's Flowers102 (official splits, downloaded to `folder`); classes '1'…'102' as in the class folders."""
     try:
         from torchvision.datasets import Flowers102
-    except (ImportError, RuntimeError) as error:  # beside a CPU-only torch its import fails at run time
+    except (ImportError, RuntimeError) as why:  # beside a CPU-only torch its import fails at run time
         raise DataError(
-            f"`data_source: torchvision:…` needs a working torchvision ({files.first_line(error)}): use class folders"
+            f"`torchvision:…` needs a working torchvision ({files.first_line(why)}): use class folders"
         ) from None
     splits = {}
     for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
         table = Flowers102(files.resolve(folder or "data"), split=theirs, download=True)
-        pairs = zip(table._image_files, table._labels, strict=True)
         splits[split] = [
             Picture(f"{split}/{Path(file).name}", str(number + 1), partial(open_picture, Path(file), max_megapixels))
-            for file, number in pairs
+            for file, number in zip(table._image_files, table._labels, strict=True)
         ]
-    return Dataset(splits, {str(number + 1): name for number, name in enumerate(Flowers102.classes)})
+    return Dataset(splits, {str(number): name for number, name in enumerate(Flowers102.classes, start=1)})
 
 
 def _read_names(folder: Path) -> dict[str, str]:
+    """Display names by class folder from `cat_to_name.json`, in the folder or beside it."""
     for candidate in (folder / "cat_to_name.json", folder.parent / "cat_to_name.json"):
         if candidate.is_file():
             try:
-                names = json.loads(candidate.read_text(encoding="utf-8"))
-            except (ValueError, UnicodeDecodeError) as error:
-                raise DataError(f"{candidate.name} is not JSON: {error}") from None
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise DataError(f'{candidate.name} must map class folders to names: {{"1": "pink primrose"}}')
-            return names
+                return TypeAdapter(dict[str, str]).validate_json(candidate.read_bytes())
+            except ValidationError as error:
+                say = f'{candidate.name} must map class folders to names, {{"1": "pink primrose"}}'
+                raise DataError(f"{say}: {error.errors()[0]['msg']}") from None
     return {}
 
 
@@ -364,10 +329,10 @@ def decode_splits(dataset: Dataset, splits: Iterable[str], preprocess: Preproces
 def one_of_each(decoded: Decoded, labels: Labels, count: int) -> tuple[list[np.ndarray], list[str]]:
     """The first picture (h, w, 3) of each of the first `count` classes, with the class names."""
     first = {picture.label: row for row, picture in reversed(list(enumerate(decoded.pictures)))}
-    shown = [
-        (first[folder], name) for folder, name in zip(labels.folders, labels.names, strict=True) if folder in first
-    ]
-    return [decoded.pixels[row].permute(1, 2, 0).numpy() for row, _ in shown[:count]], [n for _, n in shown[:count]]
+    named = dict(zip(labels.folders, labels.names, strict=True))
+    folders = [folder for folder in labels.folders if folder in first][:count]
+    images = [decoded.pixels[first[folder]].permute(1, 2, 0).numpy() for folder in folders]
+    return images, [named[folder] for folder in folders]
 
 
 def _natural(text: str) -> list:

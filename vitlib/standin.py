@@ -1,9 +1,9 @@
-"""Train a ViT from random initialisation, fast: a stand-in for pretrained weights that are not available.
+"""Bases to fine-tune where no pretrained weights are available: the demo's small one, and a stand-in for large ones.
 
-Two stages on the training split of the study's own data: a long one on small pictures, where a step is cheap, and a
-short one at full size. Each has a budget in seconds that its learning rate follows, so a slower card ends on time with
-fewer epochs. Every picture is decoded once and kept on the device; augmentation, mixing and stochastic depth draw their
-random numbers there.
+The stand-in is a ViT trained fast from random initialisation on the study's own training split, in two stages: a long
+one on small pictures, where a step is cheap, and a short one at full size. Each has a budget in seconds that its
+learning rate follows, so a slower card ends on time with fewer epochs. Every picture is decoded once and kept on the
+device; augmentation, mixing and stochastic depth draw their random numbers there.
 
     python -m vitlib.standin --data data/flowers102 --out outputs/flowers102/standin --workers 16
 """
@@ -11,13 +11,15 @@ random numbers there.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,18 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from vitlib import checkpoint, preprocess, provenance, records, sources, trainer
+from vitlib import checkpoint, files, preprocess, provenance, records, sources, stats, synthetic, trainer
 from vitlib.preprocess import Preprocess
 from vitlib.sources import Dataset, Labels
-from vitlib.trainer import Examples
+from vitlib.study import Study
+from vitlib.trainer import Examples, Recipe
 from vitlib.variants import nearest
 
+DEMO_PICTURES = 100  # of a class
+DEMO_RECIPE = Recipe(
+    epochs=10, batch_size=64, learning_rate=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0, crop_area=0.7,
+    precision="auto", seed=0,
+)  # fmt: skip
 ORIGIN = (
     "trained from random initialisation on the training split of the same data: a stand-in for pretrained weights, "
     "which saw no other picture"
@@ -85,11 +93,10 @@ class StandIn:
             raise StandInError(f"architecture: {nearest(self.architecture, list(checkpoint.ARCHITECTURES))}")
         patch = checkpoint.ARCHITECTURES[self.architecture][-1]
         for stage in self.stages():
-            name = f"stage{stage.number}"
             if stage.side < patch or stage.side % patch:
-                raise StandInError(f"{name}_side: {stage.side} is not a multiple of the patch of {patch} pixels")
-            if stage.batch_size < 1 or stage.steps < 0 or not (stage.steps or 0 < stage.seconds < math.inf):
-                raise StandInError(f"{name}: batch size and seconds must be positive, steps must not be negative")
+                raise StandInError(f"stage{stage.number}_side: {stage.side} is not a multiple of the patch of {patch}")
+            if min(stage.batch_size, stage.steps or stage.seconds) <= 0:
+                raise StandInError(f"stage{stage.number}: batch size and seconds must be positive")
         if not 0 <= self.drop_path < 1 or min(self.workers, self.decode_side) < 1:
             raise StandInError("drop_path must be in [0, 1), workers and decode_side must be positive")
 
@@ -100,7 +107,30 @@ class StandIn:
         return Stage(1, *one), Stage(2, *two)
 
 
-# --------------------------------------------------------------------------------------------------------- the network
+def demo_base(study: Study, device: torch.device) -> Path:
+    """The demo's base among the study's checkpoints: a small ViT that knows the generator's other flowers.
+
+    It is trained where a setting of it has changed.
+    """
+    settings = study.settings
+    keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
+    settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(DEMO_RECIPE)}
+    settled["generator"] = files.checksum(Path(synthetic.__file__))  # other pictures make another base
+    folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
+    if (folder / "config.json").is_file():
+        return folder
+    pictures = settings.model_copy(update={"pictures_per_class": DEMO_PICTURES})
+    drawn = sources.from_synthetic(synthetic.PRETRAIN_CLASSES, pictures)
+    pre, labels = preprocess.new(settings.image_size), sources.new_labels(drawn)
+    set_seed(settings.seed)
+    model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels)
+    decoded = sources.decode_splits(drawn, ("train", "valid"), pre, settings.workers)
+    examples = {split: Examples.of(part, labels) for split, part in decoded.items()}
+    own = {"epochs": settings.pretrain_epochs, "seed": settings.seed, "precision": settings.precision}
+    run = {"pre": pre, "recipe": replace(DEMO_RECIPE, **own), "folder": study.training("base"), "device": device}
+    top1 = float(trainer.train(model, examples, **run)["top1"].iloc[-1])
+    about = {"trained on": "the generator's pretraining classes", "top1": top1, **settled}
+    return checkpoint.save(model.cpu(), folder, pre=pre, labels=labels, provenance=about)
 
 
 class DropPath(nn.Module):
@@ -146,9 +176,6 @@ def at_side(model: nn.Module, settings: StandIn, side: int, labels: Labels) -> n
     return resized
 
 
-# ------------------------------------------------------------------------------------------------- batches and schedule
-
-
 def mix(images: torch.Tensor, alpha: float, rng: np.random.Generator) -> tuple[torch.Tensor, float]:
     """Each picture (n, 3, h, w) mixed with its mirror position in the batch, and the share of its own that is left.
 
@@ -192,22 +219,15 @@ def optimizer(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True if matrices[0].is_cuda else None)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 @dataclass
 class _Run:
-    """What a stage needs beside its numbers; one for both stages, so that random streams continue."""
+    """What both stages share, so that random streams continue; examples and generator are on the device."""
 
     settings: StandIn
-    train: Examples  # on the device
+    train: Examples
     pre: Preprocess
-    generator: torch.Generator  # of the device: order and views
-    rng: np.random.Generator  # of the host: mixtures
-
-    @property
-    def device(self) -> torch.device:
-        return self.generator.device
+    generator: torch.Generator
+    rng: np.random.Generator
 
 
 def _autocast(device: torch.device) -> torch.autocast | nullcontext:
@@ -220,55 +240,27 @@ def _loss(run: _Run, model: nn.Module, stage: Stage, rows: torch.Tensor) -> torc
     labels = run.train.labels[rows]
     views = preprocess.augment(run.train.pixels[rows], side=stage.side, generator=run.generator, **AUGMENTATION)
     views, share = mix(views, MIX_ALPHA, run.rng) if stage.mixing else (views, 1.0)
-    with _autocast(run.device):
-        logits = model(pixel_values=run.pre.normalise(views)).logits
-    loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+    with _autocast(rows.device):
+        logits = model(pixel_values=run.pre.normalise(views)).logits.float()
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
     if stage.mixing:
-        other = nn.functional.cross_entropy(logits.float(), labels.flip(0), label_smoothing=LABEL_SMOOTHING)
+        other = nn.functional.cross_entropy(logits, labels.flip(0), label_smoothing=LABEL_SMOOTHING)
         loss = share * loss + (1 - share) * other
     return loss
-
-
-def _warm_up(run: _Run, model: nn.Module, stage: Stage) -> None:
-    """Compile and fill the allocator before the clock starts; the weights stay as they are."""
-    if run.device.type != "cuda":
-        return
-    start = time.perf_counter()
-    rows = torch.arange(stage.batch_size, device=run.device) % len(run.train.labels)
-    for _ in range(2):
-        _loss(run, model, stage, rows).backward()
-        model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize(run.device)
-    print(f"stage {stage.number}: compiled and warm after {time.perf_counter() - start:.0f} s", flush=True)
-
-
-class _Pace:
-    """The stage's clock. Keeps the host at most two steps ahead of the device: else it would time the launches."""
-
-    def __init__(self, stage: Stage, device: torch.device) -> None:
-        self.stage, self.device, self.marks = stage, device, deque()
-        self.start = time.perf_counter()
-
-    def elapsed(self) -> float:
-        """Seconds since the first step was launched."""
-        return time.perf_counter() - self.start
-
-    def after(self, step: int) -> float:
-        """Share of the stage that is over after `step` steps. Waits for the step two before; the device never waits."""
-        if self.device.type == "cuda":
-            self.marks.append(torch.cuda.current_stream(self.device).record_event())
-            if len(self.marks) > 2:
-                self.marks.popleft().synchronize()
-        return step / self.stage.steps if self.stage.steps else self.elapsed() / self.stage.seconds
 
 
 def _train_stage(run: _Run, model: nn.Module, stage: Stage) -> list[dict[str, float]]:
     """Train `model` in place to the end of the stage's budget; rows of the history, one about every `log_seconds`."""
     parameters, update, log = list(model.parameters()), optimizer(model), []
     rows = batches(len(run.train.labels), stage.batch_size, run.generator)
-    _warm_up(run, model, stage)
-    total, logged_step, logged_s = torch.zeros((), device=run.device), 0, 0.0
-    pace, step, progress = _Pace(stage, run.device), 0, 0.0
+    if run.train.labels.is_cuda:  # compile and fill the allocator before the clock starts; weights stay as they are
+        for _ in range(2):
+            first = torch.arange(stage.batch_size, device=run.train.labels.device) % len(run.train.labels)
+            _loss(run, model, stage, first).backward()
+            model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+    total, logged, step, progress, queued = 0.0, (0, 0.0), 0, 0.0, deque()
+    start = time.perf_counter()
     while progress < 1:
         rate = learning_rate(stage, step, progress)
         for group in update.param_groups:
@@ -278,46 +270,33 @@ def _train_stage(run: _Run, model: nn.Module, stage: Stage) -> list[dict[str, fl
         nn.utils.clip_grad_norm_(parameters, CLIP)
         update.step()
         update.zero_grad(set_to_none=True)
-        total += loss.detach()
-        step, progress = step + 1, pace.after(step + 1)
-        if progress >= 1 or pace.elapsed() - logged_s >= run.settings.log_seconds:
-            mean_loss = total.item() / (step - logged_step)  # the only wait for the device
-            seconds, pictures = pace.elapsed(), (step - logged_step) * stage.batch_size
-            log.append(_row(run, stage, step, seconds, pictures / (seconds - logged_s), mean_loss, rate))
-            total.zero_()
-            logged_step, logged_s = step, seconds
+        total, step = total + loss.detach(), step + 1
+        if loss.is_cuda:  # the host stays at most two steps ahead: else the clock would time the launches
+            queued.append(torch.cuda.current_stream(loss.device).record_event())
+            if len(queued) > 2:
+                queued.popleft().synchronize()
+        seconds = time.perf_counter() - start
+        progress = step / stage.steps if stage.steps else seconds / stage.seconds
+        if progress >= 1 or seconds - logged[1] >= run.settings.log_seconds:
+            mean_loss = total.item() / (step - logged[0])  # the only wait for the device
+            seconds, epoch = time.perf_counter() - start, step * stage.batch_size / len(run.train.labels)
+            speed = (step - logged[0]) * stage.batch_size / (seconds - logged[1])
+            row = {"stage": stage.number, "side": stage.side, "step": step, "epoch": epoch, "seconds": seconds}
+            log.append(row | {"images_per_s": speed, "loss": mean_loss, "learning_rate": rate})
+            print(", ".join(f"{key} {value:,.6g}" for key, value in log[-1].items()), flush=True)
+            if not math.isfinite(mean_loss):
+                raise StandInError(f"the loss of stage {stage.number} is {mean_loss} at step {step}")
+            total, logged = 0.0, (step, seconds)
     return log
-
-
-def _row(run: _Run, stage: Stage, step: int, seconds: float, speed: float, loss: float, rate: float) -> dict:
-    epoch = step * stage.batch_size / len(run.train.labels)
-    print(
-        f"stage {stage.number}: {seconds:6.1f} s, step {step}, epoch {epoch:.1f}, {speed:,.0f} img/s, "
-        f"loss {loss:.3f}, lr {rate:.2e}",
-        flush=True,
-    )
-    if not math.isfinite(loss):
-        raise StandInError(f"the loss of stage {stage.number} is {loss} at step {step}: lower its learning rate")
-    row = {"stage": stage.number, "side": stage.side, "step": step, "epoch": epoch, "seconds": seconds}
-    return row | {"images_per_s": speed, "loss": loss, "learning_rate": rate}
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, examples: Examples, pre: Preprocess, batch_size: int = 256) -> dict[str, float]:
     """top1 and top5 (shares, 0…1) of `examples` on the model's device, in the arithmetic of training; not compiled."""
-    device, right = model.device, []
-    for pixels, labels in zip(examples.pixels.split(batch_size), examples.labels.split(batch_size), strict=True):
-        with _autocast(device):
-            logits = model.eval()(pixel_values=pre.normalise(pixels.to(device))).logits
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.to(device)[:, None]
-        right.append(torch.stack((ranked[:, 0], ranked.any(dim=1)), dim=1))
-    top1, top5 = torch.cat(right).double().mean(dim=0).tolist()
-    return {"top1": top1, "top5": top5}
-
-
-def _examples(dataset: Dataset, split: str, side: int, labels: Labels, workers: int) -> Examples:
-    part = sources.decode_splits(dataset, (split,), preprocess.new(side), workers)[split]
-    return Examples(part.pixels, labels.ids(part.pictures))
+    with _autocast(model.device):
+        chunks = (pre.normalise(pixels.to(model.device)) for pixels in examples.pixels.split(batch_size))
+        logits = torch.cat([model.eval()(pixel_values=chunk).logits.float().cpu() for chunk in chunks])
+    return {f"top{k}": stats.topk_accuracy(logits, examples.labels, k) for k in (1, 5)}
 
 
 def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.device) -> pd.DataFrame:
@@ -330,33 +309,32 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
     """
     sources.check(dataset)
     checkpoint.quiet_libraries()
-    stages, labels = settings.stages(), sources.new_labels(dataset)
-    last = stages[-1].side
-    examples = _examples(dataset, "train", settings.decode_side, labels, settings.workers)
-    valid = {side: _examples(dataset, "valid", side, labels, settings.workers) for side in {s.side for s in stages}}
+    labels, (first, second) = sources.new_labels(dataset), settings.stages()
+
+    def examples(split: str, side: int) -> Examples:
+        pictures = sources.decode_splits(dataset, (split,), preprocess.new(side), settings.workers)[split]
+        return Examples.of(pictures, labels)
+
+    on_device = examples("train", settings.decode_side).to(device)
+    valid = {side: examples("valid", side) for side in {first.side, second.side}}
     set_seed(settings.seed)
-    generator = torch.Generator(device=device).manual_seed(settings.seed)
-    on_device = Examples(examples.pixels.to(device), examples.labels.to(device))
-    run = _Run(settings, on_device, preprocess.new(last), generator, np.random.default_rng(settings.seed))
-    model, history, accuracy = checkpoint.new(settings.architecture, image_size=stages[0].side, labels=labels), [], []
-    model = model.to(device)
-
-    def measure(stage: Stage, side: int) -> dict[str, float]:
-        found = evaluate(model, valid[side], preprocess.new(side))
-        accuracy.append({"after stage": stage.number, "side": side, **found})
-        shares = f"Top-1 {found['top1']:.2%}, Top-5 {found['top5']:.2%}"
-        print(f"after stage {stage.number}, {side} px: {shares}", flush=True)
-        return found
-
-    for stage in stages:
+    generator, rng = torch.Generator(device).manual_seed(settings.seed), np.random.default_rng(settings.seed)
+    run = _Run(settings, on_device, preprocess.new(second.side), generator, rng)
+    model = checkpoint.new(settings.architecture, image_size=first.side, labels=labels).to(device)
+    history, accuracy = [], []
+    for stage in (first, second):
         drop_paths(model, settings.drop_path)
         with trainer.compiled_blocks(model, "inductor" if device.type == "cuda" else None):
             history += _train_stage(run, model.train(), stage)
-        history[-1] |= measure(stage, stage.side)
-        if stage.side != last:  # what a user of the checkpoint gets, before anything is trained at this size
-            model = at_side(model, settings, last, labels)
-            measure(stage, last)
-        note = _provenance(settings, history, accuracy, len(examples.labels))
+        for side in dict.fromkeys((stage.side, second.side)):
+            if side != model.config.image_size:  # what a user of the checkpoint gets, before it is trained at this size
+                model = at_side(model, settings, side, labels)
+            found = evaluate(model, valid[side], preprocess.new(side))
+            accuracy.append({"after stage": stage.number, "side": side, **found})
+            if side == stage.side:
+                history[-1] |= found
+            print(", ".join(f"{key} {value:.4g}" for key, value in accuracy[-1].items()), flush=True)
+        note = _provenance(settings, history, accuracy, len(on_device.labels))
         checkpoint.save(model, folder / f"stage{stage.number}", pre=run.pre, labels=labels, provenance=note)
     table = pd.DataFrame(history)
     records.write_table(table, folder / "history.csv")
@@ -367,18 +345,10 @@ def _provenance(settings: StandIn, history: list[dict], accuracy: list[dict], pi
     """What a checkpoint says about itself; top1 and top5 are its own, at its own size."""
     last = {row["stage"]: row for row in history}
     keys = ("stage", "side", "step", "epoch", "seconds")
-    return {
-        "origin": ORIGIN,
-        "pretrained": False,
-        "training pictures": pictures,
-        "stages": [{key: row[key] for key in keys} for row in last.values()],
-        "accuracy": list(accuracy),
-        "top1": accuracy[-1]["top1"],
-        "top5": accuracy[-1]["top5"],
-        "weights": "fp32",
-        "settings": asdict(settings),
-        "versions": provenance.environment(parameters={})["versions"],
-    }
+    about = {"origin": ORIGIN, "pretrained": False, "training pictures": pictures, "weights": "fp32"}
+    about["stages"] = [{key: row[key] for key in keys} for row in last.values()]
+    about |= {"accuracy": list(accuracy), "top1": accuracy[-1]["top1"], "top5": accuracy[-1]["top5"]}
+    return about | {"settings": asdict(settings), "versions": provenance.environment(parameters={})["versions"]}
 
 
 def summary(history: pd.DataFrame) -> pd.DataFrame:
@@ -386,9 +356,6 @@ def summary(history: pd.DataFrame) -> pd.DataFrame:
     last = history.groupby("stage").tail(1).set_index("stage")
     speed = history.groupby("stage")["images_per_s"].median()
     return last.drop(columns="learning_rate").assign(images_per_s=speed)
-
-
-# ------------------------------------------------------------------------------------------------------ command line
 
 
 def main(arguments: list[str] | None = None) -> None:

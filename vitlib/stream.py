@@ -7,7 +7,8 @@ device, and fetches the logits of the batch before. Memory does not grow with th
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,8 @@ from vitlib.preprocess import Preprocess
 class Passed:
     """Readable pictures with their float32 logits (n, classes), the skipped ones (file, reason), and the decoder.
 
-    `decoder` is pil or nvjpeg, and `on_device` the number of pictures that nvJPEG decoded; `note` says in a sentence
-    what differs from plain Pillow ('' where nothing does).
+    `decoder` is pil or nvjpeg, `note` says what differs from plain Pillow ('' where nothing does), and `on_device`
+    counts the pictures that nvJPEG decoded.
     """
 
     logits: torch.Tensor
@@ -34,22 +35,14 @@ class Passed:
     preprocess: Preprocess
     decoder: str
     note: str
-    on_device: int = 0
+    on_device: int
 
     def look(self, position: int) -> np.ndarray:
         """One picture (h, w, 3) as Pillow decodes and resizes it, read again: no pixels are kept."""
         return self.preprocess.resize(self.pictures[position].open()).permute(1, 2, 0).numpy()
 
 
-def classify(
-    pictures: list[Picture],
-    engine: Engine,
-    *,
-    batch_size: int,
-    workers: int,
-    decoder: str = "pil",
-    progress: bool = True,
-) -> Passed:
+def classify(pictures: list[Picture], engine: Engine, *, batch_size: int, workers: int, decoder: str) -> Passed:
     """Logits of every readable picture, in order; unreadable ones are named with the reason.
 
     Every call of the network has `batch_size` pictures except the last: the place of an unreadable one is filled with a
@@ -57,30 +50,31 @@ def classify(
     """
     loaded = engine.loaded
     source = decoders.pick(decoder, loaded.preprocess, loaded.device)
-    last, parts, good, skipped = None, [], [], []
-    bar = tqdm(desc="pictures", total=len(pictures), unit="img", disable=not progress)
+    fetch, parts, good, skipped = list, [], [], []  # before the first batch there is nothing to fetch
+    batches = source.batches(pictures, batch_size=batch_size, workers=workers)
     # Closed here, so that an error in the network stops the threads before it is shown.
-    with bar, contextlib.closing(source.batches(pictures, batch_size=batch_size, workers=workers)) as batches:
+    with closing(batches), tqdm(desc="pictures", total=len(pictures), unit="img") as bar:
         for group, pixels, reasons in batches:
-            queued = _queue(engine, pixels, reasons)
-            parts += _fetched(last)  # the batch before: the device is busy with this one meanwhile
-            last = queued
+            fetch_next = _queue(engine, pixels, reasons)
+            parts += fetch()  # of the batch before: the device is busy with this one meanwhile
+            fetch = fetch_next
             good += [picture for picture, reason in zip(group, reasons, strict=True) if not reason]
             skipped += [(picture.file, reason) for picture, reason in zip(group, reasons, strict=True) if reason]
             bar.update(len(group))
-        parts += _fetched(last)
+        parts += fetch()
     logits = torch.cat(parts) if parts else torch.empty(0, len(loaded.labels.names))
     return Passed(logits, good, skipped, loaded.preprocess, source.name, source.note(), source.decoded)
 
 
-Queued = tuple[torch.Tensor, list[int], "torch.cuda.Event | None"]
+def _queue(engine: Engine, pixels: torch.Tensor, reasons: list[str]) -> Callable[[], list[torch.Tensor]]:
+    """Queue the network and the copy of its logits to the host.
 
-
-def _queue(engine: Engine, pixels: torch.Tensor, reasons: list[str]) -> Queued | None:
-    """Queue the network and the copy of its logits to the host; None where no picture of the batch is readable."""
+    The function returned gives the logits of the readable rows, when the device is done with them (and so with the
+    batch's host buffer); none where no picture of the batch is readable.
+    """
     rows = [row for row, reason in enumerate(reasons) if not reason]
     if not rows:
-        return None
+        return list
     if pixels.is_cuda:  # memory of the decoder's stream, which must not be reused before this stream is done with it
         pixels.record_stream(torch.cuda.current_stream(pixels.device))
     for row in set(range(len(reasons))) - set(rows):
@@ -88,19 +82,13 @@ def _queue(engine: Engine, pixels: torch.Tensor, reasons: list[str]) -> Queued |
     loaded = engine.loaded
     logits = engine(loaded.preprocess.normalise(pixels, loaded.dtype)).float()
     if not logits.is_cuda:
-        return logits, rows, None
+        return lambda: [logits[rows]]
     host = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
     host.copy_(logits, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return host, rows, done
+    done = torch.cuda.current_stream(logits.device).record_event()
 
-
-def _fetched(queued: Queued | None) -> list[torch.Tensor]:
-    """The logits of the readable rows, when the device is done with them (and so with the batch's host buffer)."""
-    if queued is None:
-        return []
-    logits, rows, done = queued
-    if done is not None:
+    def fetch() -> list[torch.Tensor]:
         done.synchronize()
-    return [logits[rows]]  # a copy: the pinned memory is released
+        return [host[rows]]  # a copy: the pinned memory is released
+
+    return fetch

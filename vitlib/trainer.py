@@ -1,12 +1,11 @@
 """Train a network on decoded pictures with `transformers.Trainer`, and survive being killed.
 
-Two things are added to the Trainer. Pictures stay uint8 until they are on the device, where a batch is cropped,
-flipped and normalised by the checkpoint's own preprocessing. And a training checkpoint is valid only with a manifest
-that holds the checksum of each of its files: the Trainer writes several files one after the other and would resume from
-an incomplete set without an error.
+Pictures stay uint8 until they are on the device, where a batch is cropped, flipped and normalised by the checkpoint's
+own preprocessing. A training checkpoint is valid only with a manifest that holds the checksum of each of its files: the
+Trainer writes several files one after the other and would resume from an incomplete set without an error.
 
-On a GPU a step must not wait for the host nor the host for a step: the pictures are on the device, what is drawn on the
-host is copied without a wait, and the blocks of long runs are compiled before the clock of the first epoch starts.
+On a GPU neither the host nor the device waits for the other in a step: the pictures are on the device, what is drawn on
+the host is copied without a wait, and the blocks of long runs are compiled before the clock of the first epoch starts.
 """
 
 from __future__ import annotations
@@ -25,15 +24,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import EvalPrediction, sort_checkpoints
 
-from vitlib import adapters, attention, files, preprocess, records
+from vitlib import attention, files, preprocess, records, stats
+from vitlib.decode import Decoded
 from vitlib.params import Parameters
 from vitlib.preprocess import Preprocess
+from vitlib.sources import Labels
 
 MANIFEST = "manifest.json"
 PADDING = -100  # the label that cross entropy leaves out
@@ -70,18 +72,14 @@ class Examples:
     pixels: torch.Tensor
     labels: torch.Tensor
 
-    def to(self, device: torch.device) -> Examples:
-        """Both on `device` if the pixels take at most a quarter of its free memory; else unchanged."""
-        if device.type != "cuda" or self.pixels.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
-            return self
-        return Examples(self.pixels.to(device), self.labels.to(device))
+    @classmethod
+    def of(cls, decoded: Decoded, labels: Labels) -> Examples:
+        """Decoded pictures with the ids that a checkpoint's labels give to their classes."""
+        return cls(decoded.pixels, labels.ids(decoded.pictures))
 
-    def take(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels and labels of `rows`, on their device; nothing waits for it."""
-        index = torch.tensor(rows)
-        if self.pixels.is_cuda:
-            index = index.pin_memory().to(self.pixels.device, non_blocking=True)
-        return self.pixels[index], self.labels[index]
+    def to(self, device: torch.device) -> Examples:
+        """Both tensors on `device`."""
+        return Examples(self.pixels.to(device), self.labels.to(device))
 
 
 class ResumeError(ValueError):
@@ -107,11 +105,13 @@ class _Rows(torch.utils.data.Dataset):
     @staticmethod
     def collate(items: list[tuple[_Rows, int]]) -> dict[str, torch.Tensor]:
         dataset, rows = items[0][0], [row for _, row in items]
-        missing = max(dataset.full - len(rows), 0)
-        pixels, labels = dataset.examples.take(rows + rows[:1] * missing)
-        if missing:
-            labels[-missing:] = PADDING
-        return {"pixels": pixels, "labels": labels}
+        padding = max(dataset.full - len(rows), 0)
+        index, pixels = torch.tensor(rows + rows[:1] * padding), dataset.examples.pixels
+        if pixels.is_cuda:  # nothing waits for the copy
+            index = index.pin_memory().to(pixels.device, non_blocking=True)
+        labels = dataset.examples.labels[index]
+        labels[len(rows) :] = PADDING
+        return {"pixels": pixels[index], "labels": labels}
 
 
 class ImageTrainer(Trainer):
@@ -129,8 +129,9 @@ class ImageTrainer(Trainer):
     ) -> torch.Tensor | tuple:
         """Cross entropy of a batch; augmented while training, smoothed only then."""
         pixels, labels = inputs["pixels"], inputs["labels"]
-        if model.training:
-            pixels = augmented(pixels, self.recipe, self.state.global_step)
+        if model.training:  # a resumed run cuts the same crops as an uninterrupted one
+            draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.state.global_step)
+            pixels = preprocess.augment(pixels, crop_area=self.recipe.crop_area, generator=draw)
         logits = model(pixel_values=self.pre.normalise(pixels)).logits.float()
         smoothing = self.recipe.label_smoothing if model.training else 0.0
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=PADDING)
@@ -144,46 +145,39 @@ class ImageTrainer(Trainer):
         backward pass, which costs time and changes no gradient; MemoryError where that does not suffice either. The
         optimizer's state is allocated later; it is small except for the method "full".
         """
-        cuda = self.args.device.type == "cuda"
-        if not (self.compiled or cuda):
+        if not (self.compiled or self.args.device.type == "cuda"):
             return 0.0
         start = time.perf_counter()
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if cuda else []):
-            done = False
-            while not done:
-                too_large, failed = False, ""
-                try:
-                    self._one_batch()
-                    done = True
-                except torch.OutOfMemoryError:
-                    too_large = True  # handled below: here the traceback still holds tensors
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    if self.recipe.compile != "auto":
-                        raise
-                    failed = files.first_line(error)
-                self.model_wrapped.zero_grad()
-                if cuda and not done:
-                    torch.cuda.empty_cache()
-                if too_large:
-                    self._recompute_activations()
-                if failed:
-                    print(f"not compiled, {failed}")
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            while (fault := self._fault_of_a_batch()) is not None:
+                if fault:
+                    print(f"not compiled, {fault}")
                     uncompile(self.model)
-        if cuda:
-            torch.cuda.synchronize()
+                    continue
+                batch = f"a training batch of {self.args.train_batch_size} pictures does not fit this device's memory"
+                if self.model.is_activation_checkpointing:
+                    raise MemoryError(f"{batch}: set train_batch_size to a smaller number")
+                print(f"{batch}: activations are recomputed in the backward pass (activation checkpointing)")
+                self.model.activation_checkpointing_enable({"use_reentrant": False})
         return time.perf_counter() - start if self.compiled else 0.0
 
-    def _recompute_activations(self) -> None:
-        batch = f"a training batch of {self.args.train_batch_size} pictures does not fit this device's memory"
-        if self.model.is_activation_checkpointing:
-            raise MemoryError(f"{batch}: set train_batch_size to a smaller number")
-        print(f"{batch}: activations are recomputed in the backward pass (activation checkpointing)")
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def _one_batch(self) -> None:
+    def _fault_of_a_batch(self) -> str | None:
+        """None where a batch can be trained on, '' where memory does not suffice, or what the compiler says."""
         rows = range(min(self.args.train_batch_size, len(self.train_dataset)))  # of all devices together
-        inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
-        self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
+        fault = None
+        try:
+            inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
+            self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
+            _wait()
+        except torch.OutOfMemoryError:
+            fault = ""
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self.recipe.compile != "auto":
+                raise
+            fault = files.first_line(error)
+        self.model_wrapped.zero_grad()
+        torch.cuda.empty_cache()  # not above, where the traceback still holds tensors
+        return fault
 
     def evaluation_loop(self, *args: object, **kwargs: object) -> object:
         """The Trainer's, without compilation: a second one for a few batches would take longer than it saves."""
@@ -211,10 +205,13 @@ class ImageTrainer(Trainer):
         records.write_json({"identity": self.identity, "files": sums}, folder / MANIFEST)
 
 
-def _metrics(prediction: object) -> dict[str, float]:
-    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return {"top1": ranked[:, 0].float().mean().item(), "top5": ranked.any(dim=1).float().mean().item()}
+def _metrics(found: EvalPrediction) -> dict[str, float]:
+    return {f"top{k}": stats.topk_accuracy(found.predictions, found.label_ids, k) for k in (1, 5)}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class _EpochClock(TrainerCallback):
@@ -227,60 +224,38 @@ class _EpochClock(TrainerCallback):
         self.trainer, self.pictures = trainer, len(trainer.train_dataset)
 
     def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
-        """Compile, and show the bar."""
         self.compile_s = self.trainer.warm_up() if state.global_step < state.max_steps else 0.0
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
-    def on_epoch_begin(self, args: object, state: object, control: object, **_: object) -> None:
-        """Start the clock."""
+    def on_epoch_begin(self, *_: object, **__: object) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.start = time.perf_counter()
 
     def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
-        """Move the bar."""
         self.bar.update(state.global_step - self.bar.n)
 
+    def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
+        _wait()
+        seconds = time.perf_counter() - self.start
+        row = {"epoch": state.epoch, "epoch_s": seconds, "images_per_s": self.pictures / seconds}
+        row["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+        row |= {"compile_s": self.compile_s, "recomputed": self.trainer.model.is_activation_checkpointing}
+        state.log_history.append(row)
+        self.compile_s = 0.0
+
     def on_evaluate(self, args: object, state: object, control: object, metrics: dict, **_: object) -> None:
-        """Show the last validation accuracy beside the bar."""
         self.bar.set_postfix(epoch=round(state.epoch), top1=f"{metrics['eval_top1']:.3f}")
 
-    def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
-        """Close the bar."""
+    def on_train_end(self, *_: object, **__: object) -> None:
         self.bar.close()
-
-    def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
-        """Stop it, before validation runs."""
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.start
-        state.log_history.append(
-            {
-                "epoch": state.epoch,
-                "epoch_s": seconds,
-                "images_per_s": self.pictures / seconds,
-                "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
-                "compile_s": self.compile_s,
-                "recomputed": self.trainer.model.is_activation_checkpointing,
-            }
-        )
-        self.compile_s = 0.0
 
 
 def train(
-    model: nn.Module,
-    examples: Mapping[str, Examples],
-    *,
-    pre: Preprocess,
-    recipe: Recipe,
-    folder: Path,
-    device: torch.device,
-    resume: bool = False,
-    about: Mapping[str, object] | None = None,
-    backend: str = "inductor",
-) -> pd.DataFrame:
-    """Train `model` in place on `examples['train']`, validate each epoch, and return a row an epoch.
+    model: nn.Module, examples: Mapping[str, Examples], *, pre: Preprocess, recipe: Recipe, folder: Path,
+    device: torch.device, resume: bool = False, about: Mapping[str, object] | None = None, backend: str = "inductor",
+) -> pd.DataFrame:  # fmt: skip
+    """Train `model` in place on `examples['train']`, validate each epoch on `['valid']`, and return a row an epoch.
 
     `folder` receives the training checkpoints of the last two epochs; with `resume` training continues from the newest
     undamaged one. Columns: those of `records/finetune.csv`, `compile_s` (seconds before an epoch) and `recomputed`
@@ -294,21 +269,17 @@ def train(
     start_from = newest_intact_checkpoint(folder, identity) if resume else None
     if start_from is None:
         shutil.rmtree(folder, ignore_errors=True)
-    placed = _placed(examples, device)
-    arguments = _arguments(recipe, folder, device, pinned=not placed["train"].pixels.is_cuda)
-    trainer = ImageTrainer(
-        model,
-        arguments,
-        train_dataset=_Rows(placed["train"], full=arguments.train_batch_size if compiled else 0),
-        eval_dataset=_Rows(placed["valid"]),
-        pre=pre,
-        recipe=recipe,
-        identity=identity,
-        compiled=compiled,
-    )
+    size = sum(part.pixels.nbytes for part in examples.values())
+    if placed := device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4:
+        examples = {split: part.to(device) for split, part in examples.items()}
+    arguments = _arguments(recipe, folder, device, pinned=device.type == "cuda" and not placed)
+    full = arguments.train_batch_size if compiled else 0
+    data = {"train_dataset": _Rows(examples["train"], full), "eval_dataset": _Rows(examples["valid"])}
+    trainer = ImageTrainer(model, arguments, **data, pre=pre, recipe=recipe, identity=identity, compiled=compiled)
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
-    autocast = precision_of(recipe.precision, device) != "fp32"
-    with adapters.without_casts(model, autocast), compiled_blocks(model, backend if compiled else None):
+    # Under autocast PEFT need not cast the inputs of its adapters: autocast casts the adapters, which are smaller.
+    without_casts = disable_input_dtype_casting(model, precision_of(recipe.precision, device) != "fp32")
+    with without_casts, compiled_blocks(model, backend if compiled else None):
         try:
             trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
         finally:  # a smaller batch may be tried next, with the same network
@@ -317,27 +288,12 @@ def train(
     return _history(trainer.state.log_history)
 
 
-def _placed(examples: Mapping[str, Examples], device: torch.device) -> dict[str, Examples]:
-    """Training and validation pictures, both on the device or neither: one setting pins the batches of both."""
-    placed = {split: examples[split].to(device) for split in ("train", "valid")}
-    return placed if len({part.pixels.device for part in placed.values()}) == 1 else dict(examples)
-
-
-def augmented(pixels: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
-    """The crops of step `step`: a resumed run cuts the same ones as an uninterrupted run."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    return preprocess.augment(pixels, crop_area=recipe.crop_area, generator=generator)
-
-
 def compiles(recipe: Recipe, model: nn.Module, pictures: int, device: torch.device) -> bool:
     """Whether the blocks are compiled: 'auto' does on a GPU with Triton where the run is long enough to pay."""
-    if recipe.compile != "auto":
+    if recipe.compile != "auto" or device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return recipe.compile == "always"
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    config = model.config
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    tokens = (model.config.image_size // model.config.patch_size) ** 2 + 1
     return 4 * weights * tokens * pictures * recipe.epochs > COMPILING_PAYS  # forward, and backward to the inputs
 
 
@@ -355,7 +311,7 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
     trained = any(parameter.requires_grad for block in blocks for parameter in block.parameters())
     entries = [module for module in model.modules() if isinstance(module, ViTEmbeddings) and trained]
     before = model.config._attn_implementation
-    _attention(model, attention.DIRECT)
+    model.set_attn_implementation(attention.DIRECT)
     hooks = [entry.register_forward_hook(_want_gradient) for entry in entries]
     for block in blocks:
         block.compile(backend=backend, dynamic=False, fullgraph=True)
@@ -365,7 +321,7 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             yield
     finally:
-        _attention(model, before)
+        model.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()
         uncompile(model)
@@ -377,10 +333,6 @@ def uncompile(model: nn.Module) -> None:
         module._compiled_call_impl = None
 
 
-def _attention(model: nn.Module, name: str) -> None:
-    (model.get_base_model() if isinstance(model, PeftModel) else model).set_attn_implementation(name)
-
-
 def _want_gradient(_module: nn.Module, _inputs: tuple, tokens: torch.Tensor) -> torch.Tensor:
     return tokens.requires_grad_(True) if torch.is_grad_enabled() else tokens
 
@@ -389,10 +341,9 @@ def identity_of(
     model: nn.Module, examples: Mapping[str, Examples], recipe: Recipe, about: Mapping[str, object]
 ) -> dict[str, object]:
     """What makes a training run this one: its settings, and checksums of its pictures and initial weights."""
-    data = hashlib.sha256()
+    data, weights = hashlib.sha256(), hashlib.sha256()
     for split in sorted(examples):
         data.update(examples[split].pixels.numpy().tobytes() + examples[split].labels.numpy().tobytes())
-    weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
         if isinstance(tensor, torch.Tensor):
@@ -410,32 +361,17 @@ def precision_of(asked: str, device: torch.device) -> str:
 def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bool) -> TrainingArguments:
     precision = precision_of(recipe.precision, device)
     return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=max(recipe.batch_size, 64),
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup,  # below 1 it is a share of all steps
-        lr_scheduler_type="cosine",
-        optim="adamw_torch_fused",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=device.type == "cpu",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
+        str(folder), num_train_epochs=recipe.epochs, seed=recipe.seed, data_seed=recipe.seed,
+        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=max(recipe.batch_size, 64),
+        optim="adamw_torch_fused", learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay,
+        lr_scheduler_type="cosine", warmup_steps=recipe.warmup,  # below 1 it is a share of all steps
+        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=device.type == "cpu",
+        dataloader_pin_memory=pinned, accelerator_config={"non_blocking": pinned},
+        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it looks at the loss of each step, and the host would wait for it
         save_total_limit=2,  # the one before stays until the next is whole
-        label_names=["labels"],
-        remove_unused_columns=False,
-        accelerator_config={"non_blocking": pinned and device.type == "cuda"},
-        dataloader_pin_memory=pinned and device.type == "cuda",
-        report_to="none",
-        disable_tqdm=True,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-    )
+        label_names=["labels"], remove_unused_columns=False, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
 
 
 def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Path | None:
@@ -443,16 +379,17 @@ def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Pa
 
     None where there is none. ResumeError where it was written by a run with another recipe or other data.
     """
-    if not folder.is_dir():
-        return None
-    for path in reversed([Path(name) for name in sort_checkpoints(str(folder))]):
+    for path in map(Path, reversed(sort_checkpoints(str(folder)) if folder.is_dir() else [])):
         if fault := damage(path):
             print(f"{path.name} is damaged and not used ({fault})")
             continue
         written_for = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["identity"]
-        if written_for != json.loads(json.dumps(identity)):
+        own = json.loads(json.dumps(identity))
+        if written_for != own:
+            changed = [key for key in own if written_for.get(key) != own[key]]
+            changes = [f"{key} {str(written_for.get(key))[:12]} → {str(own[key])[:12]}" for key in changed]
             raise ResumeError(
-                f"{path.name} was written with other settings ({_difference(written_for, identity)}): "
+                f"{path.name} was written with other settings ({', '.join(changes) or 'other keys'}): "
                 "set them back, or set resume to false to start again"
             )
         print(f"resuming from {path.name}")
@@ -466,23 +403,18 @@ def damage(checkpoint: Path) -> str:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest: saving was interrupted"
-    present = {file.name for file in checkpoint.iterdir()} - {MANIFEST}
-    if missing := sorted(set(listed) - present):
-        return f"{missing[0]} is missing"
-    changed = [name for name, checksum in listed.items() if files.checksum(checkpoint / name) != checksum]
-    return f"{changed[0]} was changed" if changed else ""
-
-
-def _difference(left: Mapping[str, object], right: Mapping[str, object]) -> str:
-    keys = [key for key in right if left.get(key) != right[key]]
-    return ", ".join(f"{key} {str(left.get(key))[:12]} → {str(right[key])[:12]}" for key in keys) or "other keys"
+    for name, checksum in listed.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if files.checksum(checkpoint / name) != checksum:
+            return f"{name} was changed"
+    return ""
 
 
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
-    rows: dict[int, dict[str, float]] = {}
+    """A row an epoch; the Trainer and the clock log several entries in each."""
     names = {"loss": "train_loss", "eval_loss": "valid_loss", "eval_top1": "top1", "eval_top5": "top5"}
     names |= {key: key for key in ("epoch_s", "images_per_s", "peak_vram_mb", "compile_s", "recomputed")}
-    for entry in log:
-        row = rows.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
-        row |= {names[key]: value for key, value in entry.items() if key in names}
-    return pd.DataFrame(list(rows.values())).reindex(columns=["epoch", *names.values()])
+    entries = pd.DataFrame(log).reindex(columns=["epoch", *names])
+    epochs = entries["epoch"].round().astype(int)
+    return entries.groupby(epochs)[list(names)].first().rename(columns=names).reset_index()
