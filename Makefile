@@ -30,8 +30,10 @@ study: setup  ## run the notebooks of STUDY that are out of date, then print the
 	@$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet host progress rules reason --config study=$(STUDY)
 	@$(BIN)/python -m vitlib.run summary --study $(STUDY)
 
-test: setup  ## linter and tests; the tests of one file share a process, because those of the notebooks share a folder
+test: setup  ## linters and tests; the tests of one file share a process, because those of the notebooks share a folder
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
 	$(BIN)/python -m pytest -n 2 --dist loadscope -q
 
 lab: setup  ## open the notebooks in JupyterLab

@@ -4,6 +4,7 @@ On a CUDA machine the kernels run compiled. Elsewhere they run in Triton's inter
 Triton is imported: one test runs this file again in a process of its own.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ FORMS = ["plain", "triton"] if KERNELS_RUN else ["plain"]
 CUT = KERNELS_RUN and not CUDA  # Triton's interpreter cuts bf16 off where a GPU rounds: a step farther away
 EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-6 if CUT else 2**-7}
 FP8 = torch.float8_e4m3fn
-SHAPES = [(37, 96, 256), (9, 48, 80)]  # M odd, N no multiple of a tile, K no multiple of a step
+SHAPE = (37, 48, 80)  # M odd, N no multiple of a tile, K no multiple of a step
 SMALL = products.Config(32, 32, 64, 1, 4, 2)
 GELUS = {None: lambda y: y, "tanh": lambda y: F.gelu(y, approximate="tanh"), "erf": F.gelu}
 
@@ -81,19 +82,11 @@ def on(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
-# ----------------------------------------------------------------------------------------------------------- 4 bit
-
-
-@pytest.mark.skipif(KERNELS_RUN and not CUDA, reason="compared where bitsandbytes is imported anyway")
-def test_the_code_table_is_bitsandbytes_own():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    assert list(dequantize.NF4) == functional.get_4bit_type("nf4", device="cpu").tolist()
-
-
 @pytest.mark.skipif(KERNELS_RUN and not CUDA, reason="compared where bitsandbytes is imported anyway")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_repacked_weights_are_exactly_those_that_bitsandbytes_dequantizes(random, dtype):
     functional = pytest.importorskip("bitsandbytes.functional")
+    assert list(dequantize.NF4) == functional.get_4bit_type("nf4", device="cpu").tolist()
     weight = random(96, 192).to(dtype)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -104,7 +97,7 @@ def test_repacked_weights_are_exactly_those_that_bitsandbytes_dequantizes(random
 
 
 def test_a_run_of_nf4_matrices_is_dequantized_to_its_values_rounded_once(random, form):
-    shapes = [(33, 256), (7, 128), (6, 192)]  # the last has rows that end inside a group
+    shapes = [(33, 128), (6, 192)]  # the last has rows that end inside a group
     weights = [nf4_weight(random(*shape)) for shape in shapes]
     packed = torch.cat([dequantize.repack_nf4(codes) for codes, _ in weights])
     scales = torch.cat([absmax for _, absmax in weights])
@@ -120,15 +113,12 @@ def test_a_run_of_nf4_matrices_is_dequantized_to_its_values_rounded_once(random,
         dequantize.repack_nf4(nf4_weight(random(3, 64))[0])
 
 
-# ----------------------------------------------------------------------------------------------------------- 8 bit
-
-
-@pytest.mark.parametrize("shapes", [((33, 256), (50, 64)), ((7, 192), (5, 96))])
+@pytest.mark.parametrize("shapes", [((33, 128), (50, 64)), ((7, 192), (5, 96))])
 def test_a_run_of_int8_matrices_is_dequantized_to_its_values_rounded_once(random, form, shapes):
     """In chunks of 64 and of 96 numbers, which is no power of two."""
     (wide, wide_scale), (tall, tall_scale) = (int8_weight(random(*shape)) for shape in shapes)
     rows = torch.cat([wide.reshape(-1), tall.reshape(-1)])
-    scales = torch.cat([wide_scale.repeat_interleave(shapes[0][1] // shapes[1][1]), tall_scale])
+    scales = torch.cat([wide_scale.repeat_interleave(2), tall_scale])
     expected = torch.cat([(w.float() * s[:, None]).reshape(-1) for w, s in ((wide, wide_scale), (tall, tall_scale))])
     for dtype in (torch.float32, *EPS):
         out = torch.full((len(expected) + 1,), 7.0, dtype=dtype, device=DEVICE)
@@ -160,28 +150,25 @@ def test_rows_are_quantized_to_the_nearest_step(random, form, dtype):
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize(("gelu", "split"), [(None, 1), ("erf", 1), ("tanh", 2)])
 def test_8_bit_product(random, form, dtype, gelu, split):
-    for m, n, k in SHAPES:
-        q, q_scale = products.plain_quantize(random(m, k), dtype)
-        rows, scale = products.plain_quantize(random(n, k) / k**0.5, dtype)
-        bias = random(n).half()
-        y = (q.double() * q_scale.double()[:, None]) @ (rows.double() * scale.double()[:, None]).T
-        config = SMALL._replace(split_k=split)
-        found = products.linear_8bit(*on(q, q_scale, rows, scale, bias), gelu=gelu, config=config)
-        assert found.dtype == torch.float16
-        assert relative(found, GELUS[gelu](y + bias.double())) < 2**-10
+    m, n, k = SHAPE
+    q, q_scale = products.plain_quantize(random(m, k), dtype)
+    rows, scale = products.plain_quantize(random(n, k) / k**0.5, dtype)
+    bias = random(n).half()
+    y = (q.double() * q_scale.double()[:, None]) @ (rows.double() * scale.double()[:, None]).T
+    config = SMALL._replace(split_k=split)
+    found = products.linear_8bit(*on(q, q_scale, rows, scale, bias), gelu=gelu, config=config)
+    assert found.dtype == torch.float16
+    assert relative(found, GELUS[gelu](y + bias.double())) < 2**-10
 
 
 def test_int8_sums_do_not_overflow(form):
-    """127 · 127 · 4096 is over 2¹⁶ and 2²⁴: neither 16-bit nor fp32 sums would be exact."""
-    q = torch.full((3, 4096), 127, dtype=torch.int8)
+    """127 · 127 · 2048 is over 2¹⁶ and 2²⁴: neither 16-bit nor fp32 sums would be exact."""
+    q = torch.full((3, 2048), 127, dtype=torch.int8)
     q[:, 0] = 126
-    ones, rows = torch.ones(3), torch.full((32, 4096), 127, dtype=torch.int8)
+    ones, rows = torch.ones(3), torch.full((32, 2048), 127, dtype=torch.int8)
     scale = torch.full((32,), 2.0**-20)
     found = products.linear_8bit(*on(q, ones, rows, scale), dtype=torch.float32, config=SMALL)
-    assert relative(found, torch.full((3, 32), (4095 * 127 * 127 + 126 * 127) / 2**20)) < 1e-7
-
-
-# -------------------------------------------------------------------------------------------------------------- norms
+    assert relative(found, torch.full((3, 32), (2047 * 127 * 127 + 126 * 127) / 2**20)) < 1e-7
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -212,37 +199,29 @@ def test_sum_norm_and_quantization(random, form, dtype):
         assert relative(q.float() * scale[:, None], expected) < (0.25 if CUT else 0.05)
 
 
-# ------------------------------------------------------------------------------------------------- configurations
-
-
-@pytest.mark.parametrize("m", [1, 197, 1576, 6304, 25216])
-def test_configurations_are_different_and_fit(m):
-    for n, k in ((1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)):
+def test_configurations_are_different_fit_and_fill_the_device():
+    for m, (n, k) in itertools.product((1, 197, 1576, 25216), ((1024, 1024), (4096, 1024), (1024, 4096))):
         found = products.configs(m, n, k)
         assert len(set(found)) == len(found) >= 2
         assert all(config.shared_bytes <= 227 * 1024 and 1 <= config.split_k <= 8 for config in found)
-    assert products.configs(m, 1024, 1024, shared_bytes=16 * 1024)  # the smallest cards get something too
-
-
-def test_few_tiles_are_split_until_they_fill_the_device():
-    config = products.configs(197, 1024, 4096)[1]
+        assert products.configs(m, n, k, shared_bytes=16 * 1024)  # the smallest cards get something too
+    config = products.configs(197, 1024, 4096)[1]  # few tiles: the sum is split
     tiles = -(-197 // config.bm) * -(-1024 // config.bn)
     assert config.split_k > 1 and 66 < tiles * config.split_k <= 165
 
 
 def test_wrong_inputs_are_refused(random):
-    q, q_scale = products.quantize_rows(random(4, 256).half())
-    rows, scale = products.quantize_rows(random(32, 256).half())
-    with pytest.raises(ValueError, match=r"pass \.contiguous"):
-        products.linear_8bit(q[:, ::2], q_scale, rows, scale)
-    with pytest.raises(ValueError, match="256 were expected"):
-        products.linear_8bit(q, q_scale, rows[:, :128].contiguous(), scale)
-    with pytest.raises(ValueError, match="gelu must be"):
-        products.linear_8bit(q, q_scale, rows, scale, gelu="fast")
-    with pytest.raises(ValueError, match="rows are quantized to"):
-        products.quantize_rows(random(4, 256).half(), torch.float16)
-    with pytest.raises(ValueError, match="same"):
-        norms.add_layer_norm(*(random(m, 8).half() for m in (3, 4)), random(8).half(), random(8).half(), 1e-6)
+    x = random(4, 256).half()
+    (q, q_scale), (rows, scale) = products.quantize_rows(x), products.quantize_rows(random(32, 256).half())
+    for message, call in {
+        r"pass \.contiguous": lambda: products.linear_8bit(q[:, ::2], q_scale, rows, scale),
+        "256 were expected": lambda: products.linear_8bit(q, q_scale, rows[:, :128].contiguous(), scale),
+        "gelu must be": lambda: products.linear_8bit(q, q_scale, rows, scale, gelu="fast"),
+        "rows are quantized to": lambda: products.quantize_rows(x, torch.float16),
+        "same": lambda: norms.add_layer_norm(x, x[:3], x[0], x[0], 1e-6),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_rows_longer_than_a_kernel_takes_go_through_the_plain_form(random):
@@ -253,44 +232,14 @@ def test_rows_longer_than_a_kernel_takes_go_through_the_plain_form(random):
     assert total.shape == normed.shape == (3, 5120) and normed.float().std().sub(1).abs() < 0.01
 
 
-# -------------------------------------------------------------------------------------------------------- execution
-
-
-@pytest.mark.skipif(not CUDA, reason="CUDA graphs need a CUDA device")
-def test_kernels_replay_from_a_cuda_graph(random):
-    weight, x = random(1024, 1024) / 32, random(197, 1024).half().to(DEVICE)
-    codes, absmax = nf4_weight(weight)
-    nf4, int8 = on(dequantize.repack_nf4(codes), absmax), on(*int8_weight(weight))
-
-    @torch.inference_mode()
-    def work():
-        out = torch.empty(2**20, dtype=torch.float16, device=DEVICE)
-        split = products.Config(64, 64, 128, 2, 4, 3)
-        return products.linear_8bit(*products.quantize_rows(x), *int8, config=split), dequantize.dequantize_nf4(
-            *nf4, out
-        )
-
-    expected = [t.clone() for t in work()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = work()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert relative(expected[0], x.cpu().double() @ weight.double().T) < 0.02
-
-
 @pytest.mark.skipif(not CUDA, reason="every configuration is compiled for the device at hand")
 @pytest.mark.parametrize("m", [197, 1576])
 def test_every_configuration_is_right(random, m):
-    n, k = 1024, 1024
-    x, weight = random(m, k).half().to(DEVICE), random(n, k) / 32
+    x, weight = random(m, 1024).half().to(DEVICE), random(1024, 1024) / 32
     int8, expected = on(*int8_weight(weight)), x.double().cpu() @ weight.double().T
-    for config in products.configs_for(m, n, k, DEVICE):
+    for config in products.configs_for(m, 1024, 1024, DEVICE):
         found = products.linear_8bit(*products.quantize_rows(x), *int8, config=config)
         assert relative(found, expected) < 0.02
-
-
-# -------------------------------------------------------------------------------------------------------- attention
 
 
 def exact_attention(query, key, value, scaling):
@@ -301,7 +250,7 @@ def exact_attention(query, key, value, scaling):
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(
     ("count", "rows", "tokens", "heads", "width"),
-    [(2, 37, 37, 2, 64), (1, 1, 50, 3, 32), (3, 9, 9, 2, 24), (2, 70, 70, 1, 16)],
+    [(2, 37, 37, 2, 64), (1, 1, 50, 3, 32), (1, 9, 9, 2, 24)],
 )
 def test_attention_on_views_of_one_product(random, form, dtype, count, rows, tokens, heads, width):
     """Rows beyond a tile, tokens beyond a step, a single query, a width that is no power of two; scores far from 0."""
@@ -309,7 +258,7 @@ def test_attention_on_views_of_one_product(random, form, dtype, count, rows, tok
     query, key, value = made.unbind(2)
     query, scaling = query[:, :rows], 0.7 * width**-0.5
     expected = exact_attention(query.cpu(), key.cpu(), value.cpu(), scaling)
-    for config in (None, attention.AttentionConfig(16, 16), attention.AttentionConfig(32, 128)):
+    for config in (attention.AttentionConfig(16, 16), attention.AttentionConfig(32, 128)):
         found = attention.attention(query, key, value, scaling, config)
         assert found.shape == query.shape and found.is_contiguous() and found.dtype == dtype
         assert relative(found, expected) < 2 * EPS[dtype]
@@ -322,12 +271,6 @@ def test_attention_refuses_what_does_not_fit(random):
             attention.attention(query, key, value, 1.0)
     with pytest.raises(ValueError, match="contiguous in width"):
         attention.attention(*[random(1, 4, 16, 2).half().transpose(2, 3)] * 3, 1.0)
-
-
-def test_attention_is_cut_finer_where_there_is_little_of_it():
-    cpu = torch.device("cpu")
-    few, many = attention.attention_configs(1, 197, 16, cpu)[0], attention.attention_configs(32, 197, 16, cpu)[0]
-    assert few.bm < many.bm
 
 
 @pytest.mark.skipif(not CUDA, reason="every configuration is compiled for the device at hand")
@@ -347,12 +290,4 @@ def test_the_kernels_pass_all_of_this_in_tritons_interpreter():
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 24, done.stdout
-
-
-@pytest.mark.skipif(CUDA or KERNELS_RUN, reason="the kernels run in this process")
-def test_a_machine_without_triton_or_gpu_says_so_in_one_line():
-    assert triton_support.missing_triton(torch.device("cpu")) in (
-        "Triton kernels need a CUDA device",
-        "the package triton is not installed",
-    )
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 22, done.stdout

@@ -148,18 +148,12 @@ def test_a_path_that_only_begins_alike_stays(folder):
     assert page.scrubbed(text) == f"{project}s {project}-old {project}.bak x{project} file://./a .."
 
 
-@pytest.mark.parametrize(
-    ("text", "seen"),
-    [
-        ("a\r\nb\n", "a\nb\n"),
-        ("0%\r50%\r100%\n", "100%\n"),
-        ("0%\r50%\r", "50%"),
-        ("x\x1b[A\n\ry", "x\ny"),
-        ("", ""),
-    ],
-)
-def test_last_state_of_a_line(text, seen):
-    assert page.last_state(text) == seen
+def test_only_the_last_state_of_a_progress_bar_is_kept():
+    pieces = ["0%\r", "50%\r", "100%\r\n", "x\x1b[A\n", " "]
+    outputs = [new_output("stream", name="stderr", text=piece) for piece in pieces]
+    outputs.insert(2, new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}}))
+    (cell,) = page.tidy(new_notebook(cells=[new_code_cell("1", outputs=outputs)])).cells
+    assert [output.text for output in cell.outputs] == ["100%\r\nx\n "]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Provenance: complete, without the name or the folders of the machine, and with a reason where there is no GPU."""
 
 import getpass
+import itertools
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -73,29 +75,36 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch, **changed: object) -> None:
 
 def test_gpu_state_has_units_and_reasons_and_none_where_a_card_reports_nothing(monkeypatch):
     fake_nvml(monkeypatch)
-    assert provenance.gpu_state() == (
-        [
-            {
-                **{"uuid": "GPU-1234", "name": "NVIDIA H200", "driver": "550.90.07", "memory_mib": 143771.0},
-                **{"sm_clock_mhz": 1980.0, "sm_clock_max_mhz": 1980.0, "memory_clock_mhz": 3201.0},
-                **{"temperature_c": 41.0, "power_w": None, "power_limit_w": 700.0},
-                "throttle_reasons": ["software power cap", "software thermal slowdown"],
-            }
-        ],
-        None,
-    )
+    expected = {
+        **{"uuid": "GPU-1234", "name": "NVIDIA H200", "driver": "550.90.07", "memory_mib": 143771.0},
+        **{"sm_clock_mhz": 1980.0, "sm_clock_max_mhz": 1980.0, "memory_clock_mhz": 3201.0},
+        **{"temperature_c": 41.0, "power_w": None, "power_limit_w": 700.0},
+        "throttle_reasons": ["software power cap", "software thermal slowdown"],
+    }
+    assert provenance.gpu_state() == ([expected], None)
     fake_nvml(monkeypatch, nvmlDeviceGetCurrentClocksEventReasons=lambda card: 0, nvmlDeviceGetMemoryInfo=None)
     (state,), _ = provenance.gpu_state()
     assert state["throttle_reasons"] == [] and state["memory_mib"] is None
 
 
+def test_the_monitor_sums_up_what_it_sampled(monkeypatch):
+    clocks = itertools.cycle([1980, 1200])
+    fake_nvml(monkeypatch, nvmlDeviceGetClockInfo=lambda card, kind: next(clocks) if kind == 1 else None)
+    with provenance.Monitor(seconds=0.001) as monitor:
+        while len(monitor.samples) < 3:
+            time.sleep(0.001)
+    found = monitor.summary()
+    assert found.pop("samples") >= 3 and found.pop("sm_clock_mhz").items() >= {"min": 1200.0, "max": 1980.0}.items()
+    temperature = {"temperature_c": {"min": 41.0, "median": 41.0, "max": 41.0}}
+    assert found == {**temperature, "throttle_reasons": ["software power cap", "software thermal slowdown"]}
+
+
 def test_a_gpu_is_matched_by_uuid_which_is_not_recorded(monkeypatch):
-    properties = types.SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30, multi_processor_count=132, uuid="1234"
-    )
-    cuda = types.SimpleNamespace(
-        is_available=lambda: True, device_count=lambda: 1, get_device_properties=lambda index: properties
-    )
+    about = {"name": "NVIDIA H200", "major": 9, "minor": 0, "total_memory": 2**37, "multi_processor_count": 132}
+    properties = types.SimpleNamespace(**about, uuid="1234")
+    seen = {"is_available": True, "device_count": 1}
+    cuda = types.SimpleNamespace(**{name: lambda value=value: value for name, value in seen.items()})
+    cuda.get_device_properties = lambda index: properties
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
     fake_nvml(monkeypatch)
     (gpu,), reason = provenance._gpus()
@@ -111,12 +120,9 @@ def test_without_a_driver_there_is_a_reason_of_one_line(monkeypatch):
     assert provenance.gpu_state() == (None, "Not Supported")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert provenance.gpu_state() == (None, "nvidia-ml-py is not installed")
-
-
-def test_a_command_that_fails_or_hangs_gives_a_reason():
-    assert provenance._command("no-such-program") == (None, "no-such-program is not installed")
-    assert provenance._command("false") == (None, "false ended with code 1")
-    assert provenance._command("sleep", "5", timeout_s=0.2) == (None, "sleep: TimeoutExpired")
+    with provenance.Monitor() as monitor:
+        monitor._thread.join()  # it gives up by itself
+    assert monitor.summary() == {"samples": 0, "reason": "nvidia-ml-py is not installed"}
 
 
 def test_facts_are_lines_of_text_and_survive_any_record():

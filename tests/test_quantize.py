@@ -7,11 +7,8 @@ from torch import nn
 
 from vitlib import checkpoint, quantize, verify
 from vitlib.sources import Labels
+from vitlib.tuning import relative_error as relative
 from vitlib.variants import Variant
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.12), (8, 0.02)])
@@ -23,25 +20,13 @@ def test_quantized_linear_is_close_to_the_product_it_replaces(bits, tolerance, d
         assert relative(quantize.quantize_linear(linear, bits)(x), linear(x)) < tolerance
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_strided_input_gives_what_its_contiguous_copy_gives(bits):
-    """A ViT's classifier reads `sequence_output[:, 0, :]`; the stock int8 product reads it as if it were contiguous."""
-    layer = quantize.quantize_linear(nn.Linear(128, 102).half(), bits)
-    tokens = torch.randn(6, 17, 128, dtype=torch.float16)
-    strided = tokens[:, 0, :]
-    with torch.no_grad():
-        assert not strided.is_contiguous()
-        torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
-
-
-def test_the_int8_layer_never_hands_a_strided_input_to_bitsandbytes(monkeypatch):
-    """The CPU product happens to be right on strides, so what is handed over is looked at."""
-    seen = []
-    original = bnb.nn.Linear8bitLt.forward
+def test_the_int8_layer_hands_bitsandbytes_a_copy_of_a_strided_input(monkeypatch):
+    """A ViT's classifier reads `sequence_output[:, 0, :]`, which bitsandbytes' CUDA product takes for contiguous."""
+    seen, original = [], bnb.nn.Linear8bitLt.forward
     monkeypatch.setattr(bnb.nn.Linear8bitLt, "forward", lambda self, x: seen.append(x) or original(self, x))
-    with torch.no_grad():
-        quantize.quantize_linear(nn.Linear(64, 32).half(), 8)(torch.randn(4, 5, 64).half()[:, 0, :])
-    assert [x.is_contiguous() for x in seen] == [True]
+    strided = torch.randn(4, 5, 64).half()[:, 0, :]
+    quantize.quantize_linear(nn.Linear(64, 32).half(), 8)(strided)
+    assert not strided.is_contiguous() and seen[0].is_contiguous() and torch.equal(seen[0], strided)
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int8"])
@@ -78,20 +63,13 @@ def test_saved_checkpoints_hold_what_the_layers_made_here_hold(checkpoints, weig
     assert torch.equal(state.absmax, other.absmax) and torch.equal(state.state2.absmax, other.state2.absmax)
 
 
-def test_model_mb_counts_every_byte_once():
+def test_model_mb_counts_every_byte_once_and_scales_of_both_levels():
     network = nn.Sequential(nn.Linear(1024, 512, bias=False))
-    assert verify.model_mb(network) == 1024 * 512 * 4 / 2**20
     network.append(network[0])  # the same tensor twice weighs nothing more
     assert verify.model_mb(network) == 1024 * 512 * 4 / 2**20
-
-
-def test_model_mb_of_nf4_counts_scales_of_both_levels():
-    layer = quantize.quantize_linear(nn.Linear(1024, 512, bias=False).half(), 4)
-    blocks = 1024 * 512 // 64
-    expected = (
-        1024 * 512 // 2 + blocks + 4 * blocks // 256 + 16 * 4 + 256 * 4 + 4
-    )  # codes, scales, their scales, tables
-    assert verify.model_mb(layer) == pytest.approx(expected / 2**20)
+    layer, blocks = quantize.quantize_linear(nn.Linear(1024, 512, bias=False).half(), 4), 1024 * 512 // 64
+    codes, scales, tables = 1024 * 512 // 2, blocks + 4 * blocks // 256, 16 * 4 + 256 * 4 + 4
+    assert verify.model_mb(layer) == pytest.approx((codes + scales + tables) / 2**20)
 
 
 def test_quantized_copy_shares_norms_and_leaves_the_original_alone():

@@ -30,24 +30,16 @@ def attend(
 
 
 def _for_transformers(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: object,
+    _: torch.nn.Module, *inputs: torch.Tensor, scaling: float, dropout: float = 0.0, **__: object
 ) -> tuple[torch.Tensor, None]:
-    """`attend` with the signature that transformers calls; states are (n, heads, tokens, width)."""
-    _no_mask(attention_mask=attention_mask)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    states = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return attend(*states, scaling=scaling, dropout=dropout), None
+    """`attend` as transformers calls it: query, key and value (n, heads, tokens, width), and the mask."""
+    *states, mask = inputs
+    _no_mask(attention_mask=mask)
+    return attend(*(tensor.transpose(1, 2) for tensor in states), scaling=scaling, dropout=dropout), None
 
 
 def _no_mask(*_: object, attention_mask: torch.Tensor | None = None, **__: object) -> None:
-    """The mask function registered with transformers: it makes none, and refuses one (ValueError)."""
+    """The mask function registered with transformers: it makes no mask, and refuses one (ValueError)."""
     if attention_mask is not None:
         raise ValueError(f"the attention {DIRECT!r} sees every token and takes no mask: use 'sdpa' where one is needed")
 
@@ -97,8 +89,3 @@ def not_runnable(variant: Variant, device: torch.device) -> str:
     if row.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return f"bf16 is only emulated below compute capability 8.0 ({torch.cuda.get_device_name(device)})"
     return ""
-
-
-def best(device: torch.device) -> str:
-    """The attention of transformers that FP16 inference should use here."""
-    return "sdpa" if missing_flash_attention(device) else "flash_attention_2"

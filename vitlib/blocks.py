@@ -1,19 +1,19 @@
 """Weights of a whole block dequantized at once, or while the block before it computes.
 
-Each quantized linear costs a small kernel that dequantizes it before the product, and such a kernel takes about as long
-to start as to run. Here the weights of a block are adjacent in memory, so that one kernel dequantizes them all. It may
-do so on a second stream while the block before computes, which leaves most of a GPU idle at small batch sizes. One or
-two buffers are used in turn, so the network is never in memory in FP16 as a whole. In a CUDA graph the second stream
-becomes parallel branches.
+A kernel that dequantizes one linear takes about as long to start as to run. Here the weights of a block are adjacent in
+memory, so that one kernel dequantizes them all. It may do so on a second stream while the block before computes, which
+leaves most of a GPU idle at small batch sizes. One or two buffers are used in turn, so the whole network is never in
+memory in FP16. In a CUDA graph the second stream becomes parallel branches.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 
-from vitlib import layers as formats
+from vitlib import layers
 from vitlib.kernels import dequantize
 from vitlib.layers import NF4, Int8WeightOnly, Linear
 
@@ -24,78 +24,66 @@ ALL_BLOCKS = "all blocks"  # what the tuning table calls the part that a mode co
 
 
 class BlockWeights:
-    """The quantized weights of a block's layers, moved side by side; the layers keep views of their parts.
+    """The quantized weights of the linears of a block, moved side by side; the linears keep views of their parts.
 
-    Make it before any graph is captured: the layers' own tensors are replaced. int8 rows of several lengths are cut
+    The linears' own tensors are replaced, so make it before any graph is captured. int8 rows of several lengths are cut
     into chunks of one length, and their `scales` are repeated for each chunk.
     """
 
-    def __init__(self, layers: Sequence[Linear]) -> None:
-        self.layers = layers
-        self.counts = [layer.out_features * layer.in_features for layer in layers]
-        if isinstance(layers[0], NF4):
-            self.codes = _side_by_side(layers, "packed")
-            self.scales = _side_by_side(layers, "absmax")
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.layers = linears
+        self.counts = [layer.out_features * layer.in_features for layer in linears]
+        self.repeats = isinstance(linears[0], Int8WeightOnly)  # whether `scales` are a copy
+        if self.repeats:
+            self.codes, chunk = _side_by_side(linears, "rows"), math.gcd(*(layer.in_features for layer in linears))
+            self.scales = torch.cat([layer.scales.repeat_interleave(layer.in_features // chunk) for layer in linears])
         else:
-            self.codes = _side_by_side(layers, "rows")
-            chunk = math.gcd(*(layer.in_features for layer in layers))
-            self.scales = torch.cat([layer.scales.repeat_interleave(layer.in_features // chunk) for layer in layers])
+            self.codes, self.scales = _side_by_side(linears, "packed"), _side_by_side(linears, "absmax")
 
     def dequantize_into(self, buffer: torch.Tensor) -> None:
         """All weights of the block, one matrix after the other, at the beginning of `buffer`."""
-        run = dequantize.dequantize_nf4 if isinstance(self.layers[0], NF4) else dequantize.dequantize_int8
+        run = dequantize.dequantize_int8 if self.repeats else dequantize.dequantize_nf4
         run(self.codes, self.scales, buffer[: sum(self.counts)])
 
-    def views(self, buffer: torch.Tensor) -> Iterator[tuple[Linear, torch.Tensor]]:
-        """Each layer with its weight (N, K) in `buffer`."""
-        parts = buffer[: sum(self.counts)].split(self.counts)
+    def prepare(self, buffer: torch.Tensor | None) -> None:
+        """Let each linear use its part of `buffer` (N, K), or with None its own weight again."""
+        parts = [None] * len(self.layers) if buffer is None else buffer[: sum(self.counts)].split(self.counts)
         for layer, part in zip(self.layers, parts, strict=True):
-            yield layer, part.view(layer.out_features, layer.in_features)
+            layer.prepared = None if part is None else part.view(layer.out_features, layer.in_features)
 
 
-def _side_by_side(layers: Sequence[Linear], name: str) -> torch.Tensor:
-    """The tensors `name` of all layers as one run, row by row; each layer's own becomes a view of it."""
-    tensors = [getattr(layer, name) for layer in layers]
+def _side_by_side(linears: Sequence[Linear], name: str) -> torch.Tensor:
+    """The tensors `name` of all linears as one run, row by row; each linear's own becomes a view of it."""
+    tensors = [getattr(layer, name) for layer in linears]
     run = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    for layer, tensor, part in zip(layers, tensors, run.split([t.numel() for t in tensors]), strict=True):
+    for layer, tensor, part in zip(linears, tensors, run.split([t.numel() for t in tensors]), strict=True):
         setattr(layer, name, part.view(tensor.shape))
     return run
 
 
-def can_run(layers: Sequence[Linear]) -> bool:
-    """Whether one kernel can dequantize these layers: all of them NF4 in this project's order, or all int8 rows."""
-    if all(isinstance(layer, NF4) for layer in layers):
-        return all(layer.repacked for layer in layers)
-    return all(isinstance(layer, Int8WeightOnly) and formats.use_kernels(layer.rows.device) for layer in layers)
+def can_run(linears: Sequence[Linear]) -> bool:
+    """Whether one kernel can dequantize these linears: all of them NF4 in this project's order, or all int8 rows."""
+    if all(isinstance(layer, NF4) and layer.repacked for layer in linears):
+        return True
+    return all(isinstance(layer, Int8WeightOnly) and layers.use_kernels(layer.device) for layer in linears)
 
 
 class BlockBuffers:
     """`with buffers.running():` around a pass, and in it `with buffers.block(i):` around each block.
 
-    `mode` is one of `MODES`, `megabytes` what its buffers of `dtype` weigh. `shared_with`: reuse the buffers of another
-    of these for the same blocks; passes of the two must not run concurrently, as graphs on one stream do not.
+    `mode` is one of `MODES`. `shared_with`: reuse the buffers of another of these for the same blocks; passes of the
+    two must not run concurrently, as graphs on one stream do not.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[BlockWeights],
-        dtype: torch.dtype,
-        device: torch.device,
-        mode: str,
-        shared_with: "BlockBuffers | None" = None,
-    ) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Sequence[BlockWeights], mode: str, shared_with: Self | None = None) -> None:
+        self.blocks, count, first = blocks, MODES[mode], blocks[0]
+        self.buffers = shared_with.buffers[:count] if shared_with else []
+        sizes = {"dtype": first.layers[0].dtype, "device": first.codes.device}
         largest = max(sum(block.counts) for block in blocks)
-        self.buffers = shared_with.buffers[: MODES[mode]] if shared_with else []
-        missing = MODES[mode] - len(self.buffers)
-        self.buffers += [torch.empty(largest, dtype=dtype, device=device) for _ in range(missing)]
-        # Of lower priority than captured passes.
-        self.stream = torch.cuda.Stream(device, priority=0) if mode == AHEAD else None
-        self._ready: list[torch.cuda.Event] = []
-
-    @property
-    def megabytes(self) -> float:
-        return sum(buffer.nbytes for buffer in self.buffers) / 2**20
+        self.buffers += [torch.empty(largest, **sizes) for _ in range(count - len(self.buffers))]
+        # The second stream, of lower priority than captured passes.
+        self.stream = torch.cuda.Stream(first.codes.device, priority=0) if mode == AHEAD else None
+        self.megabytes, self._ready = sum(buffer.nbytes for buffer in self.buffers) / 2**20, []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -103,7 +91,7 @@ class BlockBuffers:
         if self.stream is None:
             yield
             return
-        self._ready = []
+        self._ready.clear()
         self.stream.wait_stream(torch.cuda.current_stream())
         for number in range(min(len(self.buffers), len(self.blocks))):
             self._dequantize(number)
@@ -115,27 +103,22 @@ class BlockBuffers:
     @contextmanager
     def block(self, number: int) -> Iterator[None]:
         """Block `number`, once its weights are ready; afterwards its buffer may be filled for a later block."""
-        block, buffer = self.blocks[number], self._buffer(number)
+        block, buffer = self.blocks[number], self.buffers[number % len(self.buffers)]
         if self.stream is None:
             block.dequantize_into(buffer)
         else:
             torch.cuda.current_stream().wait_event(self._ready[number])
-        for layer, weight in block.views(buffer):
-            layer.prepared = weight
+        block.prepare(buffer)
         try:
             yield
         finally:
-            for layer in block.layers:
-                layer.prepared = None
+            block.prepare(None)
         following = number + len(self.buffers)
         if self.stream is not None and following < len(self.blocks):
             self.stream.wait_event(torch.cuda.current_stream().record_event())
             self._dequantize(following)
 
-    def _buffer(self, number: int) -> torch.Tensor:
-        return self.buffers[number % len(self.buffers)]
-
     def _dequantize(self, number: int) -> None:
         with torch.cuda.stream(self.stream):
-            self.blocks[number].dequantize_into(self._buffer(number))
+            self.blocks[number].dequantize_into(self.buffers[number % len(self.buffers)])
             self._ready.append(self.stream.record_event())

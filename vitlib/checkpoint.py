@@ -1,7 +1,7 @@
 """Build, load and save a network; the one place where a variant becomes a module.
 
-A checkpoint is a folder that plain transformers can load and that is enough by itself: weights (safetensors),
-config with id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json`.
+A checkpoint is a folder that plain transformers can load, complete in itself: weights (safetensors), config with
+id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json`.
 """
 
 import json
@@ -70,16 +70,8 @@ def new(architecture: str, *, image_size: int, labels: Labels) -> ViTForImageCla
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}: {nearest(architecture, list(ARCHITECTURES))}")
     hidden, blocks, heads, mlp, patch = ARCHITECTURES[architecture]
-    config = ViTConfig(
-        hidden_size=hidden,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        intermediate_size=mlp,
-        image_size=image_size,
-        patch_size=patch,
-        **label_maps(labels),
-    )
-    return ViTForImageClassification(config)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": heads, "intermediate_size": mlp}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=image_size, patch_size=patch, **label_maps(labels)))
 
 
 def label_maps(labels: Labels) -> dict[str, object]:
@@ -94,7 +86,7 @@ def label_maps(labels: Labels) -> dict[str, object]:
 def load_base(
     base: str, *, revision: str, labels: Labels, dtype: torch.dtype, quantized: bool, device: torch.device
 ) -> nn.Module:
-    """A pretrained ViT from a folder or the Hub with a new random head; safetensors only, no remote code.
+    """A pretrained ViT from a folder or the Hub with a new random head.
 
     The head is new also where the base has as many classes. CheckpointError where the base is no ViT, or where its
     file lacks a weight of the encoder (transformers would initialise it at random and only warn).
@@ -102,18 +94,9 @@ def load_base(
     kind = AutoConfig.from_pretrained(base, revision=revision or None, trust_remote_code=False).model_type
     if kind != "vit":
         raise CheckpointError(f"the base is a {kind!r} network; this study fine-tunes, profiles and ablates 'vit' ones")
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        base,
-        output_loading_info=True,
-        revision=revision or None,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=quantize.config(4, dtype) if quantized else None,
-        **label_maps(labels),
-    )
+    quantization = quantize.config(4, dtype) if quantized else None
+    options = {"revision": revision or None, "quantization_config": quantization, "ignore_mismatched_sizes": True}
+    model, loading = _from_pretrained(base, dtype, device, **options, **label_maps(labels))
     _refuse_random_weights(str(base), loading, allowed=quantize.CLASSIFIER)
     if quantized:
         quantize.keep_readable(model)
@@ -122,10 +105,19 @@ def load_base(
     return model
 
 
+def _from_pretrained(
+    folder: str | Path, dtype: torch.dtype, device: torch.device, **options: object
+) -> tuple[nn.Module, dict[str, object]]:
+    """The network, and what transformers says of its loading; safetensors only, no remote code."""
+    safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    return AutoModelForImageClassification.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, **safely, **options
+    )
+
+
 def _refuse_random_weights(source: str, loading: dict[str, object], allowed: str = " ") -> None:
     """CheckpointError where weights were missing or misshapen, but for those whose name starts with `allowed`."""
-    absent = [str(key) for key in loading["missing_keys"]]
-    absent += [str(key[0] if isinstance(key, tuple) else key) for key in loading["mismatched_keys"]]
+    absent = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
     if wrong := [name for name in absent if not name.startswith(allowed)]:
         raise CheckpointError(
             f"{Path(source).name} lacks weights of the network or has them in another shape ({', '.join(wrong[:3])}"
@@ -137,13 +129,7 @@ def quantize_checkpoint(merged: Path, weights: str, device: torch.device) -> nn.
     """The network of a merged checkpoint in the format `weights`, quantized by transformers while it loads."""
     row = FORMATS[weights]
     dtype = getattr(torch, row.dtype)
-    return AutoModelForImageClassification.from_pretrained(
-        merged,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=quantize.config(row.bits, dtype),
-        use_safetensors=True,
-    ).eval()
+    return _from_pretrained(merged, dtype, device, quantization_config=quantize.config(row.bits, dtype))[0].eval()
 
 
 def save(model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: dict[str, object]) -> Path:
@@ -160,8 +146,7 @@ def save(model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, pro
 
 def read_labels(folder: Path) -> Labels:
     """The labels of a checkpoint: `labels.json`, else the names in its config. CheckpointError where it has neither."""
-    names = AutoConfig.from_pretrained(folder).id2label
-    names = tuple(names[number] for number in sorted(names))
+    names = tuple(name for _, name in sorted(AutoConfig.from_pretrained(folder).id2label.items()))
     file = folder / "labels.json"
     if file.is_file():
         entries = sorted(json.loads(file.read_text(encoding="utf-8")), key=lambda entry: entry["id"])
@@ -197,15 +182,7 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     folder = checkpoint_folder(checkpoints, variant)
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = getattr(torch, variant.format.dtype)
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=variant.attention,
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)
     _refuse_random_weights(str(folder), loading)
     model.eval()
     verify.verify(model, variant)

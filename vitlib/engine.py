@@ -3,50 +3,44 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import nn
 
-from vitlib import files, fused, timing, tuning, verify
+from vitlib import checkpoint, files, fused, timing, tuning, verify
 from vitlib.blocks import ALL_BLOCKS, LAYER_BY_LAYER, MODES, BlockBuffers
 from vitlib.checkpoint import Loaded
 from vitlib.layers import CLASSES, Dense
 from vitlib.tuning import Trial
-from vitlib.variants import EXECUTIONS
+from vitlib.variants import EXECUTIONS, find
 
-# Of the time of a graph, at most, for another to replace it: whole passes in turn vary less than layers.
-FASTER_PASS = 0.99
-TURNS = 15  # comparisons of two graphs, each the median of `TURN_REPLAYS` replays: clocks drift
-TURN_REPLAYS = 4
+FASTER_PASS = 0.99  # of the time of a graph, at most, for another to replace it: passes in turn vary less than layers
+TURNS, TURN_REPLAYS = 15, 4  # comparisons of two graphs, and the replays in each median: clocks drift
 
 
 class Graph(NamedTuple):
-    """A captured pass: replaying it reads `inputs` (n, 3, h, w) and writes `outputs` (n, classes).
-
-    `pool_mb` is what the driver had to give for it; `buffers` those of the block weights that it dequantizes, which
-    live as long as the graph.
-    """
+    """A captured pass: replaying it reads `inputs` and writes `outputs`."""
 
     graph: "torch.cuda.CUDAGraph"
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-    pool_mb: float
-    buffers: BlockBuffers | None = None
+    inputs: torch.Tensor  # (n, 3, h, w)
+    outputs: torch.Tensor  # (n, classes)
+    pool_mb: float  # that the driver had to allocate for it
+    buffers: BlockBuffers | None = None  # of the dequantized weights of blocks; they must live as long as the graph
 
 
 class Engine:
     """`engine(pixel_values) -> logits` (n, classes), with the same weights whatever the execution.
 
     `pixel_values` (n, 3, h, w) must be on the engine's device in its dtype. `execution` is one of
-    `variants.EXECUTIONS`. A fused one transforms the network (see `fused`) and chooses the implementation of each
-    layer for `batch_sizes` by measurement; `engine.loaded` then holds the fused network instead of the plain one, which
-    is freed with the caller's own reference to it. With graphs a batch is padded to the next of `batch_sizes`, and one
-    over the largest is cut, so that nothing is captured later. ValueError for an execution that does not exist.
+    `variants.EXECUTIONS`, ValueError for any other. A fused one transforms the network (see `fused`) and chooses the
+    implementation of each layer for `batch_sizes` by measurement; `engine.loaded` then holds the fused network, and the
+    plain one is freed with the caller's own reference to it. With graphs a batch is padded to the next of
+    `batch_sizes`, and one over the largest is cut, so that nothing is captured later.
 
-    `prepare_s` are the seconds of transforming, tuning and capturing, `tune_s` those of tuning among them. `trials` is
-    what tuning tried.
+    `prepare_s` are the seconds of transforming, tuning and capturing; `trials` is what tuning tried.
     """
 
     def __init__(self, loaded: Loaded, execution: str = "eager", batch_sizes: tuple[int, ...] = (1, 8, 32)) -> None:
@@ -55,15 +49,13 @@ class Engine:
         self.execution, self.sizes, self.loaded = execution, tuple(sorted(batch_sizes)), loaded
         self.trials: tuple[Trial, ...] = ()
         self.graphs: dict[int, Graph] = {}
-        self.prepare_s = self.tune_s = 0.0
         start = time.perf_counter()
         if execution.startswith("fused"):
             self._fuse(side_by_side=execution.endswith("graph"))
         if execution.endswith("graph"):
             self.graphs = {size: self._capture(size) for size in self.sizes}
             self._choose_modes()
-        if execution != "eager":
-            self.prepare_s = time.perf_counter() - start
+        self.prepare_s = 0.0 if execution == "eager" else time.perf_counter() - start
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -81,22 +73,9 @@ class Engine:
         return self.loaded.model
 
     @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.loaded.device
-
-    @property
-    def tuning(self) -> pd.DataFrame:
-        """The trials as a table (`tuning.table`); empty for a network that is not fused."""
-        return tuning.table(self.trials)
-
-    @property
     def pool_mb(self) -> dict[int, float]:
         """By batch size, the megabytes of a graph's inputs, activations and buffers of dequantized weights."""
-        return {
-            size: graph.pool_mb + (graph.buffers.megabytes if graph.buffers else 0.0)
-            for size, graph in self.graphs.items()
-        }
+        return {n: graph.pool_mb + getattr(graph.buffers, "megabytes", 0.0) for n, graph in self.graphs.items()}
 
     @property
     def buffers_mb(self) -> float:
@@ -107,7 +86,7 @@ class Engine:
 
     def by_block(self, size: int) -> bool:
         """Whether the graph of this batch size dequantizes the weights of whole blocks, and not of each layer."""
-        return self.graphs[size].buffers is not None if size in self.graphs else False
+        return size in self.graphs and self.graphs[size].buffers is not None
 
     def _fuse(self, *, side_by_side: bool) -> None:
         network = fused.fuse(self.network, self.loaded.variant)
@@ -115,52 +94,51 @@ class Engine:
             network.put_side_by_side()
         verify.verify(network, self.loaded.variant)
         self.loaded = replace(self.loaded, model=network, weights_mb=verify.model_mb(network))
-        start = time.perf_counter()
         self.trials = tuning.tune(network, self.sizes)
-        self.tune_s = time.perf_counter() - start
 
     @torch.inference_mode()
     def _capture(self, size: int) -> Graph:
-        """The graph of a batch size.
-
-        Its `pool_mb` is not what is allocated afterwards: activations are freed within the graph's pool, which is kept.
-        """
+        """The graph of a batch size; its pool keeps memory that is no longer allocated, so what is reserved counts."""
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        inputs = torch.zeros(size, 3, *self.loaded.preprocess.side, dtype=self.loaded.dtype, device=self.device)
-        graph, outputs = tuning.captured(lambda: _logits(self.network, inputs), self.device)
+        before = torch.cuda.memory_reserved(self.loaded.device)
+        inputs = torch.zeros(size, 3, *self.loaded.preprocess.side, dtype=self.loaded.dtype, device=self.loaded.device)
+        graph, outputs = tuning.captured(lambda: _logits(self.network, inputs), self.loaded.device)
         torch.cuda.empty_cache()
-        return Graph(graph, inputs, outputs, (torch.cuda.memory_reserved(self.device) - before) / 2**20)
+        return Graph(graph, inputs, outputs, (torch.cuda.memory_reserved(self.loaded.device) - before) / 2**20)
 
     def _choose_modes(self) -> None:
-        """Capture each size again with the weights of whole blocks dequantized at once, and keep what is faster."""
+        """Capture each size again with the weights of whole blocks dequantized at once, and keep what is faster.
+
+        Where that wins, no implementation of a quantized layer runs at this batch size any more.
+        """
         if not getattr(self.network, "block_weights", None):
             return
-        modes: list[Trial] = []
-        shared_with = None
+        modes, buffers = [], None
         for mode in MODES:
-            shared_with = self._try_mode(mode, shared_with, modes) or shared_with
-        self.trials = with_modes(self.trials, modes)
+            buffers = self._try_mode(mode, buffers, modes) or buffers
+        taken = {trial.batch for trial in modes if trial.chosen and trial.implementation != LAYER_BY_LAYER}
+        unused = set(CLASSES) - {Dense.__name__}
+        kept = (t._replace(chosen=t.chosen and not (t.batch in taken and t.part in unused)) for t in self.trials)
+        self.trials = (*kept, *modes)
 
     @torch.inference_mode()
     def _try_mode(self, mode: str, shared_with: BlockBuffers | None, trials: list[Trial]) -> BlockBuffers | None:
         """Try one of `blocks.MODES` for each batch size and append its trials; returns its buffers for the next."""
         network, size, buffers, failed = self.network, self.sizes[0], None, ""
         try:
-            buffers = BlockBuffers(network.block_weights, self.loaded.dtype, self.device, mode, shared_with)
-            network.block_buffers = buffers
+            network.block_buffers = buffers = BlockBuffers(network.block_weights, mode, shared_with)
             for size in self.sizes:
                 other = self._capture(size)._replace(buffers=buffers)
                 if self._compare(size, other, mode, trials):
                     self.graphs[size] = other
-                other = None  # before the next is captured
+                del other  # before the next is captured
         except tuning.FAILURES as error:  # no memory, or a kernel that does not compile: the graphs so far stay
             failed = files.first_line(error)
         finally:
             network.block_buffers = None
         if failed:
             trials.append(Trial(ALL_BLOCKS, "", size, size, mode, note=failed))
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.loaded.device)
             torch.cuda.empty_cache()
         return buffers
 
@@ -183,7 +161,7 @@ class Engine:
         return wins
 
     def _replay(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        count = pixel_values.shape[0]
+        count = len(pixel_values)
         graph, inputs, outputs, *_ = self.graphs[next(size for size in self.sizes if size >= count)]
         if count < len(inputs):
             inputs, outputs = inputs[:count], outputs[:count]
@@ -192,15 +170,13 @@ class Engine:
         return outputs.clone()  # the next replay overwrites the buffer
 
 
-def with_modes(trials: tuple[Trial, ...], modes: list[Trial]) -> tuple[Trial, ...]:
-    """The trials of layers and of whole blocks in one.
+def load(checkpoints: Path, name: str, device: str = "auto", batch_sizes: tuple[int, ...] = (1, 8, 32)) -> Engine:
+    """The variant called `name` from the folder `checkpoints` of a study, verified and prepared for `batch_sizes`.
 
-    Where a mode of whole blocks was chosen, no implementation of a quantized layer runs at that batch size any more.
+    ValueError for an unknown name, otherwise the errors of `checkpoint.load`.
     """
-    taken = {trial.batch for trial in modes if trial.chosen and trial.implementation != LAYER_BY_LAYER}
-    unused = set(CLASSES) - {Dense.__name__}
-    kept = (t._replace(chosen=t.chosen and not (t.batch in taken and t.part in unused)) for t in trials)
-    return (*kept, *modes)
+    variant, target = find(name), checkpoint.pick_device(device)
+    return Engine(checkpoint.load(Path(checkpoints), variant, target), variant.execution, batch_sizes)
 
 
 def _logits(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -209,16 +185,14 @@ def _logits(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def tunings(engines: Mapping[str, Engine], name: str) -> pd.DataFrame:
-    """The tuning tables of all fused engines in one, whose column `name` says whose row it is; empty without any."""
-    tables = [table.assign(**{name: key}) for key, engine in engines.items() if len(table := engine.tuning)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    """What tuning tried for the fused engines: `tuning.COLUMNS`, and the column `name` says whose row it is."""
+    rows = [(*trial, key) for key, engine in engines.items() for trial in engine.trials]
+    return pd.DataFrame(rows, columns=[*tuning.COLUMNS, name])
 
 
 @torch.inference_mode()
 def logits(engine: Engine, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
     """float32 logits (n, classes) on the CPU of uint8 `pixels` (n, 3, h, w), in batches."""
-    parts = []
-    for chunk in pixels.split(batch_size):
-        batch = engine.loaded.preprocess.normalise(chunk.to(engine.loaded.device), engine.loaded.dtype)
-        parts.append(engine(batch).float().cpu())
-    return torch.cat(parts)
+    loaded = engine.loaded
+    chunks = (loaded.preprocess.normalise(part.to(loaded.device), loaded.dtype) for part in pixels.split(batch_size))
+    return torch.cat([engine(chunk).float().cpu() for chunk in chunks])

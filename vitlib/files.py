@@ -1,4 +1,4 @@
-"""Paths of the project, writes that are whole or not at all, and checksums. Level 0: no torch."""
+"""Paths of the project, writes that are whole or not at all, and checksums. No torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # it becomes a folder, a link and a word of a command line
 _STALE_SECONDS = 3600  # a temporary sibling untouched this long belongs to a run that was killed
 
 
 def project_root() -> Path:
     """Folder of the project: the nearest of the working directory and its parents with vitlib/ and params/.
 
-    Notebooks start in different folders (JupyterLab in notebooks/, papermill where it was called). Else the
-    checkout this file lies in, if it has `params/`; else the working directory, as on Colab with vitlib
-    installed.
+    Notebooks start in different folders (JupyterLab in notebooks/, papermill where it was called). Else the checkout
+    that this file is in, if it has `params/`; else the working directory, as on Colab with vitlib installed.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):
@@ -31,17 +31,16 @@ def project_root() -> Path:
 
 
 def study_folder(study: str, *, root: Path | str | None = None) -> Path:
-    """Folder of a study, `<root>/outputs/<study>`; it is not created. `root` defaults to the project's.
+    """Folder of a study, `<root>/outputs/<study>`, which is not created. `root` defaults to the project's.
 
-    Raises ValueError unless the name is plain (letters, digits, `.`, `_`, `-`, not first a dot): it becomes
-    a folder and a link in the index, and must not lead out of outputs/.
+    Raises ValueError unless the name is a STUDY_NAME.
     """
-    if not isinstance(study, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", study):
+    if not isinstance(study, str) or not re.fullmatch(STUDY_NAME, study):
         raise ValueError(
-            f"{study!r} cannot name a study: use letters, digits, '.', '_' or '-', not starting with '.', "
+            f"{study!r} cannot name a study: use letters, digits, '.', '_' or '-', a letter or digit first, "
             "such as the name of a file in params/ without .yaml"
         )
-    return Path(root if root is not None else project_root()) / "outputs" / study
+    return Path(root or project_root()) / "outputs" / study
 
 
 def resolve(path: Path | str) -> Path:
@@ -56,11 +55,10 @@ def resolve(path: Path | str) -> Path:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary sibling to write a file or a folder to; it takes the place of `path` if the block succeeds.
 
-    On an error in the block it is removed and `path` is as before. A killed process leaves `path` as before
-    and a hidden sibling, which a later call removes an hour on. Contents are flushed to the disk before the
-    rename. A file is replaced in one step. A folder needs two (aside, then in place): killed just between
-    them, the next call for that path puts the old folder back. Parents are created; the suffix is kept, for
-    writers that look at it.
+    On an error in the block it is removed and `path` is as before. A killed process leaves `path` as before and a
+    hidden sibling, which a later call removes an hour on. Contents are flushed to the disk before the rename. A file is
+    replaced in one step. A folder needs two (aside, then in place): killed just between them, the next call for that
+    path puts the old folder back. Parents are created; the suffix is kept, for writers that look at it.
 
     Raises FileNotFoundError if the block wrote nothing there.
     """
@@ -86,12 +84,8 @@ def _sibling(target: Path, kind: str) -> Path:
 
 def _replace(temporary: Path, target: Path) -> None:
     """Rename onto target; a folder cannot be renamed onto, so the old one first steps aside."""
-    if not (temporary.is_dir() or target.is_dir()):
-        os.replace(temporary, target)
-        _flush(target.parent)
-        return
     aside = _sibling(target, "old")
-    existed = target.exists() or target.is_symlink()
+    existed = (temporary.is_dir() or target.is_dir()) and os.path.lexists(target)
     if existed:
         os.replace(target, aside)
     try:
@@ -107,24 +101,19 @@ def _replace(temporary: Path, target: Path) -> None:
 def _clean_leftovers(target: Path) -> None:
     """Put back a folder that stepped aside for a run killed in that moment; remove what killed runs left."""
     pattern = re.compile(r"\.(tmp|old)-[0-9a-f]{12}-" + re.escape(target.name))
-    found = [target.with_name(name) for name in os.listdir(target.parent) if pattern.fullmatch(name)]
-    for leftover in sorted(found):
+    for leftover in sorted(file for file in target.parent.iterdir() if pattern.fullmatch(file.name)):
         with suppress(FileNotFoundError):  # another process may clean up at the same time
-            if time.time() - leftover.lstat().st_mtime < _STALE_SECONDS and leftover.name.startswith(".tmp"):
-                continue
             if leftover.name.startswith(".old") and not target.exists():
                 os.replace(leftover, target)
-            else:
+            elif leftover.name.startswith(".old") or time.time() - leftover.lstat().st_mtime > _STALE_SECONDS:
                 _remove(leftover)
 
 
 def _flush(path: Path) -> None:
     """fsync of a file or folder; a file system that cannot do that for folders is left alone."""
-    posix = hasattr(os, "O_DIRECTORY")
-    if path.is_symlink() or not (path.is_file() or posix):
+    if path.is_symlink():
         return
-    # Windows flushes only what is open for writing; elsewhere a copied file may be read-only and still be flushed.
-    descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(descriptor)
@@ -152,21 +141,18 @@ def first_line(error: BaseException) -> str:
 def checksum(path: Path | str) -> str:
     """SHA-256 of a file, or of a folder's manifest (each file's digest and relative name, sorted), as hex.
 
-    Files are read in pieces. A folder's checksum does not depend on where it lies, on dates, or on what
-    interrupted writes left hidden in it. Raises FileNotFoundError if there is nothing.
+    A folder's checksum does not depend on where it is, on dates, or on what interrupted writes left hidden in it.
+    Raises FileNotFoundError if there is nothing.
     """
     path = Path(path)
     if path.is_dir():
         manifest = hashlib.sha256()
-        files = (file for file in path.rglob("*") if file.is_file() and not _is_leftover(file))
-        for name, file in sorted((file.relative_to(path).as_posix(), file) for file in files):
+        leftover = re.compile(r"\.(tmp|old)-[0-9a-f]{12}-")
+        found = [file for file in path.rglob("*") if file.is_file() and not leftover.match(file.name)]
+        for name, file in sorted((file.relative_to(path).as_posix(), file) for file in found):
             manifest.update(f"{checksum(file)}  {name}\0".encode("utf-8", errors="surrogateescape"))
         return manifest.hexdigest()
     if not path.is_file():
         raise FileNotFoundError(f"{short_path(path)} is missing: there is nothing to take a checksum of")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_leftover(file: Path) -> bool:
-    return re.match(r"\.(tmp|old)-[0-9a-f]{12}-", file.name) is not None

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
 from vitlib import attention, layers
 from vitlib.blocks import BlockBuffers, BlockWeights, can_run
@@ -21,31 +20,19 @@ from vitlib.kernels import norms
 from vitlib.kernels.attention import AttentionConfig, attention_configs
 from vitlib.kernels.attention import attention as attention_kernel
 from vitlib.kernels.triton_support import ROW_LIMIT
-from vitlib.layers import EightBit, Int8WeightOnly, Linear, Quantized
+from vitlib.layers import EightBit, Linear, Quantized
 from vitlib.tuning import Implementation, Tuned
 from vitlib.variants import DIRECT, Variant
 
-# The names of transformers whose function is the exact GELU or its tanh form; anything else runs by itself.
-_GELU = {
-    **dict.fromkeys(("gelu", "gelu_python"), "erf"),
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "tanh"),
-}
-
-
-def add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of `x` and `residual` (M, H), and its layer norm; one kernel where there is one."""
-    if layers.use_kernels(x.device) and x.shape[1] <= ROW_LIMIT:
-        return norms.add_layer_norm(x, residual, weight, bias, eps)
-    total = x + residual
-    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+# transformers' names of the exact GELU and of its tanh form; any other activation is a module of its own.
+_GELU = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "tanh")
+_GELU |= {"gelu": "erf", "gelu_python": "erf"}
 
 
 class AddNorm(nn.Module):
-    """`add_layer_norm` with the weights of a layer norm of the network.
+    """The sum of `x` and `residual` (M, H), and its layer norm by `norm`, in one kernel where there is one.
 
-    Where all that reads the norm is one layer with 8-bit inputs, `reader`, the same kernel quantizes the rows for it.
+    Where only one layer with 8-bit inputs, `reader`, reads the norm, the same kernel quantizes the rows for it.
     """
 
     part = "norm"
@@ -54,23 +41,21 @@ class AddNorm(nn.Module):
         super().__init__()
         self.register_buffer("weight", norm.weight.detach())
         self.register_buffer("bias", norm.bias.detach())
-        self.eps = norm.eps
-        self.codes = _codes_for(reader)
+        self.eps, self.codes = norm.eps, None
+        if isinstance(reader, EightBit) and reader.in_features <= ROW_LIMIT:
+            fp8 = reader.codes_dtype == torch.float8_e4m3fn
+            reader.norm_quantizes = layers.use_kernels(reader.device, fp8=fp8)
+            self.codes = reader.codes_dtype if reader.norm_quantizes else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
-        if self.codes is None:
-            return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
-        total, *codes = norms.add_layer_norm_quantize(x, residual, self.weight, self.bias, self.eps, self.codes)
-        return total, Quantized(*codes, total.dtype)
-
-
-def _codes_for(reader: Linear | None) -> torch.dtype | None:
-    """In which 8-bit format a norm may hand its rows to `reader`, the one layer that reads them; None: unquantized."""
-    if not isinstance(reader, EightBit) or reader.in_features > ROW_LIMIT:
-        return None
-    fp8 = reader.codes_dtype == torch.float8_e4m3fn
-    reader.norm_quantizes = layers.use_kernels(reader.rows.device, fp8=fp8)
-    return reader.codes_dtype if reader.norm_quantizes else None
+        inputs = x, residual, self.weight, self.bias, self.eps
+        if self.codes is not None:
+            total, *codes = norms.add_layer_norm_quantize(*inputs, self.codes)
+            return total, Quantized(*codes, total.dtype)
+        if layers.use_kernels(x.device) and x.shape[1] <= ROW_LIMIT:
+            return norms.add_layer_norm(*inputs)
+        total = x + residual
+        return total, F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Embedding(nn.Module):
@@ -82,7 +67,7 @@ class Embedding(nn.Module):
         super().__init__()
         convolution = embeddings.patch_embeddings.projection
         self.patch, self.side = convolution.kernel_size, tuple(embeddings.patch_embeddings.image_size)
-        self.projection = layers.Dense(convolution.weight.flatten(1), convolution.bias)
+        self.projection = layers.Dense([convolution])
         self.projection.rows_per_picture = embeddings.position_embeddings.shape[1] - 1
         self.register_buffer("class_token", embeddings.cls_token.detach())
         self.register_buffer("positions", embeddings.position_embeddings.detach())
@@ -115,7 +100,6 @@ class ScaledDotProduct(Tuned):
 
     @property
     def shape(self) -> str:
-        """For the tuning table."""
         return f"{self.heads} heads of {self.width}, {self.tokens} tokens"
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
@@ -148,44 +132,40 @@ class ScaledDotProduct(Tuned):
         return attention_kernel(*states, self.scaling, config)
 
 
-class _Attention(nn.Module):
-    """What both forms share: heads and the attention function."""
+class Attention(nn.Module):
+    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
 
     part = "attention"
 
-    def __init__(self, attend: ScaledDotProduct) -> None:
-        super().__init__()
-        self.heads, self.width, self.attend = attend.heads, attend.width, attend
-
-
-class Attention(_Attention):
-    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
-
     def __init__(self, source: nn.Module, make: "Maker") -> None:
-        super().__init__(ScaledDotProduct(source, make))
+        super().__init__()
+        self.attend = ScaledDotProduct(source, make)
         self.qkv = make(source.q_proj, source.k_proj, source.v_proj)
         self.output = make(source.o_proj)
 
-    def forward(self, normed: "torch.Tensor | Quantized", count: int) -> torch.Tensor:
-        query, key, value = self.qkv(normed).view(count, -1, 3, self.heads, self.width).unbind(2)
-        mixed = self.attend(query, key, value)
+    def forward(self, normed: torch.Tensor | Quantized, count: int) -> torch.Tensor:
+        states = self.qkv(normed).view(count, -1, 3, self.attend.heads, self.attend.width)
+        mixed = self.attend(*states.unbind(2))
         return self.output(mixed.reshape(count * mixed.shape[1], -1))
 
 
-class ClassAttention(_Attention):
-    """Self-attention of the class token only, the first of each picture's tokens: keys and values of all tokens."""
+class ClassAttention(nn.Module):
+    """Self-attention of each picture's first token, the class token, to all of its tokens."""
+
+    part = "attention"
 
     def __init__(self, source: nn.Module, make: "Maker") -> None:
-        super().__init__(ScaledDotProduct(source, make, only_class=True))
+        super().__init__()
+        self.attend = ScaledDotProduct(source, make, only_class=True)
         self.query = make(source.q_proj, only_class=True)
         self.key_value = make(source.k_proj, source.v_proj)
         self.output = make(source.o_proj, only_class=True)
 
     def forward(self, normed: torch.Tensor, count: int) -> torch.Tensor:
-        key, value = self.key_value(normed).view(count, -1, 2, self.heads, self.width).unbind(2)
-        query = self.query(class_rows(normed, count)).view(count, 1, self.heads, self.width)
-        mixed = self.attend(query, key, value)
-        return self.output(mixed.reshape(count, -1))
+        heads = self.attend.heads, self.attend.width
+        key, value = self.key_value(normed).view(count, -1, 2, *heads).unbind(2)
+        query = self.query(class_rows(normed, count)).view(count, 1, *heads)
+        return self.output(self.attend(query, key, value).reshape(count, -1))
 
 
 def class_rows(tokens: torch.Tensor, count: int) -> torch.Tensor:
@@ -211,21 +191,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP. Takes the residual stream and its norm, and returns both for the block after it.
 
-    The last block goes on with the class token alone.
+    `following` is the norm after this block, and `reader` the one layer that reads it, if there is only one. The last
+    block continues with the class token alone.
     """
 
     part = "residual"
 
     def __init__(
-        self, source: nn.Module, following: nn.LayerNorm, mlp: MLP, core: nn.Module, reader: Linear | None
+        self, source: nn.Module, attention: nn.Module, mlp: MLP, following: nn.LayerNorm, reader: Linear | None
     ) -> None:
         super().__init__()
-        self.attention, self.mlp = core, mlp
+        self.attention, self.mlp = attention, mlp
         self.middle_norm, self.following_norm = AddNorm(source.layernorm_after, mlp.first), AddNorm(following, reader)
-
-    def layers(self) -> list[Linear]:
-        """Its linears."""
-        return [module for module in self.modules() if isinstance(module, Linear)]
 
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = self.attention(normed, count)
@@ -236,10 +213,7 @@ class Block(nn.Module):
 
 
 class Maker(NamedTuple):
-    """How the linears of a network are made: class, tokens of a picture, dtype of the unquantized weights, and where.
-
-    `kind` is one of `layers.CLASSES`.
-    """
+    """How the linears of a network are made: `kind` of `layers.CLASSES`, tokens of a picture, dtype, device."""
 
     kind: str
     tokens: int
@@ -247,7 +221,7 @@ class Maker(NamedTuple):
     device: torch.device
 
     def __call__(self, *sources: nn.Linear, only_class: bool = False) -> Linear:
-        made = layers.make(list(sources), self.kind)
+        made = layers.make(sources, self.kind)
         made.rows_per_picture, made.dtype = 1 if only_class else self.tokens, self.dtype
         return made
 
@@ -255,30 +229,28 @@ class Maker(NamedTuple):
 class FusedViT(nn.Module):
     """`network(pixel_values) -> logits` (n, classes) of a transformers ViT, from its own tensors.
 
-    Tensors that keep their layout are shared with the network it is made from, those of query, key and value are
-    copied into one. `kind` is the class of the encoder's linears, `gelu` what the MLPs compute in their product
-    ("erf", "tanh", or None for another activation), `config` the network's. Evaluation only.
+    Tensors that keep their layout are shared with that network, those of query, key and value are copied into one.
+    `kind` is the class of the encoder's linears, `gelu` what the MLPs compute in their product ("erf", "tanh", or None
+    for another activation). Evaluation only.
     """
 
     def __init__(self, model: nn.Module, *, kind: str, gelu: str | None) -> None:
         super().__init__()
         self.config, self.gelu = model.config, gelu
-        vit = model.vit
+        vit, positions = model.vit, model.vit.embeddings.position_embeddings
         self.embedding = Embedding(vit.embeddings)
-        positions = vit.embeddings.position_embeddings
         make = Maker(kind, positions.shape[1], positions.dtype, positions.device)
         self.first_norm = vit.layers[0].layernorm_before
         self.blocks = nn.ModuleList(_blocks(vit, gelu, make))
         self.block_weights: list[BlockWeights] = []
         self.block_buffers: BlockBuffers | None = None  # None: each layer dequantizes its own weights
-        self.classifier = layers.Dense(model.classifier.weight, model.classifier.bias)
+        self.classifier = layers.Dense([model.classifier])
         self.eval()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits (n, classes) of normalised `pixel_values` (n, 3, h, w)."""
-        tokens, buffers = self.embedding(pixel_values), self.block_buffers
-        count = tokens.shape[0]
-        stream = tokens.view(-1, tokens.shape[-1])
+        buffers, count = self.block_buffers, len(pixel_values)
+        stream = self.embedding(pixel_values).flatten(0, 1)
         normed = self.first_norm(stream)
         with buffers.running() if buffers else nullcontext():
             for number, block in enumerate(self.blocks):
@@ -289,51 +261,40 @@ class FusedViT(nn.Module):
     def put_side_by_side(self) -> None:
         """Move the quantized weights of each block together, where that lets one kernel dequantize them (`blocks`).
 
-        Call it before anything is captured. What a network that was loaded plainly shares with it is copied then.
+        Call it before anything is captured. Weights shared with the network it was made from are copied.
         """
-        linears = [block.layers() for block in self.blocks]
+        linears = [[module for module in block.modules() if isinstance(module, Linear)] for block in self.blocks]
         if all(map(can_run, linears)):
             self.block_weights = [BlockWeights(own) for own in linears]
             for block, weights in zip(self.blocks, self.block_weights, strict=True):
-                if isinstance(weights.layers[0], Int8WeightOnly):  # NF4's are the layers' own
+                if weights.repeats:
                     block.register_buffer("repeated_scales", weights.scales)
 
 
 def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
     """The blocks of a transformers ViT, each with the norm that follows it; the last keeps the class token alone."""
+    *others, last = vit.layers
+    cores = [*(Attention(layer.attention, make) for layer in others), ClassAttention(last.attention, make)]
     norms_after = [*(layer.layernorm_before for layer in vit.layers[1:]), vit.layernorm]
-    end = len(vit.layers) - 1
-    cores = [
-        (Attention if number < end else ClassAttention)(layer.attention, make)
-        for number, layer in enumerate(vit.layers)
-    ]
     # The norm before the last attention has two readers, the last norm only the classifier: neither quantizes.
-    readers = [core.qkv if isinstance(core, Attention) else None for core in cores[1:]] + [None]
-    for number, layer in enumerate(vit.layers):
-        mlp = MLP(layer.mlp, gelu, make, only_class=number == end)
-        yield Block(layer, norms_after[number], mlp, cores[number], readers[number])
-
-
-def _activation(config: object, gelu: str) -> str | None:
-    """Which GELU the products may compute in their epilogue; None where the activation is another function."""
-    own = _GELU.get(config.hidden_act) if config.hidden_act in ACT2FN else None
-    if own is None and gelu == "tanh":
-        raise ValueError(f"the checkpoint's activation is {config.hidden_act!r}: only a GELU has a tanh form")
-    return "tanh" if gelu == "tanh" else own
+    readers = [*(core.qkv for core in cores[1:-1]), None, None]
+    for layer, core, following, reader in zip(vit.layers, cores, norms_after, readers[-len(cores) :], strict=True):
+        yield Block(layer, core, MLP(layer.mlp, gelu, make, only_class=layer is last), following, reader)
 
 
 def fuse(model: nn.Module, variant: Variant) -> FusedViT:
     """The network that `variant` asks for, from the plain one that holds its weights and has not run yet on a CPU.
 
-    `model` stays as it is; while both live the query, key and value weights are there twice. ValueError where the
+    `model` is not changed; while both exist, the query, key and value weights are in memory twice. ValueError where the
     network cannot be fused or its stored format is not that of the variant.
     """
     if not hasattr(model, "vit"):
         raise ValueError(f"a {type(model).__name__} cannot be fused: it must be a ViTForImageClassification")
-    if not variant.fused or model.config._attn_implementation != DIRECT:
-        raise ValueError(
-            f"{variant.name} with the attention {model.config._attn_implementation!r} cannot be fused: load a variant "
-            f"whose attention is {DIRECT!r} and whose execution is fused"
-        )
+    config, found = model.config, model.config._attn_implementation
+    if not variant.fused or found != DIRECT:
+        raise ValueError(f"{variant.name} with the attention {found!r} cannot be fused: load a fused variant")
+    gelu = _GELU.get(config.hidden_act)
+    if variant.gelu == "tanh" and gelu is None:
+        raise ValueError(f"the checkpoint's activation is {config.hidden_act!r}: only a GELU has a tanh form")
     with torch.no_grad():
-        return FusedViT(model, kind=variant.format.fused, gelu=_activation(model.config, variant.gelu))
+        return FusedViT(model, kind=variant.format.fused, gelu="tanh" if variant.gelu == "tanh" else gelu)

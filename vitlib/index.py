@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,8 @@ def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]
         measured = study.read("variants")
     except (OSError, ValueError) as error:  # not yet measured, or by an older version
         return pd.DataFrame(), {}, files.first_line(error)
-    frame = measured.drop_duplicates("variant").set_index("variant")
-    speed = measured.dropna(subset="batch").pivot_table(
-        index="variant", columns="batch", values="latency_p50_ms", aggfunc="first"
-    )
+    frame = measured.drop_duplicates("variant").set_index("variant").fillna({"reason": ""})
+    speed = measured.dropna(subset="batch").pivot(index="variant", columns="batch", values="latency_p50_ms")
     columns: dict[str, str | Column] = {
         "variant": "variant",
         "top1": Column("Top-1 (%)", ".1f", 100),
@@ -65,9 +64,8 @@ def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]
         "model_mb": Column("MB", ",.1f"),
     }
     for batch in speed:
-        frame[f"ms_{batch:g}"] = speed[batch]
-        columns[f"ms_{batch:g}"] = Column(f"ms, batch {batch:g}", "#.3g" if speed[batch].max() < 100 else ",.1f")
-    frame["reason"] = frame["reason"].fillna("")
+        frame[batch] = speed[batch]
+        columns[batch] = Column(f"ms, batch {batch:g}", "#.3g" if speed[batch].max() < 100 else ",.1f")
     return frame.reset_index(), {**columns, "reason": "not run because"}, ""
 
 
@@ -80,23 +78,20 @@ def _environment(study: Study) -> Any:
 
 def _name(study: Study, made: Any) -> str:
     """The study's name in its record, as a copy may be in a folder of another name; else that of the folder."""
-    name = provenance.part(made, "parameters").get("study")
-    return name if page.is_study(name) else study.folder.name
+    name = str(provenance.part(made, "parameters").get("study", ""))
+    return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
 
 
 def _card(folder: Path, stem: str, status: str) -> dict[str, str]:
     """What the index shows of one report: title, status, date and links."""
     good, failed = folder / f"{stem}.html", folder / f"{stem}.failed.html"
     shown = failed if status == "failed" else good
-    last_good = good.name if status == "failed" and good.exists() else ""
-    return {
-        "title": stem.replace("_", " ", 1),
-        "status": status,
-        "href": shown.name if shown.exists() else "",
-        "made": _minute(shown) if shown.exists() else "",
-        "last_good": last_good,
-        "last_good_made": _minute(good) if last_good else "",
-    }
+    card = {"title": stem.replace("_", " ", 1), "status": status}
+    if shown.exists():
+        card |= {"href": shown.name, "made": _minute(shown)}
+    if shown == failed and good.exists():
+        card |= {"last_good": good.name, "last_good_made": _minute(good)}
+    return card
 
 
 def _minute(path: Path) -> str:
@@ -112,7 +107,7 @@ def _facts(study: Study, made: Any) -> dict[str, str]:
             parameters.pop(name, None)
     facts = {
         "parameter set": f"params/{_name(study, made)}.yaml",
-        "base": origin.plain_sentence(study.folder),
+        "base": re.sub("[*`]", "", origin.sentence(study.folder)),
         "last report": max((_minute(path) for path in pages if path.exists()), default=""),
         **provenance.facts(made),
         "parameters": ", ".join(f"{name} = {value}" for name, value in parameters.items()),

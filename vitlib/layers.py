@@ -1,19 +1,13 @@
 """Linear layers by weight format behind one interface.
 
-`layer(x, gelu=None)` takes rows x (M, K) and gives (M, N), after the GELU of the name given ("erf", the exact one, or
-"tanh"). A layer has several implementations of the same numbers; which is fastest depends on M, so `tuning.tune`
-measures. Formats:
-
-- `Dense`: fp32, fp16 or bf16;
-- `NF4`: blocks of 64 with a scale each (Dettmers et al. 2023, section 3);
-- `Int8WeightOnly`: int8 rows with a scale each, dequantized, then multiplied in FP16;
-- `W8A8`: the same rows, the input quantized row by row too (LLM.int8(), Dettmers et al. 2022, without its outliers);
-- `FP8`: float8_e4m3fn rows with a scale each, the input as well (Micikevicius et al. 2022).
+`layer(x, gelu=None)` takes rows x (M, K) and returns (M, N), after the GELU "erf" (exact) or "tanh" if one is given. A
+layer has several implementations of the same function; which is fastest depends on M, so `tuning.tune` measures.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -29,23 +23,19 @@ from vitlib.tuning import Implementation, Tuned
 
 def use_kernels(device: torch.device, *, fp8: bool = False) -> bool:
     """Whether this project's Triton kernels, or those of 8-bit floating point, pay on `device`: not on a T4."""
-    return device.type == "cuda" and not (triton_support.missing_fp8 if fp8 else triton_support.missing_products)(
-        device
-    )
+    missing = triton_support.missing_fp8 if fp8 else triton_support.missing_products
+    return device.type == "cuda" and not missing(device)
 
 
 def gelu_of(values: torch.Tensor, gelu: str | None) -> torch.Tensor:
     """GELU by name: "erf" (with erf), "tanh" (its approximation), None leaves `values` alone."""
-    if gelu is None:
-        return values
-    return F.gelu(values, approximate="none" if gelu == "erf" else "tanh")
+    return values if gelu is None else F.gelu(values, approximate="none" if gelu == "erf" else "tanh")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> torch.Tensor:
     """GELU(x weightᵀ + bias), with bias and tanh GELU in the product's epilogue where there is one.
 
-    The epilogue of cuBLASLt computes the tanh form; the CPU's version of the same function computes the exact one, so
-    it is used for that form only.
+    The epilogue of cuBLASLt computes the tanh form, that of the CPU the exact one.
     """
     if bias is not None and gelu == ("tanh" if x.is_cuda else "erf"):
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
@@ -65,34 +55,31 @@ class Quantized(NamedTuple):
 
 
 class Step(nn.Module):
-    """A function as a module without weights, so that the profiler can attribute its kernels to `part`."""
+    """Calls a function inside a module, so that the profiler can attribute its kernels to `part`."""
 
-    def __init__(self, part: str, function: Callable[..., object]) -> None:
-        super().__init__()
-        self.part, self.function = part, function
+    part = "quantization"
 
-    def forward(self, *inputs: object) -> object:
-        return self.function(*inputs)
+    def forward(self, function: Callable[..., object], *inputs: object) -> object:
+        return function(*inputs)
 
 
 class Linear(Tuned):
-    """What all formats share: sizes, bias, and the implementation by number of rows."""
+    """What all formats share: sizes, bias, and the implementation by number of rows.
 
-    source: type[nn.Linear] = nn.Linear  # the class that `from_linears` takes
+    A format's layer is made from `layers`, of its class `source`, and has their outputs side by side. The tensors of a
+    single layer are shared with it, those of several are copied into one.
+    """
+
+    source: type[nn.Linear] = nn.Linear
 
     def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("bias", bias)
         self.usual_gelu: str | None = None  # the one that it is called with, so that tuning times the same work
         self.dtype = torch.float16 if bias is None else bias.dtype  # of inputs and outputs
         self.norm_quantizes = False  # whether its input comes as `Quantized`
         self.prepared: torch.Tensor | None = None  # the dequantized weight, while its block runs
-
-    @classmethod
-    def from_linears(cls, layers: list[nn.Linear]) -> Self:
-        """One layer with the outputs of `layers` side by side; the tensors of a single layer are shared with it."""
-        raise NotImplementedError
 
     def example(self, rows: int) -> tuple:
         x = torch.randn(rows, self.in_features, device=self.device).to(self.dtype)
@@ -104,7 +91,7 @@ class Linear(Tuned):
         sizes = self.out_features, self.in_features, self.rows_per_picture
         return type(self), *sizes, self.usual_gelu, self.norm_quantizes
 
-    def forward(self, x: "torch.Tensor | Quantized", gelu: str | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Quantized, gelu: str | None = None) -> torch.Tensor:
         if self.prepared is not None:
             return product(x, self.prepared, self.bias, gelu)
         return self.run_chosen(x.shape[0], x, gelu)
@@ -118,21 +105,17 @@ class Linear(Tuned):
 
     @property
     def shape(self) -> str:
-        """For the tuning table."""
         return f"{self.in_features} → {self.out_features}"
 
 
 class Dense(Linear):
-    """Weights (N, K) in the dtype of the input."""
+    """FP32, FP16 or BF16 weights (N, K); those of a convolution without overlap are taken as a matrix."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(*weight.shape, bias)
+    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d]) -> None:
+        weight = _joined([layer.weight.flatten(1) for layer in layers])
+        super().__init__(*weight.shape, _bias(layers))
         self.dtype = weight.dtype
-        self.register_buffer("weight", weight.detach())
-
-    @classmethod
-    def from_linears(cls, layers: list[nn.Linear]) -> Self:
-        return cls(_joined([layer.weight for layer in layers]), _bias(layers))
+        self.register_buffer("weight", weight)
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
         return {"library": Dense.library}
@@ -145,16 +128,12 @@ class Dense(Linear):
 class WeightOnly(Linear):
     """What formats with quantized weights and 16-bit products share: dequantize, then multiply."""
 
-    def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
-        super().__init__(out_features, in_features, bias)
-        self.step = Step("quantization", type(self).weight)  # no bound method: it would hold the layer in a cycle
-
     def implementations(self, rows: int) -> dict[str, Implementation]:
         return {"dequantize": WeightOnly.dequantize}
 
     def dequantize(self, x: torch.Tensor, gelu: str | None, config: None = None) -> torch.Tensor:
         """The weight in the dtype of `x`, and the library's product with it."""
-        return product(x, self.step(self, x.dtype), self.bias, gelu)
+        return product(x, self.step(self.weight, x.dtype), self.bias, gelu)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weight (N, K) of `dtype`: products in fp32, rounded once."""
@@ -162,7 +141,7 @@ class WeightOnly(Linear):
 
 
 class NF4(WeightOnly):
-    """Packed 4-bit codes (N·K/2 bytes) with a fp32 scale for each 64 of them, both row by row.
+    """Packed 4-bit codes (N·K/2 bytes) with a scale for each 64 of them (Dettmers et al. 2023, section 3), row by row.
 
     The checkpoint's scales are quantized too (double quantization); they are expanded to fp32 here. Where this
     project's kernels run, the codes are in their order instead of bitsandbytes'.
@@ -170,19 +149,19 @@ class NF4(WeightOnly):
 
     source = bnb.nn.Linear4bit
 
-    def __init__(self, parts: list[bnb.nn.Params4bit], bias: torch.Tensor | None) -> None:
-        states = [part.quant_state for part in parts]
-        _check_nf4(states)
-        super().__init__(sum(state.shape[0] for state in states), states[0].shape[1], bias)
-        packed = _joined([part.data.reshape(-1, 1) for part in parts])
+    def __init__(self, layers: Sequence[bnb.nn.Linear4bit]) -> None:
+        states = [layer.weight.quant_state for layer in layers]
+        if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+            raise ValueError("bitsandbytes repacked these NF4 weights in a first pass: fuse a freshly loaded network")
+        if found := {(s.quant_type, s.blocksize, s.shape[1] % BLOCK) for s in states} - {("nf4", BLOCK, 0)}:
+            raise ValueError(f"weights must be (nf4, in blocks of {BLOCK}, 0 over in a row), these are {found}")
+        super().__init__(sum(state.shape[0] for state in states), states[0].shape[1], _bias(layers))
+        self.step = Step()
+        packed = _joined([layer.weight.data.reshape(-1, 1) for layer in layers])
         weights = self.out_features * self.in_features
         self.repacked = weights % dequantize.GROUP == 0 and use_kernels(packed.device)
         self.register_buffer("packed", dequantize.repack_nf4(packed) if self.repacked else packed)
         self.register_buffer("absmax", _joined([_expanded(state) for state in states]))
-
-    @classmethod
-    def from_linears(cls, layers: list[nn.Linear]) -> Self:
-        return cls([layer.weight for layer in layers], _bias(layers))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         shape = [self.out_features, self.in_features]
@@ -193,24 +172,29 @@ class NF4(WeightOnly):
         return out
 
 
-class Int8Rows:
-    """What the formats of bitsandbytes' int8 rows share: weight = rows · scales."""
-
-    source = bnb.nn.Linear8bitLt
-
-    @classmethod
-    def from_linears(cls, layers: list[nn.Linear]) -> Self:
-        rows, maxima = _joined([layer.weight.data for layer in layers]), _joined([_maxima(layer) for layer in layers])
-        return cls(rows, maxima.float() / INT8_MAX, _bias(layers))
-
-
-class Int8WeightOnly(Int8Rows, WeightOnly):
-    """int8 rows (N, K) with a fp32 scale a row, multiplied in the input's dtype."""
+class Rows(Linear):
+    """What formats of 8-bit rows share: the weight (N, K) is `rows` times a fp32 scale a row."""
 
     def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*rows.shape, bias)
-        self.register_buffer("rows", rows.detach())
-        self.register_buffer("scales", scales.detach())
+        self.step = Step()
+        self.register_buffer("rows", rows)
+        self.register_buffer("scales", scales)
+
+
+class Int8(Rows):
+    """bitsandbytes' int8 rows. The first pass moves the largest value of each from the weight to the layer's state."""
+
+    source = bnb.nn.Linear8bitLt
+
+    def __init__(self, layers: Sequence[bnb.nn.Linear8bitLt]) -> None:
+        maxima = [layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB for layer in layers]
+        rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / INT8_MAX
+        super().__init__(rows, scales, _bias(layers))
+
+
+class Int8WeightOnly(Int8, WeightOnly):
+    """int8 rows, dequantized and then multiplied in the input's dtype."""
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty_like(self.rows, dtype=dtype)
@@ -221,44 +205,34 @@ class Int8WeightOnly(Int8Rows, WeightOnly):
         return torch.mul(self.rows, self.scales[:, None], out=out)
 
 
-class EightBit(Linear):
-    """What the products of 8-bit inputs share: rows (N, K) of `codes_dtype` with a fp32 scale a row.
-
-    An input that a norm has quantized already is taken as it is.
-    """
+class EightBit(Rows):
+    """What the products of 8-bit inputs share. `codes_dtype` is that of the rows and of the quantized inputs."""
 
     codes_dtype: torch.dtype
 
-    def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(*rows.shape, bias)
-        self.register_buffer("rows", rows.detach())
-        self.register_buffer("scales", scales.detach())
-        self.quantized = Step("quantization", products.quantize_rows)
-
     def configurations(self, rows: int, name: str) -> tuple[Config | None, ...]:
-        if name != "fused":
-            return (None,)
-        return tuple(products.configs_for(rows, self.out_features, self.in_features, self.device))
+        sizes = rows, self.out_features, self.in_features
+        return tuple(products.configs_for(*sizes, self.device)) if name == "fused" else (None,)
 
-    def fused(self, x: "torch.Tensor | Quantized", gelu: str | None, config: Config | None = None) -> torch.Tensor:
+    def fused(self, x: torch.Tensor | Quantized, gelu: str | None, config: Config | None = None) -> torch.Tensor:
         """This project's kernel: scales, bias and GELU in its epilogue."""
         codes, x_scales = self._codes(x)
         return products.linear_8bit(codes, x_scales, self.rows, self.scales, self.bias, gelu, x.dtype, config)
 
-    def dequantize(self, x: "torch.Tensor | Quantized", gelu: str | None, config: None = None) -> torch.Tensor:
+    def dequantize(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
         """The product of both dequantized sides in fp32, for devices and sizes without any 8-bit product."""
         codes, x_scales = self._codes(x)
         out = F.linear(codes.float() * x_scales[:, None], self.rows.float() * self.scales[:, None]).to(x.dtype)
         return gelu_of(out if self.bias is None else out + self.bias, gelu)
 
-    def _codes(self, x: "torch.Tensor | Quantized") -> tuple[torch.Tensor, torch.Tensor]:
+    def _codes(self, x: torch.Tensor | Quantized) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(x, Quantized):
             return x.codes, x.scales
-        return self.quantized(x.contiguous(), self.codes_dtype)
+        return self.step(products.quantize_rows, x.contiguous(), self.codes_dtype)
 
 
-class W8A8(Int8Rows, EightBit):
-    """The rows and scales of `Int8WeightOnly`, and the input quantized row by row: an int8 product."""
+class W8A8(Int8, EightBit):
+    """int8 rows, and the input quantized row by row: LLM.int8() (Dettmers et al. 2022) without its outliers."""
 
     codes_dtype = torch.int8
 
@@ -268,7 +242,7 @@ class W8A8(Int8Rows, EightBit):
         found |= {"fused": EightBit.fused} if use_kernels(self.rows.device) else {}
         return found or {"dequantize": EightBit.dequantize}
 
-    def library(self, x: "torch.Tensor | Quantized", gelu: str | None, config: None = None) -> torch.Tensor:
+    def library(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
         """torch's int8 product, and scales, bias and GELU as operators of their own."""
         codes, x_scales = self._codes(x)
         out = torch._int_mm(codes, self.rows.t()).float() * (x_scales[:, None] * self.scales)
@@ -277,93 +251,61 @@ class W8A8(Int8Rows, EightBit):
 
 @functools.cache
 def _scaled_product(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype in which torch's fp8 product with a scale a row can answer here, nearest to `dtype`; None: in none."""
-    a, b = (torch.ones(32, 32, device=device).to(torch.float8_e4m3fn) for _ in range(2))
-    ones = torch.ones(32, 1, device=device)
-    for answer in (dtype, torch.bfloat16):  # its first versions answer in bf16 only
-        try:
-            torch._scaled_mm(a, b.t(), scale_a=ones, scale_b=ones.t(), out_dtype=answer)
-        except (RuntimeError, ValueError, NotImplementedError, AttributeError):
-            continue
-        return answer
+    """The dtype nearest to `dtype` that torch's fp8 product with a scale a row can return here; None: none."""
+    codes, ones = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn), torch.ones(32, 1, device=device)
+    for answer in (dtype, torch.bfloat16):  # some versions return bf16 only
+        with suppress(RuntimeError, ValueError, NotImplementedError):
+            torch._scaled_mm(codes, codes.t(), scale_a=ones, scale_b=ones.t(), out_dtype=answer)
+            return answer
     return None
 
 
 class FP8(EightBit):
-    """float8_e4m3fn rows (N, K) with a fp32 scale a row, quantized from 16-bit weights; the input row by row."""
+    """float8_e4m3fn rows (Micikevicius et al. 2022), quantized from 16-bit weights; the input row by row too."""
 
     codes_dtype = torch.float8_e4m3fn
 
-    def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(rows, scales, bias)
-        sizes_fit = self.out_features % 16 == 0 and self.in_features % 16 == 0
-        self.answer = _scaled_product(rows.device, dtype) if sizes_fit else None
-
-    @classmethod
-    def from_linears(cls, layers: list[nn.Linear]) -> Self:
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weight = _joined([layer.weight for layer in layers])
-        return cls(*products.quantize_rows(weight.contiguous(), cls.codes_dtype), _bias(layers), weight.dtype)
+        super().__init__(*products.quantize_rows(weight, self.codes_dtype), _bias(layers))
+        sizes_fit = self.out_features % 16 == 0 and self.in_features % 16 == 0
+        self.answer = _scaled_product(weight.device, weight.dtype) if sizes_fit else None
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
         found = {} if self.answer is None else {"library": FP8.library}
         found |= {"dequantize": EightBit.dequantize}
         return found | ({"fused": EightBit.fused} if use_kernels(self.rows.device, fp8=True) else {})
 
-    def library(self, x: "torch.Tensor | Quantized", gelu: str | None, config: None = None) -> torch.Tensor:
+    def library(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
         """torch's scaled fp8 product, and bias and GELU as operators of their own."""
         codes, x_scales = self._codes(x)
-        out = torch._scaled_mm(
-            codes, self.rows.t(), scale_a=x_scales[:, None], scale_b=self.scales[None], out_dtype=self.answer
-        ).to(x.dtype)
+        scales = {"scale_a": x_scales[:, None], "scale_b": self.scales[None]}
+        out = torch._scaled_mm(codes, self.rows.t(), **scales, out_dtype=self.answer).to(x.dtype)
         return gelu_of(out if self.bias is None else out + self.bias, gelu)
-
-
-# ------------------------------------------------------------------------------------- from transformers' layers
 
 
 CLASSES = {kind.__name__: kind for kind in (Dense, NF4, Int8WeightOnly, W8A8, FP8)}  # names: `variants.Format.fused`
 
 
-def make(layers: list[nn.Linear], kind: str) -> Linear:
-    """One layer of the class `kind` of `CLASSES` with the outputs of `layers` side by side.
-
-    A single layer's tensors are shared with it, those of several are copied into one. ValueError where the stored
-    format cannot become the one asked for.
-    """
-    stored = next(
-        type_ for type_ in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, nn.Linear) if isinstance(layers[0], type_)
-    )
+def make(layers: Sequence[nn.Linear], kind: str) -> Linear:
+    """One layer of the class `kind` of `CLASSES`. ValueError where the stored format cannot become that."""
+    stored = next(k for k in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, nn.Linear) if isinstance(layers[0], k))
     if CLASSES[kind].source is not stored:
         raise ValueError(f"a {stored.__name__} cannot be computed as {kind}: load the checkpoint that holds it")
-    return CLASSES[kind].from_linears(layers)
-
-
-def _check_nf4(states: list["bnb.functional.QuantState"]) -> None:
-    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
-        raise ValueError("bitsandbytes has repacked these NF4 weights in a first pass: fuse a freshly loaded network")
-    for state in states:
-        if state.quant_type != "nf4" or state.blocksize != BLOCK:
-            raise ValueError(f"weights are {state.quant_type} in blocks of {state.blocksize}, known is nf4 in {BLOCK}")
-        if state.shape[1] % BLOCK:
-            raise ValueError(f"rows of {state.shape[1]} weights do not divide by NF4's blocks of {BLOCK}")
+    return CLASSES[kind](layers)
 
 
 def _expanded(state: "bnb.functional.QuantState") -> torch.Tensor:
     """The fp32 scale of each block of 64."""
-    if not state.nested:
+    if not state.nested:  # without double quantization
         return state.absmax.float()
     return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor of `parts` along the first dimension; a single part is not copied."""
     return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 
 
-def _bias(layers: list[nn.Linear]) -> torch.Tensor | None:
+def _bias(layers: Sequence[nn.Module]) -> torch.Tensor | None:
     return None if layers[0].bias is None else _joined([layer.bias for layer in layers])
-
-
-def _maxima(layer: bnb.nn.Linear8bitLt) -> torch.Tensor:
-    """Largest absolute value of each row; the first pass moves it from the weight to the layer's state."""
-    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import html
-import json
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,33 +24,11 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 SHOWN = ("text/html", "text/markdown", "text/latex", "text/plain", "image/png", "image/jpeg", "image/svg+xml")
 
 
-def _words(text: str) -> set[str]:
-    return set(text.split())
-
-
-# Elements that are removed with their content, and those that stay; of all others only the content stays.
-_REMOVED = _words(
-    "applet base embed form frame frameset iframe link math meta noscript object script style svg template"
-)
-_TAGS = _words(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img"
-    " ins kbd li mark ol p pre progress s samp small span strong sub summary sup table tbody td tfoot th"
-    " thead tr u ul"
-)
-_ATTRIBUTES = {
-    "*": {"class", "id", "title"},
-    **{"a": {"href"}, "img": {"src", "alt", "width", "height"}, "progress": {"value", "max"}},
-    **{"th": {"colspan", "rowspan", "scope"}, "td": {"colspan", "rowspan"}, "col": {"span"}},
-    **{"ol": {"start"}, "details": {"open"}},
-}
 _PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[a-z0-9+/=]*", re.IGNORECASE)
 
 
 class PageError(RuntimeError):
     """A notebook that cannot be read; the message names it."""
-
-
-# -------------------------------------------------------------------------------------------- sanitising
 
 
 def clean(source: str | bytes) -> str:
@@ -61,9 +37,9 @@ def clean(source: str | bytes) -> str:
 
     return nh3.clean(
         source.decode() if isinstance(source, bytes) else str(source),
-        tags=_TAGS,
-        clean_content_tags=_REMOVED,
-        attributes=_ATTRIBUTES,
+        tags=nh3.ALLOWED_TAGS | {"progress"},
+        clean_content_tags={"iframe", "math", "noscript", "object", "script", "style", "svg", "template"},
+        attributes=nh3.ALLOWED_ATTRIBUTES | {"*": {"class", "id", "title"}, "progress": {"value", "max"}},
         attribute_filter=_allowed,
         url_schemes={"http", "https", "mailto", "data"},
     )
@@ -77,11 +53,10 @@ def _allowed(tag: str, name: str, value: str) -> str | None:
     return None if name == "href" and scheme.lower().startswith("data:") else value
 
 
-# ---------------------------------------------------------------------------------------------- tidying
-
-
 def tidy(executed: NotebookNode) -> NotebookNode:
     """`executed` fit to publish: progress bars in their last state, no widgets, no path of this machine."""
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
     executed.cells = [cell for cell in executed.cells if "papermill-error-cell-tag" not in _tags(cell)]
     executed.metadata.pop("widgets", None)
     origin = executed.metadata.pop("papermill", {})
@@ -91,8 +66,12 @@ def tidy(executed: NotebookNode) -> NotebookNode:
         if "injected-parameters" in _tags(cell):
             cell.source = scrubbed(cell.source)
         if cell.cell_type == "code":
-            outputs = [output for output in cell.outputs if not _is_widget(output)]
-            tidied = [_tidy_output(output) for output in _joined(outputs)]
+            widget = "application/vnd.jupyter.widget-view+json"
+            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", ())]
+    executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # the last state of a progress bar
+    for cell in executed.cells:
+        if cell.cell_type == "code":
+            tidied = [_tidy_output(output) for output in cell.outputs]
             cell.outputs = [output for output in tidied if output.get("text", "-").strip()]  # no empty streams
     return executed
 
@@ -101,38 +80,15 @@ def _tags(cell: NotebookNode) -> Sequence[str]:
     return cell.metadata.get("tags", ())
 
 
-def _is_widget(output: NotebookNode) -> bool:
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-
-
-def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """`outputs` with consecutive pieces of one stream joined, so that a progress bar is seen whole."""
-    joined: list[NotebookNode] = []
-    for output in outputs:
-        last = joined[-1] if joined else None
-        if output.output_type == "stream" and last and last.get("name") == output.name:
-            last.text += output.text
-        else:
-            joined.append(output)
-    return joined
-
-
 def _tidy_output(output: NotebookNode) -> NotebookNode:
     if output.output_type == "stream":
-        output.text = scrubbed(last_state(output.text))
+        output.text = re.sub(r"\x1b\[\d*[A-DJK]", "", scrubbed(output.text))  # colours stay, cursor movements do not
     elif output.output_type == "error":
         output.evalue, output.traceback = scrubbed(output.evalue), scrubbed(output.traceback)
     else:
         for kind in output.data.keys() - {"image/png", "image/jpeg"}:
             output.data[kind] = scrubbed(output.data[kind])
     return output
-
-
-def last_state(text: str) -> str:
-    """`text` as a terminal would show it: a carriage return overwrites the line."""
-    text = re.sub(r"\x1b\[\d*[A-DJK]", "", text.replace("\r\n", "\n"))
-    lines = (line.rstrip("\r").rsplit("\r", maxsplit=1)[-1] for line in text.split("\n"))
-    return "\n".join(lines)
 
 
 def scrubbed(value: Any) -> Any:
@@ -171,28 +127,24 @@ def display(path: Path) -> str:
     return str(path.absolute().relative_to(root)) if path.absolute().is_relative_to(root) else str(path)
 
 
-# ---------------------------------------------------------------------------------------------- rendering
-
-
 def reports(folder: str | Path) -> list[tuple[str, str]]:
     """The study's reports in order, each with its status: done, failed (if the newest run was) or missing."""
     folder = Path(folder)
     found = [*folder.glob("[0-9]*_*.html"), *(files.project_root() / "notebooks").glob("[0-9]*_*.ipynb")]
+    stems = {path.stem.removesuffix(".failed") for path in found}
 
     def status(stem: str) -> str:
         if (folder / f"{stem}.failed.html").exists():
             return "failed"
         return "done" if (folder / f"{stem}.html").exists() else "missing"
 
-    stems = {path.stem.removesuffix(".failed") for path in found}
-    return [(stem, status(stem)) for stem in sorted(stems, key=lambda s: (int(re.match(r"\d+", s)[0]), s))]
+    return [(stem, status(stem)) for stem in sorted(stems, key=lambda stem: (int(stem.partition("_")[0]), stem))]
 
 
 def render(ipynb: str | Path) -> Path:
     """Write the page of an executed notebook beside it, `.html`: complete in itself, without scripts."""
-    ipynb = Path(ipynb)
-    page = ipynb.with_suffix(".html")
-    text = page_of(read(ipynb), page)
+    page = Path(ipynb).with_suffix(".html")
+    text = page_of(read(Path(ipynb)), page)
     with files.atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return page
@@ -233,19 +185,13 @@ def page_of(executed: NotebookNode, page: Path) -> str:
         exclude_input_prompt=True,
         exclude_output_prompt=True,
         filters={"clean_html": clean},
-        mathjax_url="",
-        require_js_url="",
-        jupyter_widgets_base_url="",
-        mermaid_js_url="",
+        **dict.fromkeys(("mathjax_url", "require_js_url", "jupyter_widgets_base_url", "mermaid_js_url"), ""),
     )
+    exporter.log.setLevel(logging.ERROR)
     # A copied study may be in a folder of any name; the notebook's parameters say which study it is.
     study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
-    siblings = [stem for stem, _ in reports(page.parent)]
-    about = {
-        **{"study": study, "name": name, "policy": POLICY},
-        "siblings": siblings if name in siblings else [*siblings, name],
-    }
-    exporter.log.setLevel(logging.ERROR)
+    siblings = list(dict.fromkeys([*(stem for stem, _ in reports(page.parent)), name]))
+    about = {"study": study, "name": name, "policy": POLICY, "siblings": siblings}
     resources = {"metadata": {"name": f"{name} – {study}"}, "report": about}
     text, _ = exporter.from_notebook_node(_shown(executed), resources)
     return text.replace(' alt="No description has been provided for this image"', ' alt=""')
@@ -253,28 +199,18 @@ def page_of(executed: NotebookNode, page: Path) -> str:
 
 def _study_of(executed: NotebookNode) -> str:
     """The value of `study` that an executed notebook was given; '' without one that can name a study."""
-    found = ""
+    found = None
     for cell in executed.cells:
-        if cell.cell_type == "code" and {"parameters", "injected-parameters"} & {*_tags(cell)}:
-            value = params.assigned(cell.source).get("study")  # papermill's own cell comes second
-            found = value.value if isinstance(value, ast.Constant) else found
-    return found if is_study(found) else ""
-
-
-def is_study(name: object) -> bool:
-    """Whether `name` can be a study's (see `files.study_folder`)."""
-    try:
-        return bool(files.study_folder(name))
-    except ValueError:
-        return False
+        if {"parameters", "injected-parameters"} & {*_tags(cell)}:
+            found = params.assigned(cell.source).get("study", found)  # papermill's own cell comes second
+    name = str(getattr(found, "value", ""))
+    return name if re.fullmatch(files.STUDY_NAME, name) else ""
 
 
 def _shown(executed: NotebookNode) -> NotebookNode:
     """A copy with what a page may hold: known kinds of output, integers as sizes of pictures."""
-    import nbformat
-
-    copy = nbformat.from_dict(json.loads(json.dumps(executed)))
-    copy.metadata = nbformat.from_dict({"language_info": {"name": "python", "pygments_lexer": "ipython3"}})
+    copy = deepcopy(executed)
+    copy.metadata = type(copy)(language_info={"name": "python", "pygments_lexer": "ipython3"})
     for cell in copy.cells:
         for output in cell.get("outputs", ()):
             if "data" in output:
@@ -289,16 +225,3 @@ def _sizes(metadata: Any) -> dict[str, int]:
     # The template writes them without quotes, so anything but an integer could become a second attribute.
     sizes = metadata if isinstance(metadata, dict) else {}
     return {key: sizes[key] for key in ("width", "height") if type(sizes.get(key)) is int}
-
-
-def marked_failed(executed: NotebookNode, at: int, cell: int, text: str) -> NotebookNode:
-    """`executed` with a banner on top and another before the cell that failed: position `at`, the `cell`-th of code."""
-    from nbformat.v4 import new_markdown_cell
-
-    stop = '<div class="alert alert-danger" id="failed-cell">It stopped in the next cell.</div>'
-    banner = (
-        f'<div class="alert alert-danger">FAILED in <a href="#failed-cell">cell {cell}</a>: {html.escape(text)}</div>'
-    )
-    executed.cells.insert(at, new_markdown_cell(stop))
-    executed.cells.insert(0, new_markdown_cell(banner))
-    return executed

@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from vitlib import variants
 
-# Told apart by colour-blind readers too; the int8 formats share a hue.
-COLOURS = {
-    **{"fp32": "#000000", "fp16": "#0072B2", "bf16": "#56B4E9", "nf4": "#D55E00"},
-    **{"int8": "#009E73", "w8a16": "#7FCDBB", "w8a8": "#00543D", "fp8": "#CC79A7"},
-}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
 _LINES = {"eager": "-", "graph": "--", "fused": ":", "fused-graph": "-."}
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8f98"
 _STYLE = {
     **{"axes.grid": True, "grid.color": "#dfe3ea", "axes.axisbelow": True, "axes.edgecolor": "#8a8f98"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
+    **{"axes.spines.top": False, "axes.spines.right": False},
 }
 
 
 def _figure(rows: int = 1, columns: int = 1, *, width: float = 8.0, height: float = 4.5, **grid: object) -> Figure:
     """A figure with `rows` × `columns` axes in `figure.axes`, sizes in inches."""
+    import matplotlib.pyplot as plt  # slow to import, and a notebook shows a figure only once pyplot is imported
+
     with plt.rc_context(_STYLE):
         figure, _ = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
     plt.close(figure)  # the notebook shows what a cell returns; an open figure would appear twice
@@ -44,25 +44,25 @@ def _look(name: str) -> dict[str, object]:
     if name not in variants.VARIANTS:
         return {"color": _GREY, "marker": "x"}
     variant = variants.VARIANTS[name]
-    colour = COLOURS[variant.weights]
-    face = "white" if variant.own_flash else colour
-    return {"color": colour, "marker": _MARKERS.get(variant.execution, "*"), "markerfacecolor": face}
+    face = "white" if variant.own_flash else variant.format.colour
+    return {"color": variant.format.colour, "marker": _MARKERS[variant.execution], "markerfacecolor": face}
 
 
-def _plain_log(*axes: object) -> None:
-    """Ticks of a log scale as plain numbers, at 1, 2 and 5 times a power of ten."""
-    for axis in axes:
-        axis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(
-            plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}".strip("0.")[:1] in "25" else "")
-        )
+def _log(axis: Axes, name: str) -> None:
+    """A log scale on `name` ("x" or "y"), with plain numbers at 1, 2 and 5 times a power of ten."""
+    axis.set(**{f"{name}scale": "log"})
+    ticks = getattr(axis, f"{name}axis")
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}".strip("0.")[:1] in "25" else "")
 
 
 def _legend(axis: Axes, **more: object) -> None:
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, **more)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False, **more)
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+def _around(rows: pd.DataFrame, column: str, scale: float = 1.0) -> np.ndarray:
+    """Distances (2, n) from a column to its bounds `<column>_low` and `<column>_high`, for `errorbar`."""
+    return scale * np.array([rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column]])
 
 
 def picture_grid(
@@ -81,19 +81,15 @@ def picture_grid(
     return figure
 
 
-# ---------------------------------------------------------------------------------------------- training
-
-
 def learning_curves(history: pd.DataFrame) -> Figure:
     """Loss in training and validation, and Top-1 and Top-5 in validation, by epoch."""
     figure = _figure(1, 2, width=10, height=3.8)
     left, right = figure.axes
-    for (column, label), colour in zip(
-        (("train_loss", "training (augmented)"), ("valid_loss", "validation")), (_BLUE, _ORANGE), strict=True
-    ):
-        left.plot(history["epoch"], history[column], marker="o", label=label, color=colour)
-    for (column, label), colour in zip((("top1", "Top-1"), ("top5", "Top-5")), (_ORANGE, _GREY), strict=True):
-        right.plot(history["epoch"], 100 * history[column], marker="o", label=label, color=colour)
+    curves = history.set_index("epoch")
+    left.plot(curves["train_loss"], marker="o", label="training (augmented)", color=_BLUE)
+    left.plot(curves["valid_loss"], marker="o", label="validation", color=_ORANGE)
+    right.plot(100 * curves["top1"], marker="o", label="Top-1", color=_ORANGE)
+    right.plot(100 * curves["top5"], marker="o", label="Top-5", color=_GREY)
     left.set(xlabel="epoch", ylabel="cross entropy (nats)", title="Loss")
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy")
     for axis in figure.axes:
@@ -102,87 +98,64 @@ def learning_curves(history: pd.DataFrame) -> Figure:
     return figure
 
 
-# -------------------------------------------------------------------------------------- table of variants
-
-
-def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float | None = None) -> Figure:
+def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Figure:
     """Top-1 minus the baseline's with its interval, against median latency; up and left is better.
 
     `margin`, a fraction of the pictures, is drawn as a band: an interval inside it is non-inferior.
     """
-    rows = _ran(table, batch)
-    low, high = (
-        100 * (rows["difference"] - rows["difference_low"]),
-        100 * (rows["difference_high"] - rows["difference"]),
-    )
-    figure = _scatter(rows, "latency_p50_ms", 100 * rows["difference"], error=(low, high))
-    (axis,) = figure.axes
+    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
+    axis = _scatter(rows, "latency_p50_ms", 100 * rows["difference"], _around(rows, "difference", 100))
     axis.axhline(0, color="black", linewidth=0.8)
-    if margin is not None:
-        axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
+    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
     axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points, 95 % interval)")
-    axis.set_title(f"Accuracy against latency, batch size {batch}")
-    return figure
+    axis.set(title=f"Accuracy against latency, batch size {batch}")
+    return axis.figure
 
 
 def size_against_memory(table: pd.DataFrame, batch: int) -> Figure:
     """Peak memory of a forward pass against the size of the weights; down and left is better."""
-    rows = _ran(table, batch)
-    figure = _scatter(rows, "model_mb", rows["peak_memory_mb"])
-    figure.axes[0].set(xlabel="weights (MB, log scale)", ylabel="weights + peak of a pass (MB)")
-    figure.axes[0].set_title(f"Size against peak memory, batch size {batch}")
-    return figure
+    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
+    axis = _scatter(rows, "model_mb", rows["peak_memory_mb"])
+    axis.set(xlabel="weights (MB, log scale)", ylabel="weights + peak of a pass (MB)")
+    axis.set_title(f"Size against peak memory, batch size {batch}")
+    return axis.figure
 
 
-def _scatter(rows: pd.DataFrame, x: str, y: pd.Series, error: tuple[pd.Series, pd.Series] | None = None) -> Figure:
-    """A point a variant on a log x axis, with vertical errors (below, above) if given."""
-    figure = _figure(width=9)
-    (axis,) = figure.axes
-    for at, name in enumerate(rows["variant"]):
-        bars = None if error is None else [[error[0].iloc[at]], [error[1].iloc[at]]]
-        axis.errorbar(
-            rows[x].iloc[at], y.iloc[at], yerr=bars, linestyle="", capsize=3, markersize=8, elinewidth=0.8,
-            label=variants.label(name), **_look(name),
-        )  # fmt: skip
-    axis.set_xscale("log")
-    _plain_log(axis.xaxis)
+def _scatter(rows: pd.DataFrame, x: str, y: pd.Series, errors: np.ndarray | None = None) -> Axes:
+    """A point a variant on a log x axis, with vertical `errors` (2, n) if given."""
+    (axis,) = _figure(width=9).axes
+    for at, (name, across, up) in enumerate(zip(rows["variant"], rows[x], y, strict=True)):
+        bars = None if errors is None else errors[:, [at]]
+        style = {"linestyle": "", "capsize": 3, "markersize": 8, "elinewidth": 0.8, **_look(name)}
+        axis.errorbar(across, up, yerr=bars, label=variants.label(name), **style)
+    _log(axis, "x")
     _legend(axis)
-    return figure
-
-
-def _ran(table: pd.DataFrame, batch: int) -> pd.DataFrame:
-    return table[(table["status"] == "ok") & (table["batch"] == batch)]
+    return axis
 
 
 def throughput_by_batch(table: pd.DataFrame) -> Figure:
     """Measured images per second by batch size, a line a variant, labelled at its end."""
-    rows = table[table["status"] == "ok"].dropna(subset="throughput_img_s")
-    names = list(dict.fromkeys(rows["variant"]))
-    figure = _figure(width=9, height=max(4.5, 0.3 * len(names) + 1))
-    (axis,) = figure.axes
-    ends = {}
-    for name in names:
-        own = rows[rows["variant"] == name].sort_values("batch")
+    rows = table[table["status"] == "ok"].dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
+    (axis,) = _figure(width=9, height=max(4.5, 0.3 * rows["variant"].nunique() + 1)).axes
+    for name, own in rows.groupby("variant", sort=False):
         line = _LINES[variants.VARIANTS[name].execution] if name in variants.VARIANTS else "-"
         axis.plot(own["batch"], own["throughput_img_s"], linestyle=line, **_look(name))
-        ends[name] = float(own["throughput_img_s"].iloc[-1])
+    _log(axis, "y")
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="batch size (log scale)", ylabel="images per second (log scale)", title="Throughput, measured")
-    axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-    _plain_log(axis.yaxis)
-    for name, height in _apart(ends, axis).items():
+    for name, height in _apart(rows.groupby("variant")["throughput_img_s"].last(), axis).items():
         axis.annotate(
             variants.label(name), (1.0, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8.5, color=_look(name)["color"],
         )  # fmt: skip
-    return figure
+    return axis.figure
 
 
 def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[str, float]:
     """Heights (fractions of the axis) of labels for lines that end at `ends`, in order and at least `gap` apart."""
     low, high = np.log(axis.get_ylim())
-    names = sorted(ends, key=ends.__getitem__)
+    names = sorted(ends.keys(), key=ends.__getitem__)
     heights = {name: float((np.log(ends[name]) - low) / (high - low)) for name in names}
     for below, name in itertools.pairwise(names):
         heights[name] = max(heights[name], heights[below] + gap)
@@ -196,20 +169,16 @@ def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[st
 def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Figure:
     """Top-1 of each variant minus the baseline's, in points, with its paired interval; the margin is a band."""
     rows = quality[quality["verdict"] != "baseline"]
-    figure = _figure(width=8, height=0.4 * len(rows) + 1.4)
-    (axis,) = figure.axes
-    for at, row in enumerate(rows.to_dict("records")):
-        error = [[row["difference"] - row["difference_low"]], [row["difference_high"] - row["difference"]]]
-        axis.errorbar(100 * row["difference"], at, xerr=100 * np.array(error), capsize=4, **_look(row["variant"]))
+    (axis,) = _figure(width=8, height=0.4 * len(rows) + 1.4).axes
+    errors = _around(rows, "difference", 100)
+    for at, (name, points) in enumerate(zip(rows["variant"], 100 * rows["difference"], strict=True)):
+        axis.errorbar(points, at, xerr=errors[:, [at]], capsize=4, **_look(name))
     axis.axvline(0, color="black", linewidth=0.8)
     axis.axvspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
     axis.set_yticks(range(len(rows)), [variants.label(name) for name in rows["variant"]])
     axis.invert_yaxis()
     axis.set(xlabel="Top-1 minus the baseline's (points), 95 % interval; shaded: within the margin")
-    return figure
-
-
-# -------------------------------------------------------------------------------------------------- speed
+    return axis.figure
 
 
 def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
@@ -217,21 +186,18 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
 
     Variants that take more than three times the median have a panel of their own, so that the others can be read.
     """
-    order = list(dict.fromkeys(kernels["variant"]))
-    sums = kernels.groupby(["variant", "part"])["device_time_us"].sum().unstack(fill_value=0).reindex(order) / 1000
-    total = sums.sum(axis=1)
-    panels = [rows for rows in (sums[total > 3 * total.median()], sums[total <= 3 * total.median()]) if len(rows)]
+    sums = kernels.pivot_table("device_time_us", "variant", "part", "sum", fill_value=0, sort=False) / 1000
+    slow = sums.sum(axis=1) > 3 * sums.sum(axis=1).median()
+    panels = [rows for rows in (sums[slow], sums[~slow]) if len(rows)]
     sizes = [len(rows) + 1.2 for rows in panels]
     figure = _figure(len(panels), width=9, height=0.34 * sum(sizes) + 1, height_ratios=sizes)
     shown = [part for part in parts if part in sums and sums[part].sum() > 0]
-    colours = plt.get_cmap("tab10").colors
     for axis, rows in zip(figure.axes, panels, strict=True):
-        left = np.zeros(len(rows))
+        names, left = [variants.label(name) for name in rows.index], np.zeros(len(rows))
         for number, part in enumerate(shown):
             label = "attention with its linears" if part == "attention" else part  # a table shows the kernel alone
-            names = [variants.label(name) for name in rows.index]
-            axis.barh(names, rows[part], left=left, label=label, color=colours[number % 10])
-            left = left + rows[part].to_numpy()
+            axis.barh(names, rows[part], left=left, label=label, color=f"C{number}")
+            left += rows[part].to_numpy()
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
     figure.axes[0].set_title("Where the device time goes")
@@ -248,12 +214,12 @@ def ladder(frame: pd.DataFrame) -> Figure:
     sizes, labels = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["label"]))
     figure = _figure(1, max(len(sizes), 1), width=3.2 + 3.4 * len(sizes), height=0.3 * len(labels) + 1.2, sharey=True)
     for axis, size in zip(figure.axes, sizes, strict=False):
-        for row in frame[frame["batch"] == size].to_dict("records"):
-            error = [[row["ms"] - row["ms_low"]], [row["ms_high"] - row["ms"]]]
-            colour = COLOURS.get(row["weights"], _GREY)
-            axis.errorbar(row["ms"], labels.index(row["label"]), xerr=error, fmt="o", capsize=3, color=colour)
-        axis.set_xscale("log")
-        _plain_log(axis.xaxis)
+        rows = frame[frame["batch"] == size]
+        errors = _around(rows, "ms")
+        for at, row in enumerate(rows.itertuples()):
+            style = {"fmt": "o", "capsize": 3, "color": COLOURS.get(row.weights, _GREY)}
+            axis.errorbar(row.ms, labels.index(row.label), xerr=errors[:, [at]], **style)
+        _log(axis, "x")
         axis.set(xlabel="median latency (ms, log scale)", title=f"batch size {size}")
     figure.axes[0].set_yticks(range(len(labels)), labels, fontsize=9)
     figure.axes[0].set_ylim(len(labels) - 0.5, -0.5)
@@ -262,47 +228,31 @@ def ladder(frame: pd.DataFrame) -> Figure:
 
 def roofline(table: pd.DataFrame) -> Figure:
     """Achieved TFLOP/s of each variant's computing parts against operations per byte, under the measured ceilings."""
+    from matplotlib.lines import Line2D
+
     rows = table[table["gflop"] > 0].assign(intensity=lambda t: 1e3 * t["gflop"] / t["mb"])
-    figure = _figure(width=9, height=5)
-    (axis,) = figure.axes
-    markers = dict(zip(sorted(rows["part"].unique()), "osD^vP", strict=False))
+    (axis,) = _figure(width=9, height=5).axes
+    markers, formats = dict(zip(sorted(rows["part"].unique()), "osD^vP", strict=False)), []
     for row in rows.to_dict("records"):
-        variant = variants.VARIANTS.get(row["variant"])
-        colour = _look(row["variant"])["color"]
-        face = colour if variant is not None and variant.fused else "white"
-        axis.plot(
-            row["intensity"], row["tflop_s"], linestyle="", markersize=7, marker=markers[row["part"]], color=colour,
-            markerfacecolor=face, zorder=3,
-        )  # fmt: skip
+        variant, colour = variants.VARIANTS.get(row["variant"]), _look(row["variant"])["color"]
+        formats += [variant.format] if variant else []
+        face = colour if variant and variant.fused else "white"
+        style = {"marker": markers[row["part"]], "markersize": 7, "color": colour, "markerfacecolor": face}
+        axis.plot(row["intensity"], row["tflop_s"], linestyle="", zorder=3, **style)
     span = np.geomspace(rows["intensity"].min() / 2, rows["intensity"].max() * 2, 100)
     for ceiling, shown in rows.groupby("ceiling_tflop_s"):
         axis.plot(span, np.minimum(ceiling, span * shown["ceiling_gb_s"].iloc[0] / 1e3), color="black", linewidth=1)
-    for near in _near(sorted(rows["ceiling_tflop_s"].dropna().unique())):
+    ceilings = np.sort(rows["ceiling_tflop_s"].dropna().unique())
+    for near in np.split(ceilings, 1 + np.flatnonzero(ceilings[1:] > 1.5 * ceilings[:-1])):  # one label: no overlap
         ends = dict.fromkeys(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (near[0], near[-1]))
         axis.annotate(f"{' – '.join(ends)} TFLOP/s", (span[-1], near[-1]), ha="right", va="bottom", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="achieved TFLOP/s")
     axis.set_title("Achieved rate and the measured ceilings")
-    formats = dict.fromkeys(v.weights for v in map(variants.VARIANTS.get, rows["variant"]) if v is not None)
-    dot = {"linestyle": "", "color": _GREY}
-    handles = [plt.Line2D([], [], marker="s", linestyle="", color=COLOURS[f], label=f.upper()) for f in formats]
-    handles += [plt.Line2D([], [], marker=marker, label=part, **dot) for part, marker in markers.items()]
-    handles += [plt.Line2D([], [], marker="o", markerfacecolor="white", label="hollow: not fused", **dot)]
-    _legend(axis, handles=handles)
-    return figure
-
-
-def _near(values: Sequence[float], factor: float = 1.5) -> list[list[float]]:
-    """Ascending values in groups within `factor` of the first: their labels would overlap."""
-    groups: list[list[float]] = []
-    for value in values:
-        if groups and value <= factor * groups[-1][0]:
-            groups[-1].append(value)
-        else:
-            groups.append([value])
-    return groups
-
-
-# ----------------------------------------------------------------------------------------------- ablation
+    entries = [{"marker": "s", "color": row.colour, "label": row.label} for row in dict.fromkeys(formats)]
+    entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
+    entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
+    _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
+    return axis.figure
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
@@ -310,46 +260,41 @@ def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
 
     The dotted line is an equal share for every block.
     """
-    figure, panels = _by_bits(blocks)
-    for axis, rows in panels:
+    for axis, rows in _by_bits(blocks):
         axis.bar(rows["block"], 100 * rows["kl_removed"], color=_BLUE)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.axhline(100 / len(rows), color=_GREY, linestyle=":")
         axis.set(xlabel="block kept in FP16/BF16", ylabel="KL that goes away (%)")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return figure
+    return axis.figure
 
 
 def alone_bars(blocks: pd.DataFrame) -> Figure:
     """By block: the KL from the unquantized network when only this block is quantized, with its interval."""
-    figure, panels = _by_bits(blocks)
-    for axis, rows in panels:
-        error = [rows["kl_alone"] - rows["kl_alone_low"], rows["kl_alone_high"] - rows["kl_alone"]]
-        axis.bar(rows["block"], rows["kl_alone"], yerr=error, capsize=2, color=_GREEN)
+    for axis, rows in _by_bits(blocks):
+        axis.bar(rows["block"], rows["kl_alone"], yerr=_around(rows, "kl_alone"), capsize=2, color=_GREEN)
         axis.set(xlabel="block quantized, all others in FP16/BF16", ylabel="mean KL (nats)")
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return figure
+    return axis.figure
 
 
 def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Figure:
     """Mean KL from the unquantized network with its interval, for a few configurations."""
-    figure, panels = _by_bits(frame[frame["kept"].isin(kept)], height=3.2)
-    for axis, rows in panels:
+    for axis, rows in _by_bits(frame[frame["kept"].isin(kept)], height=3.2):
         rows = rows.set_index("kept").reindex(kept)
-        error = [rows["logit_kl"] - rows["logit_kl_low"], rows["logit_kl_high"] - rows["logit_kl"]]
-        axis.barh(rows.index, rows["logit_kl"], xerr=error, capsize=4, color=_ORANGE)
+        axis.barh(rows.index, rows["logit_kl"], xerr=_around(rows, "logit_kl"), capsize=4, color=_ORANGE)
         axis.invert_yaxis()
         axis.set(xlabel="mean KL from the unquantized network (nats)")
-        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
-        axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
-    return figure
+        axis.locator_params(axis="x", nbins=4)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
+    return axis.figure
 
 
-def _by_bits(frame: pd.DataFrame, height: float = 3.8) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """A figure with a panel for each number of bits, and each panel with its rows."""
-    bits = sorted(frame["bits"].unique())
-    figure = _figure(1, len(bits), width=5.5 * len(bits), height=height)
-    for axis, number in zip(figure.axes, bits, strict=True):
-        axis.set_title(f"{number} bits")
-    return figure, [(axis, frame[frame["bits"] == number]) for axis, number in zip(figure.axes, bits, strict=True)]
+def _by_bits(frame: pd.DataFrame, height: float = 3.8) -> list[tuple[Axes, pd.DataFrame]]:
+    """A panel of one figure for each number of bits, with its rows."""
+    panels = list(frame.groupby("bits"))
+    figure = _figure(1, len(panels), width=5.5 * len(panels), height=height)
+    for axis, (bits, _) in zip(figure.axes, panels, strict=True):
+        axis.set_title(f"{bits} bits")
+    return [(axis, rows) for axis, (_, rows) in zip(figure.axes, panels, strict=True)]

@@ -23,19 +23,11 @@ def config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     `llm_int8_skip_modules` is the list for both formats. An empty list would mean "quantize everything", and
     transformers' own default does quantize a ViT's classifier.
     """
-    if bits == 4:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,  # its default is fp32
-            llm_int8_skip_modules=[CLASSIFIER],
-        )
-    if bits == 8:
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD, llm_int8_skip_modules=[CLASSIFIER]
-        )
-    raise ValueError(f"bitsandbytes stores weights in 4 or 8 bits, not in {bits}")
+    if bits not in (4, 8):
+        raise ValueError(f"bitsandbytes stores weights in 4 or 8 bits, not in {bits}")
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    own = {"load_in_4bit": True, **nf4} if bits == 4 else {"load_in_8bit": True, "llm_int8_threshold": INT8_THRESHOLD}
+    return BitsAndBytesConfig(**own, llm_int8_skip_modules=[CLASSIFIER])
 
 
 class Linear8bitContiguous(bnb.nn.Linear8bitLt):
@@ -50,19 +42,16 @@ def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
     weight = linear.weight.detach()
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     if bits == 4:
-        layer = bnb.nn.Linear4bit(
-            *shape, compute_dtype=weight.dtype, compress_statistics=True, quant_type="nf4", device="meta"
-        )
-        layer.weight = bnb.nn.Params4bit(
-            weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
-        ).to(weight.device)
+        nf4 = {"compress_statistics": True, "quant_type": "nf4"}
+        layer = bnb.nn.Linear4bit(*shape, compute_dtype=weight.dtype, **nf4, device="meta")
+        codes = bnb.nn.Params4bit(weight.clone(), requires_grad=False, **nf4, module=layer)
+        layer.weight = codes.to(weight.device)
         # bitsandbytes packs NF4 rows by 32 for CPUs with AVX-512 bf16 and asserts that they divide: 102 classes do not.
         layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and layer.out_features % 32 == 0
     else:
         layer = Linear8bitContiguous(*shape, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta")
-        layer.weight = bnb.nn.Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False).to(
-            weight.device
-        )
+        codes = bnb.nn.Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False)
+        layer.weight = codes.to(weight.device)
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     return layer.eval()
 
@@ -77,27 +66,10 @@ def quantized_copy(module: nn.Module, bits: int) -> nn.Module:
     return clone
 
 
-def dequantize_int8(model: nn.Module) -> nn.Module:
-    """`model` with every int8 linear replaced, in place, by a plain FP16 one with its dequantized weights.
-
-    This is what weight-only int8 computes, without its kernels: the input is not quantized. Call it before the first
-    pass, which moves the scales.
-    """
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, bnb.nn.Linear8bitLt):
-                plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-                weight = layer.weight.data.float() * (layer.weight.SCB.float() / INT8_MAX)[:, None]
-                plain.weight, plain.bias = nn.Parameter(weight.half(), requires_grad=False), layer.bias
-                setattr(parent, name, plain)
-    return model
-
-
 def keep_readable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking NF4 weights for the CPU in the first evaluation pass.
 
-    Repacked weights cannot be dequantized any more: training on them after a validation, and merging adapters into
-    them, would silently use other weights.
+    Repacked weights cannot be dequantized: training and merging adapters would silently use other weights.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

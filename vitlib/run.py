@@ -10,7 +10,7 @@ otherwise the run is kept beside them as `<notebook>.failed.ipynb` and `.failed.
 from __future__ import annotations
 
 import argparse
-import ast
+import html
 import logging
 import os
 import re
@@ -24,7 +24,13 @@ from vitlib.study import Study, StudyBusy
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
-    from traitlets.config import Config
+
+_COMMANDS = {
+    "run": "execute a notebook into the study's folder",
+    "render": "make the pages of executed notebooks again, without executing them",
+    "index": "write index.html",
+    "summary": "print the table of variants",
+}
 
 
 class ReportError(RuntimeError):
@@ -42,9 +48,6 @@ class Problem(NamedTuple):
         return ": ".join(filter(None, (f"cell {self.cell}", self.name, self.message)))
 
 
-# ---------------------------------------------------------------------------------------------- execute
-
-
 def execute(
     notebook: str | Path,
     *,
@@ -59,63 +62,58 @@ def execute(
     ReportError if any code cell did not run in order and without error; the last good report then stays.
     """
     notebook, folder = Path(notebook), Path(folder)
-    chosen = {name: parameters[name] for name in declared(notebook) if name in parameters}
-    _check_twin(notebook)
+    cells = page.read(notebook).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+    chosen = {name: parameters[name] for name in params.assigned("\n".join(tagged)) if name in parameters}
+    _check_twin(notebook, cells)
     folder.mkdir(parents=True, exist_ok=True)
     target, running = folder / f"{notebook.stem}.ipynb", folder / f".{notebook.stem}.running.ipynb"
     running.unlink(missing_ok=True)
     try:
         ended = _papermill(notebook, running, chosen, cell_timeout_s, progress)
         executed, problem = _judged(running, ended)
-        if problem is None:
-            page.write(executed, target)
-            for suffix in (".failed.ipynb", ".failed.html"):
-                target.with_suffix(suffix).unlink(missing_ok=True)
-            return target
-        failed = target.with_suffix(".failed.ipynb")
-        page.write(_marked(executed, problem), failed)
-        if ended is not None and not isinstance(ended, Exception):
-            raise ended  # Ctrl-C
-        raise ReportError(f"{notebook.stem} FAILED in {problem} (see {page.display(failed.with_suffix('.html'))})")
     finally:
         running.unlink(missing_ok=True)
+    if problem is None:
+        page.write(executed, target)
+        for suffix in (".failed.ipynb", ".failed.html"):
+            target.with_suffix(suffix).unlink(missing_ok=True)
+        return target
+    failed = target.with_suffix(".failed.ipynb")
+    page.write(_marked(executed, problem), failed)
+    if isinstance(ended, KeyboardInterrupt):
+        raise ended
+    raise ReportError(f"{notebook.stem} FAILED in {problem} (see {page.display(failed.with_suffix('.html'))})")
 
 
-def declared(notebook: str | Path) -> list[str]:
-    """The names that `notebook`'s parameters cell assigns; PageError if there is no such notebook."""
-    for cell in page.read(Path(notebook)).cells:
-        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", ()):
-            return list(params.assigned(cell.source))
-    return []
-
-
-def _check_twin(notebook: Path) -> None:
+def _check_twin(notebook: Path, cells: Sequence[NotebookNode]) -> None:
     """ReportError if the `.py` twin holds other cells: a report must come from the text that was reviewed."""
-    twin = notebook.with_suffix(".py")
-    if not twin.exists():
-        return
     import jupytext
 
-    pair = [
-        [(cell.cell_type, cell.source.strip()) for cell in side.cells if cell.source.strip()]
-        for side in (page.read(notebook), jupytext.read(twin))
-    ]
-    if pair[0] != pair[1]:
+    twin = notebook.with_suffix(".py")
+    sides = (cells, jupytext.read(twin).cells) if twin.exists() else ()
+    texts = [[(cell.cell_type, cell.source.strip()) for cell in side if cell.source.strip()] for side in sides]
+    if texts and texts[0] != texts[1]:
         raise ReportError(f"{notebook.name} and {twin.name} differ: run `make sync` (the newer one wins)")
 
 
 def _papermill(
     notebook: Path, output: Path, parameters: dict[str, Any], cell_timeout_s: int | None, progress: bool
 ) -> BaseException | None:
-    """Execute `notebook` into `output`; returns what ended it early, if anything."""
+    """Execute `notebook` into `output`; returns what ended it early, if anything: the run so far is kept."""
     import papermill
+    import zmq
+    from traitlets.config import Config
 
-    # It warns of parameters that it cannot parse (an `=` in a comment is enough); `declared` can.
+    # It warns of parameters that it cannot parse (an `=` in a comment is enough); `params.assigned` can.
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    # papermill fills `{name}` in paths from the parameters.
+    paths = (str(path.absolute()).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
+    # Encrypted channels if ZeroMQ can: otherwise other users of this machine could listen, as the kernel warns.
+    encryption = "auto" if zmq.has("curve") else "disabled"
     try:
         papermill.execute_notebook(
-            _unformatted(notebook),
-            _unformatted(output),
+            *paths,
             parameters=parameters,
             kernel_name="python3",
             cwd=str(files.project_root()),
@@ -124,24 +122,11 @@ def _papermill(
             start_timeout=120,
             execution_timeout=cell_timeout_s,
             iopub_timeout=120,  # seconds for outputs to arrive; the default of 4 is short on a busy machine
-            config=_kernel_config(),
+            config=Config({"KernelManager": {"transport_encryption": encryption}}),
         )
-    except BaseException as error:  # Ctrl-C too: the run so far is kept as a failed report
+    except (Exception, KeyboardInterrupt) as error:
         return error
     return None
-
-
-def _kernel_config() -> Config:
-    """Encrypted channels if ZeroMQ can: otherwise other users of this machine could listen, as the kernel warns."""
-    import zmq
-    from traitlets.config import Config
-
-    return Config({"KernelManager": {"transport_encryption": "auto" if zmq.has("curve") else "disabled"}})
-
-
-def _unformatted(path: Path) -> str:
-    """The path for papermill, which fills `{name}` in paths from the parameters."""
-    return str(path.absolute()).replace("{", "{{").replace("}", "}}")
 
 
 def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, Problem | None]:
@@ -153,11 +138,10 @@ def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, P
     except page.PageError as error:  # the kernel did not start, or the disk is full
         reason = f"{type(ended).__name__}: {_one_line(ended)}" if ended is not None else str(error)
         raise ReportError(f"{running.name} was not written: {reason}") from None
-    problem = None
-    if ended is None or isinstance(ended, PapermillExecutionError):
-        problem = first_problem(executed)
-    if problem is None and ended is not None:
-        problem = _crashed(executed, ended)
+    problem = first_problem(executed)
+    if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # a dead kernel, a timeout
+        started = [cell.metadata.get("papermill", {}).get("start_time") for cell in _code_cells(executed)]
+        problem = Problem(max(len(list(filter(None, started))), 1), type(ended).__name__, _one_line(ended))
     return executed, problem
 
 
@@ -178,34 +162,30 @@ def first_problem(executed: NotebookNode) -> Problem | None:
     return None
 
 
-def _crashed(executed: NotebookNode, error: BaseException) -> Problem:
-    """The problem of a run that ended from outside (dead kernel, timeout): in the last cell that was started."""
-    started = [
-        number
-        for number, cell in enumerate(_code_cells(executed), start=1)
-        if cell.metadata.get("papermill", {}).get("start_time")
-    ]
-    return Problem(max(started, default=1), type(error).__name__, _one_line(error))
-
-
 def _code_cells(executed: NotebookNode) -> list[NotebookNode]:
     """The cells that must run; Jupyter skips an empty one."""
     return [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
 def _marked(executed: NotebookNode, problem: Problem) -> NotebookNode:
-    cell = _code_cells(executed)[problem.cell - 1 :][:1]
-    at = executed.cells.index(cell[0]) if cell else len(executed.cells)
-    return page.marked_failed(executed, at, problem.cell, f"{problem.name}: {problem.message}")
+    """`executed` with a banner on top and another before the cell that failed."""
+    from nbformat.v4 import new_markdown_cell
+
+    name, message = html.escape(problem.name), html.escape(problem.message)
+    link = f'<a href="#failed-cell">cell {problem.cell}</a>'
+    stop = '<div class="alert alert-danger" id="failed-cell">It stopped in the next cell.</div>'
+    at = executed.cells.index(_code_cells(executed)[problem.cell - 1])
+    executed.cells.insert(at, new_markdown_cell(stop))
+    executed.cells.insert(
+        0, new_markdown_cell(f'<div class="alert alert-danger">FAILED in {link}: {name}: {message}</div>')
+    )
+    return executed
 
 
 def _one_line(error: object) -> str:
     """The first line of a message without colour codes, at most 300 characters."""
     lines = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", str(error)).strip().splitlines()
     return page.scrubbed(lines[0])[:300] if lines else ""
-
-
-# --------------------------------------------------------------------------------------------- dependencies
 
 
 def sources(script: str | Path, package: str = "vitlib") -> list[str]:
@@ -216,43 +196,45 @@ def sources(script: str | Path, package: str = "vitlib") -> list[str]:
     import grimp
 
     graph = grimp.build_graph(package, cache_dir=None)
-    named = set()
-    for node in ast.walk(ast.parse(Path(script).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-    direct = named & graph.modules
-    modules = direct.union(*(graph.find_upstream_modules(module) for module in direct))
+    lines = re.findall(
+        rf"^from ({package}\b[\w.]*) import (.+)", Path(script).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    named = {f"{parent}.{name.strip()}" for parent, names in lines for name in names.split(",")}
+    modules = graph.modules & {*named, *(parent for parent, _ in lines)}
+    modules = modules.union(*map(graph.find_upstream_modules, modules))
     modules |= {module.rsplit(".", up)[0] for module in modules for up in range(1, module.count(".") + 1)}
-    packages = {module for module in graph.modules if graph.find_children(module)}
-    return sorted(f"{module.replace('.', '/')}{'/__init__' if module in packages else ''}.py" for module in modules)
-
-
-# ------------------------------------------------------------------------------------------------ shell
+    ends = {module: "/__init__.py" if graph.find_children(module) else ".py" for module in modules}
+    return sorted(module.replace(".", "/") + end for module, end in ends.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 1 with one line on stderr if a report was not made."""
     parser = argparse.ArgumentParser(prog="python -m vitlib.run", description="Reports of a study.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, meaning) in _COMMANDS.items():
+    for name, meaning in _COMMANDS.items():
         command = commands.add_parser(name, help=meaning)
         if name == "run":
             command.add_argument("notebook", type=Path)
             command.add_argument("--params", type=Path, help="parameter set (default: params/<study>.yaml)")
         command.add_argument("--study", required=True, help="results go to outputs/<study>/")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # without it each kernel prints a warning
     try:
-        _COMMANDS[options.command][0](options, files.study_folder(options.study))
-    except (ReportError, page.PageError, StudyBusy, params.ParameterError, OSError, ValueError) as error:
+        folder = files.study_folder(options.study)
+        if options.command == "run":
+            _run(options, folder)
+        elif options.command == "render":
+            for ipynb in sorted(folder.glob("[0-9]*_*.ipynb")):
+                print(page.display(page.render(ipynb)))
+        else:
+            print(page.display(index.write(folder)) if options.command == "index" else index.summary(folder))
+    except (ReportError, page.PageError, StudyBusy, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _run(options: argparse.Namespace, folder: Path) -> None:
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # without it each kernel prints a warning
     values = params.load(options.params or files.project_root() / "params" / f"{options.study}.yaml")
     values |= {"study": options.study}
     with Study(params.check(values), folder).locked():
@@ -261,26 +243,6 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
         finally:
             index.write(folder)  # of a failed run too: the index must show it
 
-
-def _render(options: argparse.Namespace, folder: Path) -> None:
-    for ipynb in sorted(folder.glob("[0-9]*_*.ipynb")):
-        print(page.display(page.render(ipynb)))
-
-
-def _index(options: argparse.Namespace, folder: Path) -> None:
-    print(page.display(index.write(folder)))
-
-
-def _summary(options: argparse.Namespace, folder: Path) -> None:
-    print(index.summary(folder))
-
-
-_COMMANDS = {
-    "run": (_run, "execute a notebook into the study's folder"),
-    "render": (_render, "make the pages of executed notebooks again, without executing them"),
-    "index": (_index, "write index.html"),
-    "summary": (_summary, "print the table of variants"),
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,6 @@
-"""A study: one parameter set and everything that belongs to it. Level 0: no torch.
+"""A study: one parameter set and what belongs to it in `outputs/<name>/`: checkpoints, records and reports. No torch.
 
-A study's files lie in `outputs/<name>/`: `checkpoints/`, `records/`, `training/` and the reports. No other code joins
-these paths.
+No other code joins these paths.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from filelock import FileLock, Timeout
 
 from vitlib import files, params, records
 from vitlib.params import Parameters
-
-LOCK = ".lock"
 
 
 class StudyBusy(RuntimeError):
@@ -38,10 +35,8 @@ class Study:
 
         A notebook may assign the result to `study` and run the cell again.
         """
-        known = namespace.get("study")
-        if isinstance(known, Study):
-            namespace = {**namespace, "study": known.name}
-        return cls.of(params.collect(namespace))
+        study = namespace.get("study")
+        return cls.of(params.collect({**namespace, "study": study.name} if isinstance(study, Study) else namespace))
 
     @classmethod
     def of(cls, settings: Parameters) -> Study:
@@ -101,12 +96,9 @@ class Study:
         The operating system releases the lock of a process that was killed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / LOCK)
         try:
-            lock.acquire(blocking=False)
+            held = FileLock(self.folder / ".lock").acquire(blocking=False)
         except Timeout:
             raise StudyBusy(f"another process is running study {self.name!r}: wait for it, or stop it") from None
-        try:
+        with held:
             yield
-        finally:
-            lock.release()

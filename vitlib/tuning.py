@@ -3,10 +3,9 @@
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -23,14 +22,10 @@ COLUMNS = ("layer", "shape", "batch", "rows", "path", "config", "us", "differenc
 
 
 class Tuned(nn.Module):
-    """A part of a network with several implementations; which is fastest depends on the number of rows.
+    """A part of a network with several implementations; which is fastest depends on the number of rows."""
 
-    `rows_per_picture` is the number of rows of one picture: patches and class token, or the class token alone. `shape`
-    is what the tuning table shows of the part's sizes, `device` where it computes.
-    """
-
-    rows_per_picture = 1
-    shape: str
+    rows_per_picture = 1  # all tokens of a picture, or the class token alone
+    shape: str  # the part's sizes in words
     device: torch.device
 
     def __init__(self) -> None:
@@ -51,7 +46,7 @@ class Tuned(nn.Module):
         raise NotImplementedError
 
     def alike(self) -> tuple:
-        """Equal for parts that do the same work with other weights: `tune` times them as one."""
+        """Equal for parts that do the same work with different weights: `tune` times them as one."""
         raise NotImplementedError
 
     def choose(self, rows: int, name: str, config: tuple | None = None) -> None:
@@ -62,11 +57,11 @@ class Tuned(nn.Module):
         self.choices[rows] = found[name], config
 
     def run(self, name: str, config: tuple | None, rows: int, *inputs: object) -> torch.Tensor:
-        """What `forward` gives for `inputs` of `rows` rows through one implementation, whatever was chosen."""
+        """The result of `forward` for `inputs` of `rows` rows by one implementation, whatever was chosen."""
         return self.implementations(rows)[name](self, *inputs, config=config)
 
     def run_chosen(self, rows: int, *inputs: object) -> torch.Tensor:
-        """`run` through the chosen implementation; through the first where nothing was chosen."""
+        """`run` with the chosen implementation, or the first where nothing was chosen."""
         function, config = self.choices.get(rows) or (next(iter(self.implementations(rows).values())), None)
         return function(self, *inputs, config=config)
 
@@ -74,25 +69,19 @@ class Tuned(nn.Module):
 class Trial(NamedTuple):
     """One implementation of a part of the network that was tried for a batch size.
 
-    `part` is the class of the layer, or `ALL_BLOCKS`; `us` the microseconds of one call (NaN on a CPU or where it
-    failed), `difference` the relative difference to the reference, `note` why it is not usable ('' if it is).
+    In records the columns are called `COLUMNS`.
     """
 
-    part: str
+    part: str  # class of the layer, or `blocks.ALL_BLOCKS`
     shape: str
     batch: int
     rows: int
     implementation: str
     config: str = ""
-    us: float = float("nan")
-    difference: float = float("nan")
+    us: float = float("nan")  # microseconds of one call; NaN on a CPU or where it failed
+    difference: float = float("nan")  # relative, to the reference
     chosen: bool = False
-    note: str = ""
-
-
-def table(trials: Sequence[Trial]) -> pd.DataFrame:
-    """The trials as the record shows them, with the columns `COLUMNS`: layer is the part, path the implementation."""
-    return pd.DataFrame(trials, columns=list(COLUMNS))
+    note: str = ""  # why it is not usable
 
 
 @torch.inference_mode()
@@ -100,10 +89,9 @@ def tune(module: nn.Module, batch_sizes: Iterable[int]) -> tuple[Trial, ...]:
     """Time the implementations of every `Tuned` part of `module` for each batch size, and choose the fastest.
 
     On CUDA the parts of one shape run one after another inside a captured graph, each with its own weights, as they
-    do in a pass; small ones may stay in the GPU's cache all the same. On a CPU the first implementation is taken. An
-    implementation replaces another that is slower by more than 3 %, which is beyond the noise of ten replays. One that
-    fails here or differs from the first by more than 2 % is not chosen. Of a kernel the first `CONFIGURATIONS` that run
-    are tried, of a part that no other is like only one. RuntimeError where no implementation runs.
+    do in a pass. On a CPU the first implementation is taken. An implementation replaces another that is slower by more
+    than 3 %, the noise of ten replays, unless it fails here or differs from the first by more than 2 %. Of a kernel the
+    first `CONFIGURATIONS` that run are tried, of a part without others like it only one. RuntimeError if none runs.
     """
     groups: dict[tuple, list[Tuned]] = defaultdict(list)
     for part in module.modules():
@@ -121,9 +109,9 @@ def _tuned(parts: list[Tuned], batch: int) -> list[Trial]:
     for name in first.implementations(rows):
         left = CONFIGURATIONS if len(parts) > 1 else 1
         for config in first.configurations(rows, name):
-            found.append((_measured(parts, batch, name, config), config))
-            if not found[-1][0].note:  # one that does not run here leaves its turn to the next
-                left -= 1
+            trial = _measured(parts, batch, name, config)
+            found.append((trial, config))
+            left -= 0 if trial.note else 1  # one that does not run here leaves its turn to the next
             if not left:
                 break
     usable = [pair for pair in found if not pair[0].note]
@@ -139,18 +127,17 @@ def _tuned(parts: list[Tuned], batch: int) -> list[Trial]:
 
 def _measured(parts: list[Tuned], batch: int, name: str, config: tuple | None) -> Trial:
     """The trial of one implementation: microseconds of one call, and the relative difference to the first."""
-    first, device, rows = parts[0], parts[0].device, batch * parts[0].rows_per_picture
-    text = "" if config is None else json.dumps(config)
-    trial = Trial(type(first).__name__, first.shape, batch, rows, name, text)
-    if device.type != "cuda":
+    first, rows, times = parts[0], batch * parts[0].rows_per_picture, -(-CALLS // len(parts))
+    trial = Trial(type(first).__name__, first.shape, batch, rows, name, "" if config is None else json.dumps(config))
+    if first.device.type != "cuda":
         return trial
-    inputs, times = first.example(rows), -(-CALLS // len(parts))
+    inputs = first.example(rows)
     try:
         reference = first.run(next(iter(first.implementations(rows))), None, rows, *inputs)
         trial = trial._replace(difference=relative_error(first.run(name, config, rows, *inputs), reference))
         if not trial.difference <= AGREES:
             return trial._replace(note="differs from the reference")
-        graph, _ = captured(lambda: _each(parts * times, name, config, rows, inputs), device)
+        graph, _ = captured(lambda: _each(parts * times, name, config, rows, inputs), first.device)
         return trial._replace(us=timing.replay_us(graph) / (times * len(parts)))
     except FAILURES as error:
         return trial._replace(note=files.first_line(error))
@@ -167,16 +154,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-# ------------------------------------------------------------------------------------------------------- CUDA graphs
-
-
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream that graphs are captured on: libraries keep a workspace of 32 MB a stream.
-
-    Its priority is higher than that of a second stream in a network, whose work can wait.
-    """
-    return torch.cuda.Stream(device, priority=-1)
+    """The one stream that graphs are captured on: libraries keep a workspace of 32 MB for each stream."""
+    return torch.cuda.Stream(device, priority=-1)  # above that of the second stream, which dequantizes ahead
 
 
 def captured(call: Callable[[], object], device: torch.device) -> tuple["torch.cuda.CUDAGraph", object]:

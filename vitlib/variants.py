@@ -2,19 +2,15 @@
 
 import difflib
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "direct")  # the first three are transformers' own
-DIRECT = "direct"  # this project's: scaled dot product attention that never builds a mask, see `attention`
+DIRECT = "direct"  # this project's attention: PyTorch's, without a mask, see `attention`; the others are transformers'
+ATTENTIONS = {"eager": "unfused attention", "sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}
+ATTENTIONS |= {DIRECT: "SDPA without mask"}
 EXECUTIONS = ("eager", "graph", "fused", "fused-graph")
 GELUS = ("checkpoint", "tanh")
-_ATTENTION_WORDS = {
-    "eager": "unfused attention",
-    "sdpa": "SDPA",
-    "flash_attention_2": "FlashAttention-2",
-    DIRECT: "SDPA without mask",
-}
-_EXECUTION_WORDS = {"fused": "fused", "graph": "CUDA graph"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,6 @@ class Format:
     """
 
     name: str
-    label: str
     bits: int
     checkpoint: str
     stored: str
@@ -41,31 +36,25 @@ class Format:
     capturable: bool = True  # in a CUDA graph
     fused_only: bool = False
 
-    @property
-    def quantized(self) -> bool:
-        """Whether a weight takes less than 16 bits."""
-        return self.bits < 16
-
 
 _PLAIN = {"checkpoint": "merged", "stored": "Linear", "fused": "Dense"}
 _INT8 = {"bits": 8, "checkpoint": "int8", "stored": "Linear8bitLt", "reference": "int8"}
+_FP8 = {"bits": 8, "checkpoint": "merged", "stored": "Linear", "reference": "fp16", "product": "fp8"}
 
 # int8 is LLM.int8() with its outliers in FP16; w8a16 and w8a8 multiply the same stored rows without outliers, with FP16
 # activations or with activations quantized row by row. fp8 is quantized from the merged weights when it is loaded.
 _ROWS = (
-    Format("fp32", "FP32", 32, **_PLAIN, reference="fp32", colour="#000000", dtype="float32"),
-    Format("fp16", "FP16", 16, **_PLAIN, reference="fp16", colour="#0072B2"),
-    Format("bf16", "BF16", 16, **_PLAIN, reference="bf16", colour="#56B4E9", dtype="bfloat16"),
-    Format("nf4", "NF4", 4, "nf4", stored="Linear4bit", fused="NF4", reference="nf4", colour="#D55E00"),
-    Format("int8", "INT8", **_INT8, fused="", colour="#009E73", product="int8", capturable=False),
-    Format("w8a16", "W8A16", **_INT8, fused="Int8WeightOnly", colour="#7FCDBB", fused_only=True),
-    Format("w8a8", "W8A8", **_INT8, fused="W8A8", colour="#00543D", product="int8", fused_only=True),
-    Format(
-        *("fp8", "FP8", 8, "merged", "Linear", "FP8"),
-        **{"reference": "fp16", "colour": "#CC79A7", "product": "fp8", "capability": (8, 9), "fused_only": True},
-    ),
+    Format("fp32", 32, **_PLAIN, reference="fp32", colour="#000000", dtype="float32"),
+    Format("fp16", 16, **_PLAIN, reference="fp16", colour="#0072B2"),
+    Format("bf16", 16, **_PLAIN, reference="bf16", colour="#56B4E9", dtype="bfloat16"),
+    Format("nf4", 4, "nf4", stored="Linear4bit", fused="NF4", reference="nf4", colour="#D55E00"),
+    Format("int8", **_INT8, fused="", colour="#009E73", product="int8", capturable=False),
+    Format("w8a16", **_INT8, fused="Int8WeightOnly", colour="#7FCDBB", fused_only=True),
+    Format("w8a8", **_INT8, fused="W8A8", colour="#00543D", product="int8", fused_only=True),
+    Format("fp8", **_FP8, fused="FP8", colour="#CC79A7", capability=(8, 9), fused_only=True),
 )
 FORMATS = {row.name: row for row in _ROWS}
+_FACTORS = (FORMATS, ATTENTIONS, EXECUTIONS, GELUS)
 
 
 @dataclass(frozen=True)
@@ -82,18 +71,13 @@ class Variant:
     gelu: str = "checkpoint"
 
     def __post_init__(self) -> None:
-        for value, allowed in (
-            (self.weights, FORMATS),
-            (self.attention, ATTENTIONS),
-            (self.execution, EXECUTIONS),
-            (self.gelu, GELUS),
-        ):
+        for value, allowed in zip(astuple(self), _FACTORS, strict=True):
             if value not in allowed:
                 raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
         if self.format.fused_only and not self.fused:
             raise ValueError(f"{self.weights} weights need a fused execution (fused or fused-graph)")
         if self.fused and not self.format.fused:
-            others = [row.name for row in FORMATS.values() if row.checkpoint == self.format.checkpoint and row.fused]
+            others = [row.name for row in _ROWS if row.checkpoint == self.checkpoint and row.fused]
             raise ValueError(f"a fused network keeps no outliers in FP16: use {' or '.join(others)} for {self.weights}")
         if self.fused and self.attention != DIRECT:
             raise ValueError(f"a fused network takes the attention {DIRECT!r}; {self.attention!r} is transformers' own")
@@ -103,17 +87,14 @@ class Variant:
     @property
     def name(self) -> str:
         """`<weights>-<attention>[-<execution>][-tanh]`; `find` reads it."""
-        parts = [self.weights, self.attention]
-        parts += [self.execution] if self.execution != "eager" else []
-        parts += [self.gelu] if self.gelu != "checkpoint" else []
-        return "-".join(parts)
+        optional = [part for part in (self.execution, self.gelu) if part not in ("eager", "checkpoint")]
+        return "-".join([self.weights, self.attention, *optional])
 
     @property
     def label(self) -> str:
         """The variant in words, as pages and legends name it."""
-        parts = [] if self.execution == "eager" else self.execution.split("-")
-        words = [self.format.label, *(() if self.fused else (_ATTENTION_WORDS[self.attention],))]
-        words += [_EXECUTION_WORDS[part] for part in parts]
+        words = [self.weights.upper(), "fused" if self.fused else ATTENTIONS[self.attention]]
+        words += ["CUDA graph"] if self.graphed else []
         words += [f"{self.gelu} GELU"] if self.gelu != "checkpoint" else []
         return " · ".join(words)
 
@@ -124,7 +105,8 @@ class Variant:
 
     @property
     def quantized(self) -> bool:
-        return self.format.quantized
+        """Whether a weight takes less than 16 bits."""
+        return self.format.bits < 16
 
     @property
     def checkpoint(self) -> str:
@@ -147,32 +129,19 @@ class Variant:
         return self.attention == "flash_attention_2"
 
 
+def _legal() -> Iterator[Variant]:
+    for parts in itertools.product(*_FACTORS):
+        with suppress(ValueError):
+            yield Variant(*parts)
+
+
+VARIANTS = {variant.name: variant for variant in _legal()}  # all; `attention.not_runnable` says where each can run
+
 # What a study compares unless told otherwise. The first is the baseline that every other is compared with; fp16 and
 # bf16 are there so that precision and quantization are not confounded. The other five are those of the original study.
 BASELINE = Variant("fp32")
-DEFAULTS = (
-    BASELINE,
-    Variant("fp16"),
-    Variant("bf16"),
-    Variant("nf4"),
-    Variant("int8"),
-    Variant("nf4", "flash_attention_2"),
-    Variant("int8", "flash_attention_2"),
-)
-
-
-def _legal() -> dict[str, Variant]:
-    found = {}
-    for parts in itertools.product(FORMATS, ATTENTIONS, EXECUTIONS, GELUS):
-        try:
-            variant = Variant(*parts)
-        except ValueError:
-            continue
-        found[variant.name] = variant
-    return found
-
-
-VARIANTS = _legal()  # every variant that exists, by name; where each can run is a question for `attention.not_runnable`
+_FLASH = (Variant("nf4", "flash_attention_2"), Variant("int8", "flash_attention_2"))
+DEFAULTS = (BASELINE, *(Variant(weights) for weights in ("fp16", "bf16", "nf4", "int8")), *_FLASH)
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -182,30 +151,20 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def find(name: str) -> Variant:
-    """The variant that `name` spells: `<weights>-<attention>[-<execution>][-tanh]`.
-
-    ValueError with the reason and the nearest name that exists for any other text.
-    """
-    try:
+    """The variant called `name`; ValueError with the reason and the nearest name for any other text."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    reason, hint = "a name is <weights>-<attention>[-<execution>][-tanh]", nearest(name, list(VARIANTS))
+    if "-" in str(name):
         weights, attention, *rest = str(name).split("-")
         gelu = rest.pop() if rest and rest[-1] in GELUS else "checkpoint"
-        variant = Variant(weights, attention, "-".join(rest) or "eager", gelu)
-    except ValueError as error:
-        reason = str(error) if "-" in str(name) else "a name is <weights>-<attention>[-<execution>][-tanh]"
-        close = difflib.get_close_matches(str(name), VARIANTS, n=1, cutoff=0.5)
-        known = f"did you mean {close[0]!r}?" if close else f"one that exists is {BASELINE.name!r}"
-        raise ValueError(f"unknown variant {name!r}: {known} ({reason})") from None
-    if variant.name != name:
-        raise ValueError(f"unknown variant {name!r}: did you mean {variant.name!r}?")
-    return variant
+        try:
+            hint = f"did you mean {Variant(weights, attention, '-'.join(rest) or 'eager', gelu).name!r}?"
+        except ValueError as error:
+            reason = str(error)
+    raise ValueError(f"unknown variant {name!r}: {hint} ({reason})")
 
 
 def label(name: str) -> str:
     """The variant called `name` in words; `name` itself where there is no such variant."""
-    try:
-        return find(name).label
-    except ValueError:
-        return name
-
-
-STUDY = DEFAULTS  # the former name
+    return VARIANTS[name].label if name in VARIANTS else name

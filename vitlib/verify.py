@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vitlib import layers, profile, quantize
+from vitlib import profile, quantize
 from vitlib.fused import Block, FusedViT
-from vitlib.layers import Linear
+from vitlib.layers import Dense, Linear
 from vitlib.variants import DIRECT, Variant
 
 MB = 2**20  # "MB" is 1,048,576 bytes everywhere, as in the original study (ViT-L/16 in FP32: 1157.4)
@@ -28,36 +28,23 @@ class GateError(RuntimeError):
 
 def evidence(model: nn.Module) -> dict[str, object]:
     """What the module really is: encoder linear classes, dtypes of the other weights, attention, classifier."""
+    classifier, compute, dtypes = type(model.classifier).__name__, set(), set()
     if isinstance(model, FusedViT):
-        return _fused_evidence(model)
-    encoder = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and quantize.CLASSIFIER not in name]
-    return {
-        "encoder_linears": dict(Counter(type(m).__name__ for m in encoder)),
-        "dtypes": _names({p.dtype for p in model.parameters() if p.is_floating_point()}),
-        "compute_dtypes": _names({m.compute_dtype for m in encoder if hasattr(m, "compute_dtype")}),
-        "attention": model.config._attn_implementation,
-        "classifier": type(model.classifier).__name__,
-        "training": model.training,
-    }
-
-
-def _fused_evidence(network: FusedViT) -> dict[str, object]:
-    """The same of a fused network; what its blocks hold themselves are scales of quantized weights."""
-    other = set()
-    for module in network.modules():
-        held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        quantized = isinstance(module, (Block, Linear)) and not isinstance(module, layers.Dense)
-        other |= {tensor.dtype for name, tensor in held.items() if name == "bias" or not quantized}
-    encoder = [module for module in network.blocks.modules() if isinstance(module, Linear)]
-    dense = isinstance(network.classifier, layers.Dense)
-    return {
-        "encoder_linears": dict(Counter(type(layer).__name__ for layer in encoder)),
-        "dtypes": _names(other),
-        "compute_dtypes": [],
-        "attention": DIRECT,
-        "classifier": "Linear" if dense else type(network.classifier).__name__,
-        "training": network.training,
-    }
+        encoder, attention = [module for module in model.blocks.modules() if isinstance(module, Linear)], DIRECT
+        classifier = "Linear" if classifier == "Dense" else classifier
+        for module in model.modules():  # blocks themselves hold scales of quantized weights
+            held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            quantized = isinstance(module, (Block, Linear)) and not isinstance(module, Dense)
+            dtypes |= {tensor.dtype for name, tensor in held.items() if name == "bias" or not quantized}
+    else:
+        linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        encoder = [module for name, module in linears if quantize.CLASSIFIER not in name]
+        attention = model.config._attn_implementation
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        compute = {module.compute_dtype for module in encoder if hasattr(module, "compute_dtype")}
+    found = {"encoder_linears": dict(Counter(type(module).__name__ for module in encoder)), "dtypes": _names(dtypes)}
+    found |= {"compute_dtypes": _names(compute), "attention": attention, "classifier": classifier}
+    return found | {"training": model.training}
 
 
 def _names(dtypes: set[torch.dtype]) -> list[str]:

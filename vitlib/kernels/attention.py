@@ -19,16 +19,10 @@ class AttentionConfig(NamedTuple):
     stages: int = 1
 
 
-# For a few hundred tokens. Few: tiles of 64 rows do not fill the processors. The best on an H200 come first.
-FEW_TILES = (
-    AttentionConfig(32, 256, 4, 1),  # one step takes all tokens
-    AttentionConfig(64, 64, 4, 3),
-    AttentionConfig(32, 64, 4, 2),
-)
-MANY_TILES = (
-    AttentionConfig(64, 32, 4, 3),
-    AttentionConfig(64, 64, 4, 3),
-)
+# For a few hundred tokens. Few: tiles of 64 rows do not fill the processors. The best on an H200 come first; the first
+# of all takes all tokens in one step.
+FEW_TILES = (AttentionConfig(32, 256, 4, 1), AttentionConfig(64, 64, 4, 3), AttentionConfig(32, 64, 4, 2))
+MANY_TILES = (AttentionConfig(64, 32, 4, 3), AttentionConfig(64, 64, 4, 3))
 
 
 def attention_configs(count: int, rows: int, heads: int, device: torch.device) -> tuple[AttentionConfig, ...]:
@@ -39,29 +33,11 @@ def attention_configs(count: int, rows: int, heads: int, device: torch.device) -
 
 @jit(do_not_specialize=["rows"])
 def _attention_kernel(
-    query,
-    key,
-    value,
-    out,
-    scaling,
-    rows,
-    q_picture,
-    q_row,
-    q_head,
-    k_picture,
-    k_row,
-    k_head,
-    v_picture,
-    v_row,
-    v_head,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BW: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    query, key, value, out, scaling, rows,
+    q_picture, q_row, q_head, k_picture, k_row, k_head, v_picture, v_row, v_head,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(rows, BM)
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles  # tiles of one head share its keys in the L2 cache
     picture, head = (pair // HEADS).to(tl.int64), pair % HEADS
@@ -91,11 +67,7 @@ def _attention_kernel(
 
 
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    config: AttentionConfig | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, config: AttentionConfig | None = None
 ) -> torch.Tensor:
     """softmax(query keyᵀ · scaling) value of every head, without a mask: (n, rows, heads, width), contiguous.
 
@@ -120,7 +92,6 @@ def attention(
             *(query, key, value, out, scaling * math.log2(math.e), rows, *strides),
             **{"TOKENS": key.shape[1], "HEADS": heads, "WIDTH": width, "BW": padded},
             **{"BM": config.bm, "BN": config.bn, "WIDE": interpreted()},
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **{"num_warps": config.warps, "num_stages": config.stages},
         )
     return out

@@ -75,9 +75,7 @@ def dequantize_nf4(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
     `packed` (64 G,) uint8; `scales` (2 G,), one for each 64 weights. ValueError where sizes differ.
     """
     groups = packed.numel() // BLOCK
-    if packed.numel() % BLOCK or scales.numel() != 2 * groups or out.numel() != GROUP * groups:
-        raise ValueError(f"{packed.numel()} bytes, {scales.numel()} scales and {out.numel()} weights do not fit")
-    _check_run(packed, scales, out)
+    _check(packed.numel() == BLOCK * groups and scales.numel() == 2 * groups, packed, scales, out, GROUP * groups)
     table = _table(packed.device)
     if triton_support.missing_triton(packed.device):
         codes = torch.stack([packed.view(groups, BLOCK) >> 4, packed.view(groups, BLOCK) & 15], dim=1)
@@ -93,20 +91,20 @@ def dequantize_int8(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor)
     Products in fp32, rounded once. ValueError where sizes differ.
     """
     length = rows.numel() // max(scales.numel(), 1)
-    if length * scales.numel() != rows.numel() or out.numel() != rows.numel():
-        raise ValueError(f"{rows.numel()} rows, {scales.numel()} scales and {out.numel()} weights do not fit")
-    _check_run(rows, scales, out)
+    _check(length * scales.numel() == rows.numel(), rows, scales, out, rows.numel())
     if triton_support.missing_triton(rows.device):
         return out.copy_((rows.view(-1, length).float() * scales[:, None]).view(-1))
     block = triton.next_power_of_2(length)
     height = max(1, INT8_TILE // block)
     with torch.cuda.device_of(out):
-        _int8_kernel[(math.ceil(scales.numel() / height),)](
-            rows, scales, out, scales.numel(), LENGTH=length, BLOCK=block, HEIGHT=height, num_warps=WARPS
-        )
+        sizes = {"LENGTH": length, "BLOCK": block, "HEIGHT": height}
+        programs = (math.ceil(scales.numel() / height),)
+        _int8_kernel[programs](rows, scales, out, scales.numel(), **sizes, num_warps=WARPS)
     return out
 
 
-def _check_run(*tensors: torch.Tensor) -> None:
-    if any(tensor.ndim != 1 or not tensor.is_contiguous() or tensor.numel() >= 2**31 for tensor in tensors):
+def _check(scales_fit: bool, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, weights: int) -> None:
+    if not scales_fit or out.numel() != weights:
+        raise ValueError(f"{codes.numel()} codes, {scales.numel()} scales and {out.numel()} weights do not fit")
+    if any(tensor.ndim != 1 or not tensor.is_contiguous() or weights >= 2**31 for tensor in (codes, scales, out)):
         raise ValueError("a run is contiguous in one dimension and shorter than 2 ** 31")

@@ -1,6 +1,7 @@
 """Residual and layer norm in one kernel, whose output may be quantized to 8 bits in the same pass."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from vitlib.kernels import products
@@ -10,19 +11,9 @@ from vitlib.kernels.triton_support import FLOATS, ROW_LIMIT, check_matrix, jit, 
 
 @jit
 def _norm_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    total,
-    normed,
-    q_scale,
-    eps,
-    N: tl.constexpr,
-    BN: tl.constexpr,
-    LIMIT: tl.constexpr,
-    INTEGER: tl.constexpr,
-):
+    x, residual, weight, bias, total, normed, q_scale, eps,
+    N: tl.constexpr, BN: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr,
+):  # fmt: skip
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
     mask, at = cols < N, row * N + cols
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -40,26 +31,18 @@ def _norm_kernel(
     tl.store(normed + at, y.to(normed.dtype.element_ty), mask=mask)
 
 
-def add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(sum, normed), both (M, N): x + residual, and its layer norm with `weight` and `bias` (N,).
 
     The sum is rounded to the dtype of the residual before the norm, whose statistics are fp32. Rows longer than 4096
     take the plain form. ValueError for strided or unequal inputs.
     """
-    total, normed, _ = _norm(x, residual, weight, bias, eps, None)
-    return total, normed
+    return _norm(x, residual, weight, bias, eps)[:2]
 
 
 def add_layer_norm_quantize(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype = torch.int8,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor, Tensor]:
     """(sum (M, N), q (M, N), q_scale (M,)): `add_layer_norm` with the normed row quantized in the same pass.
 
     The row is quantized to `dtype` from fp32, without the rounding to 16 bits in between.
@@ -69,13 +52,8 @@ def add_layer_norm_quantize(
 
 
 def _norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    codes: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, codes: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     for name, tensor in (("x", x), ("residual", residual)):
         check_matrix(name, tensor, weight.shape[0], FLOATS)
     if x.shape != residual.shape:

@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from vitlib.kernels import triton_support
@@ -12,9 +13,6 @@ from vitlib.kernels.triton_support import FLOATS, ROW_LIMIT, check_matrix, check
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest absolute value of a code
 TINY = 1e-30  # a row whose largest value is smaller quantizes to zeros
-
-
-# ------------------------------------------------------------------------------------------------------ configurations
 
 
 class Config(NamedTuple):
@@ -37,16 +35,12 @@ class Config(NamedTuple):
 # fill the device.
 FEW_ROWS = 512
 FOR_FEW_ROWS = (
-    Config(64, 128, 128, 1, 4, 4),
-    Config(64, 64, 128, 0, 4, 4),
-    Config(64, 64, 128, 1, 4, 4),
-    Config(32, 64, 64, 1, 4, 3),
+    *(Config(64, 128, 128, 1, 4, 4), Config(64, 64, 128, 0, 4, 4)),
+    *(Config(64, 64, 128, 1, 4, 4), Config(32, 64, 64, 1, 4, 3)),
 )
 FOR_MANY_ROWS = (
-    Config(128, 256, 128, 1, 8, 4),
-    Config(128, 256, 128, 1, 8, 3),
-    Config(128, 128, 64, 1, 4, 4),
-    Config(64, 64, 64, 1, 4, 3),
+    *(Config(128, 256, 128, 1, 8, 4), Config(128, 256, 128, 1, 8, 3)),
+    *(Config(128, 128, 64, 1, 4, 4), Config(64, 64, 64, 1, 4, 3)),
 )
 SMALLEST = Config(32, 32, 64, 1, 4, 2)
 
@@ -57,19 +51,17 @@ def configs(m: int, n: int, k: int, shared_bytes: int = 227 * 1024, processors: 
     `shared_bytes` is what one program may use and `processors` how many the device has (defaults: Hopper). Where a
     product has few tiles the sum is split in up to 8 parts, so that every processor gets one.
     """
-    table = FOR_FEW_ROWS if m <= FEW_ROWS else FOR_MANY_ROWS
-    found = [_filled(config, m, n, k, processors) for config in table if config.shared_bytes <= shared_bytes]
+    found = []
+    for config in FOR_FEW_ROWS if m <= FEW_ROWS else FOR_MANY_ROWS:
+        tiles, split = math.ceil(m / config.bm) * math.ceil(n / config.bn), config.split_k or 1
+        while (
+            not config.split_k
+            and tiles * split * 2 <= processors * 1.25
+            and split * 2 <= min(8, math.ceil(k / config.bk))
+        ):
+            split *= 2
+        found += [config._replace(split_k=split)] if config.shared_bytes <= shared_bytes else []
     return list(dict.fromkeys(found)) or [SMALLEST]
-
-
-def _filled(config: Config, m: int, n: int, k: int, processors: int) -> Config:
-    """`config` with its free split (0) set so that the tiles fill the device."""
-    tiles, steps, split = math.ceil(m / config.bm) * math.ceil(n / config.bn), math.ceil(k / config.bk), 1
-    if config.split_k:
-        return config
-    while tiles * split * 2 <= processors * 1.25 and split * 2 <= min(8, steps):
-        split *= 2
-    return config._replace(split_k=split)
 
 
 @functools.cache
@@ -78,11 +70,7 @@ def configs_for(m: int, n: int, k: int, device: torch.device) -> list[Config]:
     if device.type != "cuda":
         return configs(m, n, k)
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return configs(m, n, k, shared, properties.multi_processor_count)
-
-
-# ------------------------------------------------------------------------------------------------------------- kernels
+    return configs(m, n, k, properties.shared_memory_per_block_optin, properties.multi_processor_count)
 
 
 @jit
@@ -106,24 +94,10 @@ def _gelu(y, GELU: tl.constexpr):
 
 @jit(do_not_specialize=["m"])
 def _product_kernel(
-    q,
-    q_scale,
-    weights,
-    scale,
-    bias,
-    out,
-    m,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STEPS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    q, q_scale, weights, scale, bias, out, m,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    PARTIALS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     tile_m, tile_n = _place(tl.program_id(0), m, N, BM, BN)
     part = tl.program_id(1)
     rows, cols, j = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -154,16 +128,9 @@ def _product_kernel(
 
 @jit(do_not_specialize=["m"])
 def _reduce_kernel(
-    partials,
-    bias,
-    out,
-    m,
-    N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BN: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-):
+    partials, bias, out, m,
+    N: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask, at = cols < N, tl.program_id(0).to(tl.int64) * N + cols
     y = tl.zeros((BN,), dtype=tl.float32)
@@ -194,13 +161,9 @@ def _quantize_kernel(x, q, q_scale, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl
     tl.store(q_scale + row, step)
 
 
-# ----------------------------------------------------------------------------------------------------------- functions
-
-
 def missing_for(dtype: torch.dtype | None, device: torch.device) -> str:
     """Why rows cannot be quantized to `dtype` by a kernel on `device`, '' if they can."""
-    check = triton_support.missing_fp8 if dtype == torch.float8_e4m3fn else triton_support.missing_triton
-    return check(device)
+    return (triton_support.missing_fp8 if dtype == torch.float8_e4m3fn else triton_support.missing_triton)(device)
 
 
 def check_codes(dtype: torch.dtype) -> None:
@@ -209,7 +172,7 @@ def check_codes(dtype: torch.dtype) -> None:
         raise ValueError(f"rows are quantized to {' or '.join(map(str, LIMITS))}, not {dtype}")
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """(q (M, K) int8 or float8_e4m3fn, scale (M,) fp32), x ≈ q · scale: symmetric, each row by its largest value.
 
     Rows longer than 4096 take the plain form. ValueError for another `dtype` or a strided x.
@@ -222,13 +185,12 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     q = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _quantize_kernel[(m,)](
-            *(x, q, scale, k, triton.next_power_of_2(k), LIMITS[dtype], dtype == torch.int8), num_warps=4
-        )
+        sizes = k, triton.next_power_of_2(k)
+        _quantize_kernel[(m,)](x, q, scale, *sizes, LIMITS[dtype], dtype == torch.int8, num_warps=4)
     return q, scale
 
 
-def plain_quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of fp32 values (M, K) in PyTorch."""
     limit, largest = LIMITS[dtype], values.abs().amax(dim=1)
     inverse = torch.where(largest > TINY, limit / largest.clamp_min(TINY), torch.zeros_like(largest))
@@ -237,15 +199,9 @@ def plain_quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tens
 
 
 def linear_8bit(
-    q: torch.Tensor,
-    q_scale: torch.Tensor,
-    rows: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    gelu: str | None = None,
-    dtype: torch.dtype = torch.float16,
-    config: Config | None = None,
-) -> torch.Tensor:
+    q: Tensor, q_scale: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None = None,
+    gelu: str | None = None, dtype: torch.dtype = torch.float16, config: Config | None = None,
+) -> Tensor:  # fmt: skip
     """(M, N) of `dtype`: (q · q_scale) times (rows · scale)ᵀ, plus `bias` (N,), through the GELU "tanh" or "erf".
 
     q (M, K) and rows (N, K) are both int8 (summed in int32) or both float8_e4m3fn (in fp32); q_scale (M,) and
@@ -275,13 +231,12 @@ def linear_8bit(
             **{"N": n, "K": k, "BM": config.bm, "BN": config.bn, "BK": config.bk},
             **{"STEPS": math.ceil(math.ceil(k / config.bk) / config.split_k), "PARTIALS": parts},
             **{"BIAS": bias is not None, "GELU": gelu or "", "SUM": tl.int32 if integer else tl.float32},
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **{"num_warps": config.warps, "num_stages": config.stages},
         )
         return _reduced(out, bias, gelu, dtype) if parts else out
 
 
-def _reduced(partials: torch.Tensor, bias: torch.Tensor | None, gelu: str | None, dtype: torch.dtype) -> torch.Tensor:
+def _reduced(partials: Tensor, bias: Tensor | None, gelu: str | None, dtype: torch.dtype) -> Tensor:
     """(M, N) of `dtype`: the sum over parts (S, M, N) fp32, plus `bias` (N,), through GELU where asked."""
     split, m, n = partials.shape
     out = torch.empty(m, n, dtype=dtype, device=partials.device)

@@ -37,14 +37,7 @@ def missing_triton(device: torch.device) -> str:
     """Why the Triton kernels cannot run on `device` ('' if they can): then the plain PyTorch forms run."""
     if triton is None:
         return "the package triton is not installed"
-    if interpreted() != (not isinstance(_probe, triton.JITFunction)):
-        return "TRITON_INTERPRET was set after triton was imported: set it before"
     return "" if device.type == "cuda" or interpreted() else "Triton kernels need a CUDA device"
-
-
-@jit
-def _probe():
-    pass
 
 
 @functools.cache
@@ -71,9 +64,9 @@ def _too_old(device: torch.device, capability: tuple[int, int], what: str, cards
 def check_matrix(name: str, tensor: torch.Tensor, columns: int | None = None, dtypes: tuple = ()) -> None:
     """ValueError unless `tensor` is a contiguous matrix (rows are read at stride K) within reach of 32-bit offsets."""
     if tensor.ndim != 2 or not tensor.is_contiguous():
+        found = f"it is {tuple(tensor.shape)} with strides {tensor.stride()}"
         raise ValueError(
-            f"{name} must be a contiguous matrix, this one is {tuple(tensor.shape)} with strides {tensor.stride()}: "
-            "pass .contiguous(), leading dimensions flattened"
+            f"{name} must be a contiguous matrix, {found}: pass .contiguous(), flattened to two dimensions"
         )
     if columns is not None and tensor.shape[1] != columns:
         raise ValueError(f"{name} has {tensor.shape[1]} columns, {columns} were expected")
