@@ -27,9 +27,6 @@ class Interval(NamedTuple):
     high: float
 
 
-UNKNOWN = Interval(math.nan, math.nan, math.nan)
-
-
 class McNemar(NamedTuple):
     """Images the variant lost and gained against the baseline, and the exact two-sided p."""
 
@@ -39,22 +36,19 @@ class McNemar(NamedTuple):
 
 
 class SplitHalf(NamedTuple):
-    """Rank correlation between halves of the images, and what it says of all of them (Spearman–Brown).
-
-    Of `splits` random halvings, `undefined` have no correlation, as all blocks tie in a half.
-    """
+    """Rank correlation between random halves of the images (see `split_half_correlation`)."""
 
     correlation: float
-    corrected: float
+    corrected: float  # for all images (Spearman–Brown)
     splits: int
-    undefined: int
+    undefined: int  # of the splits: all blocks tie in a half
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % bounds of a proportion `right / n` by the score interval; NaN for n = 0.
 
-    Unlike the Wald interval it stays inside [0, 1] and keeps its coverage near 100 % accuracy
-    (Wilson, JASA 22, 1927; method 3 of Newcombe, Statist. Med. 17, 1998). ValueError unless 0 <= right <= n.
+    It keeps its coverage near 100 % accuracy (Wilson, JASA 22, 1927; method 3 of Newcombe, Statist. Med. 17, 1998).
+    ValueError unless 0 <= right <= n.
     """
     if not 0 <= right <= n:
         raise ValueError(f"wilson needs 0 <= right <= n, got right={right}, n={n}")
@@ -84,14 +78,14 @@ def paired_difference(baseline_right: ArrayLike, variant_right: ArrayLike) -> In
     """
     lost, gained, n = _discordant(baseline_right, variant_right)
     if n == 0:
-        return UNKNOWN
+        return Interval(math.nan, math.nan, math.nan)
     z = float(scipy.stats.norm.ppf(0.975))
 
     def upper(gained: int, lost: int) -> float:
         """Largest difference that the data do not reject: there the score falls to -z."""
-        start = (gained - lost) / n
-        if start == 1.0:
+        if gained == n:
             return 1.0
+        start = (gained - lost) / n
         return float(scipy.optimize.brentq(lambda d: _tango_score(d, gained, lost, n) + z, start, 1 - 1e-12))
 
     return Interval((gained - lost) / n, low=-upper(lost, gained), high=upper(gained, lost))
@@ -113,19 +107,17 @@ def _tango_score(difference: float, gained: int, lost: int, n: int) -> float:
     return distance / math.sqrt(variance) if variance > 0 else 0.0
 
 
-def smallest_detectable_difference(n: int, discordant_rate: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true accuracy difference (a fraction) that McNemar's test on n images finds with `power`.
+def smallest_detectable_difference(n: int, discordant_rate: float) -> float:
+    """Smallest true accuracy difference d (a fraction) that McNemar's 5 % test on n images finds with a power of 80 %.
 
-    `discordant_rate` is the share of images on which the two models disagree in correctness. Solves
-    n d^2 = (z_(1-alpha/2) sqrt(r) + z_power sqrt(r - d^2))^2 for d, the sample-size formula of Miettinen
-    (Biometrics 24, 1968) and Connor (Biometrics 43, 1987), in closed form: it is quadratic in d.
-    NaN where no difference can be found, since d cannot exceed the discordant rate.
-
-    ValueError unless n > 0, 0 <= discordant_rate <= 1, 0 < alpha < 1 and 0.5 <= power < 1.
+    `discordant_rate` r is the share of images on which the two models disagree in correctness. Solves the quadratic
+    n d^2 = (z_alpha sqrt(r) + z_power sqrt(r - d^2))^2, the sample-size formula of Miettinen (Biometrics 24, 1968) and
+    Connor (Biometrics 43, 1987). NaN where no d up to the discordant rate can be found. ValueError unless n > 0 and
+    0 <= discordant_rate <= 1.
     """
-    if not (n > 0 and 0 <= discordant_rate <= 1 and 0 < alpha < 1 and 0.5 <= power < 1):
-        raise ValueError("needs n > 0, discordant_rate in [0, 1], alpha in (0, 1) and power in [0.5, 1)")
-    z_alpha, z_power = (float(z) for z in scipy.stats.norm.ppf([1 - alpha / 2, power]))
+    if not (n > 0 and 0 <= discordant_rate <= 1):
+        raise ValueError(f"needs n > 0 and discordant_rate in [0, 1], got {n} and {discordant_rate}")
+    z_alpha, z_power = (float(z) for z in scipy.stats.norm.ppf([0.975, 0.8]))
     a, b = n + z_power**2, z_alpha * math.sqrt(n * discordant_rate)
     c = discordant_rate * (z_alpha**2 - z_power**2)
     difference = (b + math.sqrt(max(b * b - a * c, 0.0))) / a
@@ -167,9 +159,8 @@ def verdict(*, difference: Interval, p_adjusted: float, margin: float) -> str:
     2. "non-inferior" if the interval's lower bound is above -margin.
     3. "not shown" otherwise: no difference was found, nor was a relevant loss excluded. NaN ends here.
 
-    An interval of width zero is no evidence: the bootstrap gives it when no pair is discordant, however few images
-    there are. A 95 % interval makes rule 2 a one-sided test at 2.5 %, not adjusted for the number of rows.
-    ValueError unless margin > 0.
+    An interval of width zero is no evidence: the bootstrap gives it when no pair is discordant. A 95 % interval makes
+    rule 2 a one-sided test at 2.5 %, not adjusted for the number of rows. ValueError unless margin > 0.
     """
     if not margin > 0:
         raise ValueError(f"margin must be a positive number in the unit of the difference, got {margin}")
@@ -195,16 +186,9 @@ def paired_bootstrap(
     estimate = float(np.asarray(statistic(*arrays, axis=0))) if n else math.nan
     if n < 2 or np.isnan(arrays).any():
         return Interval(estimate, math.nan, math.nan)
-    bounds = scipy.stats.bootstrap(
-        arrays,
-        statistic,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=resamples,
-        batch=250,  # a few MB of resampled values at a time
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    how = {"n_resamples": resamples, "batch": 250, "rng": np.random.default_rng(seed)}  # a batch takes a few MB
+    found = scipy.stats.bootstrap(arrays, statistic, paired=True, vectorized=True, method="percentile", **how)
+    bounds = found.confidence_interval
     return Interval(estimate, float(bounds.low), float(bounds.high))
 
 
@@ -215,9 +199,7 @@ def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, s
     Spearman correlations of the two rankings are averaged. A half has half the images, so `corrected` is
     the Spearman–Brown estimate for all of them (Brit. J. Psychol. 3, 1910), written 2 r / (1 + |r|) so that
     it stays in [-1, 1] for a negative r as well. A half in which all blocks tie ranks nothing: such splits are
-    left out of the mean and counted. NaN if no split is left.
-
-    ValueError for fewer than two blocks or two images.
+    left out of the mean and counted. NaN if no split is left. ValueError for fewer than two blocks or two images.
     """
     values = np.asarray(per_image_values, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2:
@@ -241,9 +223,7 @@ def samples_needed(q: float) -> int:
     The smallest n at which at least two samples are beyond the true percentile with 99 % probability, whatever the
     distribution: 1 - n q^(n-1) + (n-1) q^n >= 0.99. The second-largest sample then bounds the percentile from above,
     so that it need not rest on one outlier (Wilks, Ann. Math. Statist. 12, 1941). Below the median the other tail
-    counts. The median needs one sample, by decision: `median_interval` shows its uncertainty.
-
-    ValueError unless 0 < q < 100.
+    counts. The median needs one sample, by decision. ValueError unless 0 < q < 100.
     """
     if not 0 < q < 100:
         raise ValueError(f"a percentile must be between 0 and 100, got {q}")
@@ -274,9 +254,8 @@ def times_faster(baseline_by_round: Sequence[ArrayLike], variant_by_round: Seque
     """How many times faster a variant is than the baseline: the ratio of their median latencies, above 1 if faster.
 
     Both inputs hold the latencies of each round, in any unit; round i of both was measured side by side. The estimate
-    is the ratio of the two medians that `median_interval` gives; its 95 % interval resamples rounds, and both
-    sides of a round together. Bounds are NaN for a single round. ValueError if the numbers of rounds differ or a
-    latency is not positive and finite.
+    is the ratio of the medians of `median_interval`; its 95 % interval resamples rounds, both sides together. Bounds
+    are NaN for a single round. ValueError if the numbers of rounds differ or a latency is not positive and finite.
     """
 
     def ratio(before: NDArray, after: NDArray, axis: int) -> NDArray:
@@ -290,19 +269,16 @@ def hodges_lehmann(values: ArrayLike) -> Interval:
 
     The estimate is the median of the n (n + 1) / 2 averages of pairs, and the bounds are two of those
     averages, by the normal approximation of the signed-rank distribution; infinite when n is too small for
-    any bound. Source: Hodges & Lehmann, Ann. Math. Statist. 34, 1963. NaN for no values.
+    any bound. Source: Hodges & Lehmann, Ann. Math. Statist. 34, 1963.
     """
     x = np.asarray(values, dtype=np.float64)
     n = len(x)
-    if n == 0:
-        return UNKNOWN
     i, j = np.triu_indices(n)
     averages = np.sort((x[i] + x[j]) / 2)
     z = float(scipy.stats.norm.ppf(0.975))
     skipped = math.floor(n * (n + 1) / 4 - z * math.sqrt(n * (n + 1) * (2 * n + 1) / 24))
-    if skipped < 0:
-        return Interval(float(np.median(averages)), -math.inf, math.inf)
-    return Interval(float(np.median(averages)), float(averages[skipped]), float(averages[-1 - skipped]))
+    low, high = (averages[skipped], averages[-1 - skipped]) if skipped >= 0 else (-math.inf, math.inf)
+    return Interval(float(np.median(averages)), float(low), float(high))
 
 
 def same_or_slower(baseline_rounds: Sequence[ArrayLike], variant_rounds: Sequence[ArrayLike]) -> str:
@@ -320,9 +296,8 @@ def same_or_slower(baseline_rounds: Sequence[ArrayLike], variant_rounds: Sequenc
 
     With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples
     call A/A the same and a 2 % slowdown slower in 99 of 100 runs; 12 rounds find the slowdown in 87, and with
-    one sample a round it takes 40 rounds. tests/test_stats.py simulates the first of these.
-
-    ValueError if the numbers of rounds differ or a latency is not positive and finite.
+    one sample a round it takes 40 rounds. tests/test_stats.py simulates the first of these. ValueError as in
+    `times_faster`.
     """
     before, after = _latencies(baseline_rounds, variant_rounds)
     if len(before) < MINIMUM_ROUNDS:
@@ -355,8 +330,7 @@ def kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDAr
     """KL(softmax(baseline) || softmax(variant)) of each image in nats; (n, classes) twice in, (n,) out.
 
     Computed in float64 from log-softmax, so that large logits neither overflow nor turn into log(0). A logit that is
-    NaN or +inf makes its image NaN. Source: Kullback & Leibler, Ann. Math. Statist. 22, 1951. ValueError if shapes
-    differ.
+    NaN or +inf makes its image NaN. ValueError if shapes differ.
     """
     before, after = (np.asarray(logits, dtype=np.float64) for logits in (baseline_logits, variant_logits))
     if before.shape != after.shape or before.ndim != 2:
@@ -394,15 +368,11 @@ def topk_right(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> NDArray[np.b
 
 def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
     """Share of images whose label is among the k largest logits (see `topk_right`); NaN for no images."""
-    right = topk_right(logits, labels, k)
-    return float(right.mean()) if right.size else math.nan
+    return float(right.mean()) if (right := topk_right(logits, labels, k)).size else math.nan
 
 
 def f1_weighted(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """F1 of each class averaged by its share of the labels; (n,) twice in; NaN for no images.
-
-    A class that is never predicted counts with F1 = 0. ValueError if shapes differ.
-    """
+    """F1 of each class, 0 if never predicted, averaged by its share of the labels; (n,) twice in; NaN for no images."""
     from sklearn.metrics import f1_score  # a second of import time, for this function only
 
     truth, guess = _paired(labels, predictions)
