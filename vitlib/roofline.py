@@ -8,7 +8,7 @@ products, as PyTorch's counter has them; bytes are those that must move if every
 import functools
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -25,8 +25,7 @@ NOT_MEASURED = "ceiling not measured"
 SHARE_LIMIT = 1.05  # of the floor: beyond it, either ceiling is lower than what the hardware can do
 
 
-@dataclass(frozen=True)
-class Ceilings:
+class Ceilings(NamedTuple):
     """Measured peaks of one device."""
 
     tflops: dict[str, float]  # of a large linear layer by dtype; int8 and fp8 are absent where no such product runs
