@@ -109,8 +109,3 @@ def test_chosen_implementations_have_a_column_a_batch_size():
     (found,) = benchmark.chosen(pd.DataFrame(rows)).to_dict("records")
     assert (found["batch size 1 (µs)"], found["batch size 8 (µs)"]) == (5.0, 9.0)
     assert benchmark.chosen(pd.DataFrame()).empty
-
-
-def test_calls_of_a_round_are_a_range():
-    assert benchmark.calls_of(pd.Series([2, 14, 40])) == "2 to 40 (median 14)"
-    assert benchmark.calls_of(pd.Series([7, 7])) == "7"

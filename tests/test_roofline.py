@@ -3,26 +3,33 @@
 import pandas as pd
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitlib import checkpoint, roofline
 from vitlib.sources import Labels
 
+SIZES = {"batch": 1, "bytes_per_weight": 2, "bytes_per_value": 2}
 
-def test_vit_large_does_123_gflop_a_picture():
+
+@pytest.fixture(scope="module")
+def network():
     with torch.device("meta"):
-        config = checkpoint.new("vit-large", image_size=224, labels=Labels(*[tuple(map(str, range(102)))] * 2)).config
-    counted = roofline.work(config, batch=1, bytes_per_weight=2, bytes_per_value=2)
+        return checkpoint.new("vit-large", image_size=224, labels=Labels(*[tuple(map(str, range(102)))] * 2))
+
+
+def test_operations_are_those_that_pytorch_counts(network):
+    counted = roofline.work(network.config, **SIZES, class_token_only=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval().float()(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counted["gflop"].sum() == pytest.approx(counter.get_total_flops() / 1e9)
     assert counted["gflop"].sum() == pytest.approx(123.1, abs=0.1)
     weights = counted.loc[["attention", "mlp"], "mb"].sum() * 1e6
     assert weights > 24 * 12 * 1024**2 * 2  # every weight moves at least once
 
 
-def test_a_fused_network_does_less_in_its_last_block():
+def test_a_fused_network_does_less_in_its_last_block(network):
     """Keys and values of all patches, everything else for the class token."""
-    with torch.device("meta"):
-        config = checkpoint.new("vit-large", image_size=224, labels=Labels(("a", "b"), ("a", "b"))).config
-    sizes = {"batch": 1, "bytes_per_weight": 2, "bytes_per_value": 2}
-    full, less = roofline.work(config, **sizes), roofline.work(config, **sizes, class_token_only=True)
+    full, less = (roofline.work(network.config, **SIZES, class_token_only=only) for only in (False, True))
     query_and_output, scores, mlp = 2 * 2 * 1024**2, 2 * 2 * 197 * 1024, 2 * 2 * 1024 * 4096
     assert (full - less)["gflop"].sum() == pytest.approx(196 * (query_and_output + scores + mlp) / 1e9)
     assert (full - less).loc["patch embedding"].abs().sum() == 0

@@ -12,12 +12,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from vitlib import stats
+from vitlib.stats import Interval
 
 CLOCKS_AGREE = 0.02  # relative difference of wall clock and device events
 SIMULATED = 100  # comparisons of a run's own samples
 FOUND = 95  # of them that must come out right
-
-# ------------------------------------------------------------------------------------------------------ accuracy
 
 
 def accuracy(
@@ -36,46 +35,27 @@ def accuracy(
     frame["holm_p"] = np.nan
     frame.loc[other, "holm_p"] = stats.holm(frame.loc[other, "mcnemar_p"].to_numpy())
     bounds = zip(frame["difference"], frame["difference_low"], frame["difference_high"], frame["holm_p"], strict=True)
-    verdicts = [
-        stats.verdict(difference=stats.Interval(d, low, high), p_adjusted=p, margin=margin)
-        for d, low, high, p in bounds
-    ]
+    verdicts = [stats.verdict(difference=Interval(*each), p_adjusted=p, margin=margin) for *each, p in bounds]
     return frame.assign(verdict=np.where(other, verdicts, "baseline"))
 
 
 def _accuracy_row(name: str, found: NDArray, base: NDArray, labels: NDArray, seed: int) -> dict[str, object]:
     right, base_right = (stats.topk_right(values, labels, 1) for values in (found, base))
-    low, high = stats.wilson(int(right.sum()), len(labels))
     test, score = stats.mcnemar(base_right, right), stats.paired_difference(base_right, right)
     resampled = stats.paired_bootstrap(right.astype(float) - base_right.astype(float), seed=seed)
     kl = stats.paired_bootstrap(stats.kl_divergence(base, found), seed=seed)
     predicted, expected = found.argmax(axis=1), base.argmax(axis=1)
-    return {
-        "variant": name,
-        "n": len(labels),
-        "right": int(right.sum()),
-        "top1": right.mean(),
-        "top1_low": low,
-        "top1_high": high,
-        "top5": stats.topk_accuracy(found, labels, 5),
-        "f1_weighted": stats.f1_weighted(labels, predicted),
-        "agreement_with_baseline": float((predicted == expected).mean()),
-        "flips": stats.flips(expected, predicted),
-        "lost": test.lost,
-        "gained": test.gained,
-        "mcnemar_p": test.p,
-        "difference": score.estimate,
-        "difference_low": score.low,
-        "difference_high": score.high,
-        "bootstrap_low": resampled.low,
-        "bootstrap_high": resampled.high,
-        "logit_kl": kl.estimate,
-        "logit_kl_low": kl.low,
-        "logit_kl_high": kl.high,
-    }
+    row = {"variant": name, "n": len(labels), "right": int(right.sum())}
+    row |= _with_bounds("top1", Interval(right.mean(), *stats.wilson(int(right.sum()), len(labels))))
+    row |= {"top5": stats.topk_accuracy(found, labels, 5), "f1_weighted": stats.f1_weighted(labels, predicted)}
+    row |= {"agreement_with_baseline": float((predicted == expected).mean()), "flips": stats.flips(expected, predicted)}
+    row |= {"lost": test.lost, "gained": test.gained, "mcnemar_p": test.p} | _with_bounds("difference", score)
+    row |= {"bootstrap_low": resampled.low, "bootstrap_high": resampled.high}
+    return row | _with_bounds("logit_kl", kl)
 
 
-# --------------------------------------------------------------------------------------------------------- speed
+def _with_bounds(column: str, interval: Interval) -> dict[str, float]:
+    return dict(zip((column, f"{column}_low", f"{column}_high"), interval, strict=True))
 
 
 def rounds_of(latencies: pd.DataFrame, variant: str, batch: int) -> list[NDArray]:
@@ -89,8 +69,7 @@ def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> 
 
     `latency_p50_ms` is the median of the rounds' medians, with its interval in `latency_low_ms` and `latency_high_ms`;
     P95 and P99 are of all samples, where these are enough (see `stats.samples_needed`). `times_baseline` is
-    `stats.times_faster`, `against_baseline` the verdict of `stats.same_or_slower`. `latency_note` gives the difference
-    of wall clock and device events where it exceeds 2 %.
+    `stats.times_faster`, `against_baseline` `stats.same_or_slower`, `latency_note` `clock_note`.
     """
     rows = []
     for (variant, batch), part in latencies.groupby(["variant", "batch"], sort=False):
@@ -98,46 +77,33 @@ def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> 
         median, times = stats.median_interval(own), stats.times_faster(base, own)
         same = (throughputs["variant"] == variant) & (throughputs["batch"] == batch)
         rates = stats.paired_bootstrap(throughputs.loc[same, "throughput_img_s"], statistic=np.median)
-        rows.append(
-            {
-                "variant": variant,
-                "batch": batch,
-                "latency_mean_ms": part["latency_ms"].mean(),
-                "latency_p50_ms": median.estimate,
-                **{f"latency_p{q}_ms": stats.percentile(part["latency_ms"], q) for q in (95, 99)},
-                "latency_low_ms": median.low,
-                "latency_high_ms": median.high,
-                "samples": len(part),
-                "rounds": len(own),
-                "latency_note": clock_note(part),
-                "times_baseline": times.estimate,
-                "times_baseline_low": times.low,
-                "times_baseline_high": times.high,
-                "against_baseline": "" if variant == baseline else stats.same_or_slower(base, own),
-                "throughput_img_s": rates.estimate,
-                "throughput_low_img_s": rates.low,
-                "throughput_high_img_s": rates.high,
-            }
-        )
+        row = {"variant": variant, "batch": batch, "latency_mean_ms": part["latency_ms"].mean()}
+        row |= {"latency_p50_ms": median.estimate}
+        row |= {f"latency_p{q}_ms": stats.percentile(part["latency_ms"], q) for q in (95, 99)}
+        row |= {"latency_low_ms": median.low, "latency_high_ms": median.high, "samples": len(part)}
+        row |= {"rounds": len(own), "latency_note": clock_note(part), **_with_bounds("times_baseline", times)}
+        row |= {"against_baseline": "" if variant == baseline else stats.same_or_slower(base, own)}
+        row |= {"throughput_img_s": rates.estimate, "throughput_low_img_s": rates.low}
+        rows.append(row | {"throughput_high_img_s": rates.high})
     return pd.DataFrame(rows)
 
 
-def in_words(times: stats.Interval, verdict: str, rounds: int) -> str:
+def in_words(times: Interval, verdict: str, rounds: int) -> str:
     """A comparison of latencies as a clause: "7.3 times faster (7.1 … 7.4)"; `times` is that of `stats.times_faster`.
 
     `verdict` is that of `stats.same_or_slower`. With too few rounds for a verdict the ratio is given only where its
     interval excludes 1.
     """
-    few = f"too few rounds to tell ({stats.MINIMUM_ROUNDS} needed, {rounds} run)"
     if verdict == stats.TOO_FEW_ROUNDS:
-        sized = times.low > 1 or times.high < 1  # False for NaN
-        return f"{_ratio(times)} (only {rounds} rounds, not tested)" if sized else few
+        if times.low > 1 or times.high < 1:  # False for NaN
+            return f"{_ratio(times)} (only {rounds} rounds, not tested)"
+        return f"too few rounds to tell ({stats.MINIMUM_ROUNDS} needed, {rounds} run)"
     if verdict in ("faster", "slower"):
         return _ratio(times)
     return "equally fast within 2 %" if verdict == "same" else "not shown to differ"
 
 
-def _ratio(times: stats.Interval) -> str:
+def _ratio(times: Interval) -> str:
     faster = times.estimate >= 1
     shown = times if faster else (1 / times.estimate, 1 / times.high, 1 / times.low)
     digits = 2 if shown[0] < 2 else 1 if shown[0] < 100 else 0
@@ -165,9 +131,6 @@ def clock_note(samples: pd.DataFrame) -> str:
     return f"wall clock {(wall - device) * 1e3:+.0f} µs from device events: the CPU's launch and wake-up"
 
 
-# ------------------------------------------------------------------------------------------------------ validity
-
-
 def validity(
     latencies: pd.DataFrame, baseline: str, *, facts: Mapping[str, str], errors: Mapping[str, tuple[float, float]]
 ) -> pd.DataFrame:
@@ -177,12 +140,12 @@ def validity(
     run's own samples: in each round one random half of the baseline's calls is compared with the other half (nothing
     changed), and with the other half made 2 % slower.
     """
-    per_round = latencies.groupby(["variant", "batch", "round"]).size()
-    rounds = latencies["round"].nunique()
+    per_round, rounds = latencies.groupby(["variant", "batch", "round"]).size(), latencies["round"].nunique()
+    calls = f"{per_round.min()} to {per_round.max()} (median {per_round.median():.0f})"  # slow variants have few
     notes = sum(bool(clock_note(part)) for _, part in latencies.groupby(["variant", "batch"]))
     enough = rounds >= stats.MINIMUM_ROUNDS
     rows = [
-        ("rounds in random order × calls", f"{rounds} × {calls_of(per_round)}", f"≥ {stats.MINIMUM_ROUNDS}", enough),
+        ("rounds in random order × calls", f"{rounds} × {calls}", f"≥ {stats.MINIMUM_ROUNDS}", enough),
         *((what, f"{100 * f:.2f} %", f"< {100 * limit:g} %", f < limit) for what, (f, limit) in errors.items()),
     ]
     for batch in dict.fromkeys(latencies["batch"]):
@@ -202,12 +165,6 @@ def failed(checks: pd.DataFrame) -> str:
         return ""
     named = "; ".join(f"*{check}*" for check in missed)
     return f"**Failed checks**: {named}. This run does not establish differences as small as these checks ask for."
-
-
-def calls_of(per_round: pd.Series) -> str:
-    """The number of calls in a round: its range and median. Slow variants have few calls in the time of a round."""
-    low, high = per_round.min(), per_round.max()
-    return f"{low}" if low == high else f"{low} to {high} (median {per_round.median():.0f})"
 
 
 def simulated(by_round: list[NDArray], seed: int = 0) -> tuple[int, int]:

@@ -217,7 +217,7 @@ def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> p
         loaded = bench.engines[variant.name].loaded
         counted = roofline.work(
             loaded.model.config,
-            batch=study.settings.profile_batch_size,
+            study.settings.profile_batch_size,
             bytes_per_weight=verify.encoder_bytes_per_weight(loaded.model),
             bytes_per_value=loaded.dtype.itemsize,
             class_token_only=variant.fused,

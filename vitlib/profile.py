@@ -29,19 +29,10 @@ _RANGES = {
     modeling_vit.ViTLayer: "residual",
     nn.LayerNorm: "norm",
 }
-# bitsandbytes operators that only convert between number formats; its matrix products stay with their layer.
+# bitsandbytes operators (prefixes) that only convert between number formats; its matrix products stay with their layer.
 _QUANTIZATION = tuple(
     f"bitsandbytes::{name}"
-    for name in (
-        "dequantize_4bit",
-        "dequantize_blockwise",
-        "quantize_4bit",
-        "quantize_blockwise",
-        "int8_vectorwise_quant",
-        "int8_double_quant",
-        "int8_vectorwise_dequant",
-        "int8_mm_dequant",
-    )
+    for name in ("dequantize_", "quantize_", "int8_vectorwise_", "int8_double_quant", "int8_mm_dequant")
 )
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")  # calls of the driver, not operators
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone", "Memcpy")

@@ -1,65 +1,64 @@
 """What a forward pass must do at least, and what the hardware can do at most.
 
 The roofline model (Williams et al. 2009): a part of the network can run no faster than its floating-point operations
-at the measured peak rate, nor than its bytes at the measured memory bandwidth. Operations are counted by PyTorch in a
-pass of the plain network; bytes are those that must move if every tensor is read and written once.
+at the measured peak rate, nor than its bytes at the measured memory bandwidth. Operations are those of the matrix
+products, as PyTorch's counter has them; bytes are those that must move if every tensor is read and written once.
 """
 
 import functools
-import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PretrainedConfig, ViTConfig, ViTForImageClassification
+from transformers import PretrainedConfig
 
 from vitlib import timing
 from vitlib.timing import Budget
+
+Product = Callable[[int, torch.device], Callable[[], torch.Tensor]]  # (side, device) -> what multiplies
 
 LINEARS = ("attention", "mlp")  # parts whose products are 8-bit where a variant multiplies in 8 bits
 NOT_MEASURED = "ceiling not measured"
 SHARE_LIMIT = 1.05  # of the floor: beyond it, either ceiling is lower than what the hardware can do
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured peaks of one device: a large linear layer by dtype, and a large copy (bytes read and written).
+class Ceilings(NamedTuple):
+    """Measured peaks of one device."""
 
-    `tflops["int8"]` counts integer operations; it and `tflops["fp8"]` are absent where no such product runs.
-    """
-
-    tflops: dict[str, float]
-    gb_s: float
+    tflops: dict[str, float]  # of a large linear layer by dtype; int8 and fp8 are absent where no such product runs
+    gb_s: float  # of a large copy, bytes read and written
 
 
 def ceilings(device: torch.device) -> Ceilings:
     """Measure both peaks on `device` with random data (zeros run faster); takes under two seconds.
 
-    The product is the one that a linear layer computes, x wᵀ: on a CPU, x w in FP16 takes another kernel, which is many
-    times slower. On a CPU the peak is the best of several sizes, since matrices that fit its cache are faster.
+    On a CPU the peak is the best of several sizes, since matrices that fit its cache are faster.
     """
     cuda = device.type == "cuda"
     sides, numbers = ((8192,), 2**30) if cuda else ((128, 256, 512, 1024), 2**25)
-    side, tflops = sides[-1], {}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        tflops[str(dtype).removeprefix("torch.")] = max(_linear_tflops(size, dtype, device) for size in sides)
-    if cuda:
-        for name, product in (("int8", int8_product), ("fp8", fp8_product)):
-            with suppress(RuntimeError, AttributeError, TypeError, ValueError):  # not on this card, or in this torch
-                tflops[name] = 2 * side**3 / _seconds(product(side, device), device) / 1e12
+    tflops = {}
+    for name in ("float32", "float16", "bfloat16"):
+        product = functools.partial(linear_product, dtype=getattr(torch, name))
+        tflops[name] = max(_tflops(product, side, device) for side in sides)
+    for name, product in (("int8", int8_product), ("fp8", fp8_product)) if cuda else ():
+        with suppress(RuntimeError, ValueError):  # not on this card
+            tflops[name] = _tflops(product, sides[-1], device)
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
-    copied = _seconds(lambda: target.copy_(source), device)
-    return Ceilings(tflops, 2 * source.nbytes / copied / 1e9)
+    return Ceilings(tflops, 2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e9)
 
 
-def _linear_tflops(side: int, dtype: torch.dtype, device: torch.device) -> float:
+def _tflops(product: Product, side: int, device: torch.device) -> float:
+    return 2 * side**3 / _seconds(product(side, device), device) / 1e12
+
+
+def linear_product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """A call that computes x wᵀ as a linear layer does; x w in FP16 has another, far slower kernel on a CPU."""
     x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / _seconds(lambda: F.linear(x, weight), device) / 1e12
+    return lambda: F.linear(x, weight)
 
 
 def int8_product(side: int, device: torch.device) -> Callable[[], torch.Tensor]:
@@ -81,12 +80,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def work(
-    config: PretrainedConfig,
-    *,
-    batch: int,
-    bytes_per_weight: float,
-    bytes_per_value: int,
-    class_token_only: bool = False,
+    config: PretrainedConfig, batch: int, *, bytes_per_weight: float, bytes_per_value: int, class_token_only: bool
 ) -> pd.DataFrame:
     """Floating-point operations and least bytes of one pass over `batch` pictures, by part of a ViT.
 
@@ -95,47 +89,29 @@ def work(
     `class_token_only`: the last block computes only keys and values for every patch, as a fused network does.
     """
     hidden, blocks, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
-    patches = (config.image_size // config.patch_size) ** 2
-    rows, pixels = batch * (patches + 1), 3 * config.patch_size**2
+    patches, pixels = (config.image_size // config.patch_size) ** 2, 3 * config.patch_size**2
+    tokens, rows = patches + 1, batch * (patches + 1)
+    wide = blocks - (1 - 1 / tokens) if class_token_only else blocks  # blocks, by the share of their rows
     state = rows * hidden * bytes_per_value  # the hidden states once
-    # Blocks counted by their rows: with the class token only, the last block's share is one row of each picture.
-    wide = blocks - (1 - 1 / (patches + 1)) if class_token_only else blocks
-    least_bytes = {
-        "patch embedding": batch * patches * pixels * bytes_per_value + 2 * state,
-        "attention": blocks * 4 * hidden**2 * bytes_per_weight + (wide + blocks) * 6 * state,
-        "mlp": blocks * 2 * hidden * mlp * bytes_per_weight + wide * 2 * state * (1 + mlp / hidden),
-        "norm": (2 * blocks + 1) * 2 * state,
-        "residual": 2 * blocks * 3 * state,
-        "head": batch * hidden * bytes_per_value,
+    parts = {
+        "patch embedding": (
+            2 * batch * patches * pixels * hidden,
+            batch * patches * pixels * bytes_per_value + 2 * state,
+        ),
+        "attention": (
+            4 * rows * hidden * (hidden * (wide + blocks) + tokens * wide),
+            blocks * 4 * hidden**2 * bytes_per_weight + (wide + blocks) * 6 * state,
+        ),
+        "mlp": (
+            4 * rows * hidden * mlp * wide,
+            blocks * 2 * hidden * mlp * bytes_per_weight + wide * 2 * state * (1 + mlp / hidden),
+        ),
+        "norm": (0, (2 * blocks + 1) * 2 * state),
+        "residual": (0, 2 * blocks * 3 * state),
+        "head": (2 * batch * hidden * config.num_labels, batch * hidden * bytes_per_value),
     }
-    counted = pd.DataFrame({"gflop": operations(config, batch, class_token_only), "mb": least_bytes})
-    return counted.loc[list(least_bytes)].fillna(0).mul({"gflop": 1e-9, "mb": 1e-6})
-
-
-def operations(config: PretrainedConfig, batch: int, class_token_only: bool = False) -> dict[str, float]:
-    """Floating-point operations of the matrix products of one pass, by part; no weight is allocated."""
-    own, last = _counted(json.dumps(config.to_dict(), default=str), batch), config.num_hidden_layers - 1
-    total = {"patch embedding": own["vit.embeddings"], "head": own["classifier"], "attention": 0.0, "mlp": 0.0}
-    for number in range(config.num_hidden_layers):
-        layer, tokens = f"vit.layers.{number}", (config.image_size // config.patch_size) ** 2 + 1
-        left = 1 / tokens if number == last and class_token_only else 1.0
-        keys_and_values = own[f"{layer}.attention.k_proj"] + own[f"{layer}.attention.v_proj"]
-        total["attention"] += keys_and_values + left * (own[f"{layer}.attention"] - keys_and_values)
-        total["mlp"] += left * own[f"{layer}.mlp"]
-    return total
-
-
-@functools.cache  # all variants of a study are one architecture
-def _counted(config: str, batch: int) -> dict[str, int]:
-    """Operations by module name of the plain network that `config`, a JSON text, describes."""
-    plain = ViTConfig.from_dict(json.loads(config))
-    with torch.device("meta"):
-        network = ViTForImageClassification._from_config(plain, attn_implementation="eager").eval()
-        pixel_values = torch.empty(batch, 3, plain.image_size, plain.image_size)
-    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
-        network(pixel_values)
-    counts = {name: sum(each.values()) for name, each in counter.get_flop_counts().items()}
-    return {name.removeprefix("ViTForImageClassification."): count for name, count in counts.items()}
+    counted = pd.DataFrame.from_dict(parts, orient="index", columns=["gflop", "mb"], dtype=float)
+    return counted * [1e-9, 1e-6]
 
 
 def achieved(
@@ -144,11 +120,10 @@ def achieved(
     """`counted` with the time of each part, its TFLOP/s and GB/s, the floor that the roofline sets, and their ratio.
 
     `floor_us` is the larger of operations over peak rate and bytes over bandwidth; `share_of_floor` is floor over time:
-    1 is as fast as this hardware allows. A share over 1.05 means that a ceiling was not found (a part may also read
-    from the cache, which is faster than the copy): `bound` is then NOT_MEASURED and the share NaN. Parts that compute
-    nothing of the network's (quantization, copy) have their time only. `dtype` names the peak rate, `linears` that of
-    LINEARS where it is another and was measured; the scores of attention, a small share of its operations, are then
-    compared with a rate that is too high for them.
+    1 is as fast as this hardware allows. A share over SHARE_LIMIT means that a ceiling was not found (a part may read
+    from the cache, which is faster than the copy): `bound` is then NOT_MEASURED and the share NaN. Parts without
+    operations or bytes of their own (quantization, copy) have their time only. `dtype` names the peak rate, `linears`
+    that of LINEARS where it is another and was measured; attention's scores are then compared with too high a rate.
     """
     frame = counted.reindex(device_time_us.index).join(device_time_us.rename("device_time_us"))
     rates = {part: peak.tflops.get(linears if part in LINEARS else dtype, peak.tflops[dtype]) for part in frame.index}

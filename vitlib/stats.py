@@ -1,9 +1,7 @@
 """Statistics of the study: intervals, paired tests, and what may be concluded from them.
 
-Everything is paired: the baseline and the variant see the same images, or are timed in the same round. That
-is what makes a difference of eight images in 818, or of two percent in a latency, a question with an answer.
-Numpy arrays go in, plain floats and small named tuples come out. A number that could not be measured is NaN,
-never 0.
+Everything is paired: the baseline and the variant see the same images, or are timed in the same round. Numpy arrays go
+in, plain floats and small named tuples come out. A number that could not be measured is NaN, never 0.
 """
 
 from __future__ import annotations
@@ -13,16 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its submodules load when first used, which takes seconds
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special, stats
 
-SIGNIFICANCE = 0.05
-"""Level of the Holm-adjusted p-value below which a row is called different."""
-
-MINIMUM_ROUNDS = 8
-"""Rounds that `same_or_slower` needs: the smallest signed-rank p of n rounds is 2 / 2^n, and n = 8 is the first with
-p < 0.01."""
-
+SIGNIFICANCE = 0.05  # of the Holm-adjusted p-value; a row below it is called different
+MINIMUM_ROUNDS = 8  # the smallest signed-rank p of n rounds is 2 / 2^n; n = 8 is the first with p < 0.01
 TOO_FEW_ROUNDS = "too few rounds"
 
 
@@ -43,33 +36,25 @@ class McNemar(NamedTuple):
 
 
 class SplitHalf(NamedTuple):
-    """Rank correlation between halves of the images, and what it says of all of them (Spearman–Brown).
-
-    Of `splits` random halvings, `undefined` have no correlation, as all blocks tie in a half.
-    """
+    """Rank correlation between random halves of the images (see `split_half_correlation`)."""
 
     correlation: float
-    corrected: float
+    corrected: float  # for all images (Spearman–Brown)
     splits: int
-    undefined: int
+    undefined: int  # of the splits: all blocks tie in a half
 
 
-# ---------------------------------------------------------------------------------------------- proportions
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % bounds of a proportion `right / n` by the score interval; NaN for n = 0.
 
-
-def wilson(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Bounds of a proportion `right / n` by the score interval; NaN for n = 0.
-
-    Unlike the Wald interval it stays inside [0, 1] and keeps its coverage near 100 % accuracy
-    (Wilson, JASA 22, 1927; method 3 of Newcombe, Statist. Med. 17, 1998).
-
-    Raises ValueError unless 0 <= right <= n.
+    It keeps its coverage near 100 % accuracy (Wilson, JASA 22, 1927; method 3 of Newcombe, Statist. Med. 17, 1998).
+    ValueError unless 0 <= right <= n.
     """
     if not 0 <= right <= n:
         raise ValueError(f"wilson needs 0 <= right <= n, got right={right}, n={n}")
     if n == 0:
         return math.nan, math.nan
-    bounds = stats.binomtest(int(right), int(n)).proportion_ci(confidence_level=confidence, method="wilson")
+    bounds = scipy.stats.binomtest(int(right), int(n)).proportion_ci(method="wilson")
     return float(bounds.low), float(bounds.high)
 
 
@@ -77,39 +62,39 @@ def mcnemar(baseline_right: ArrayLike, variant_right: ArrayLike) -> McNemar:
     """Exact two-sided McNemar test on the discordant pairs; both inputs bool, shape (n_images,).
 
     Given their number, lost pairs are Binomial(lost + gained, 1/2) if the two models are equally accurate
-    (McNemar, Psychometrika 12, 1947). Without discordant pairs p = 1. Raises ValueError if shapes differ.
+    (McNemar, Psychometrika 12, 1947). Without discordant pairs p = 1. ValueError if shapes differ.
     """
-    before, after = _paired(baseline_right, variant_right, dtype=bool)
-    lost = int(np.count_nonzero(before & ~after))
-    gained = int(np.count_nonzero(~before & after))
-    p = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    return McNemar(lost=lost, gained=gained, p=float(p))
+    lost, gained, _ = _discordant(baseline_right, variant_right)
+    p = scipy.stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    return McNemar(lost, gained, float(p))
 
 
-def paired_difference(baseline_right: ArrayLike, variant_right: ArrayLike, *, confidence: float = 0.95) -> Interval:
-    """Difference of accuracy, variant minus baseline, as a fraction, with the paired score interval.
+def paired_difference(baseline_right: ArrayLike, variant_right: ArrayLike) -> Interval:
+    """Difference of accuracy, variant minus baseline, as a fraction, with the paired 95 % score interval.
 
-    Both inputs bool, shape (n_images,). The bootstrap of the same difference has width zero when no pair is
-    discordant, as if ten images proved as much as ten thousand; here the bounds are then +-z^2 / (n + z^2).
-    Source: Tango, Statist. Med. 17, 1998. NaN for no images; ValueError if shapes differ.
+    Both inputs bool, shape (n_images,). Where no pair is discordant the bootstrap of this difference has width zero;
+    here the bounds are then +-z^2 / (n + z^2). Source: Tango, Statist. Med. 17, 1998. NaN for no images; ValueError if
+    shapes differ.
     """
-    before, after = _paired(baseline_right, variant_right, dtype=bool)
-    n = len(before)
+    lost, gained, n = _discordant(baseline_right, variant_right)
     if n == 0:
         return Interval(math.nan, math.nan, math.nan)
-    lost = int(np.count_nonzero(before & ~after))
-    gained = int(np.count_nonzero(~before & after))
-    estimate = (gained - lost) / n
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = float(scipy.stats.norm.ppf(0.975))
 
     def upper(gained: int, lost: int) -> float:
         """Largest difference that the data do not reject: there the score falls to -z."""
-        start = (gained - lost) / n
-        if start == 1.0:
+        if gained == n:
             return 1.0
-        return float(optimize.brentq(lambda d: _tango_score(d, gained, lost, n) + z, start, 1 - 1e-12))
+        start = (gained - lost) / n
+        return float(scipy.optimize.brentq(lambda d: _tango_score(d, gained, lost, n) + z, start, 1 - 1e-12))
 
-    return Interval(estimate=estimate, low=-upper(lost, gained), high=upper(gained, lost))
+    return Interval((gained - lost) / n, low=-upper(lost, gained), high=upper(gained, lost))
+
+
+def _discordant(baseline_right: ArrayLike, variant_right: ArrayLike) -> tuple[int, int, int]:
+    """Numbers of images that were lost, gained, and of all."""
+    before, after = _paired(baseline_right, variant_right, dtype=bool)
+    return int(np.count_nonzero(before & ~after)), int(np.count_nonzero(~before & after)), len(before)
 
 
 def _tango_score(difference: float, gained: int, lost: int, n: int) -> float:
@@ -122,47 +107,39 @@ def _tango_score(difference: float, gained: int, lost: int, n: int) -> float:
     return distance / math.sqrt(variance) if variance > 0 else 0.0
 
 
-def smallest_detectable_difference(n: int, discordant_rate: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true accuracy difference (a fraction) that McNemar's test on n images finds with `power`.
+def smallest_detectable_difference(n: int, discordant_rate: float) -> float:
+    """Smallest true accuracy difference d (a fraction) that McNemar's 5 % test on n images finds with a power of 80 %.
 
-    `discordant_rate` is the share of images on which the two models disagree in correctness. Solves
-    n d^2 = (z_(1-alpha/2) sqrt(r) + z_power sqrt(r - d^2))^2 for d, the sample-size formula of Miettinen
-    (Biometrics 24, 1968) and Connor (Biometrics 43, 1987), in closed form: it is quadratic in d.
-    NaN where no difference can be found, since d cannot exceed the discordant rate.
-
-    Raises ValueError unless n > 0, 0 <= discordant_rate <= 1, 0 < alpha < 1 and 0.5 <= power < 1.
+    `discordant_rate` r is the share of images on which the two models disagree in correctness. Solves the quadratic
+    n d^2 = (z_alpha sqrt(r) + z_power sqrt(r - d^2))^2, the sample-size formula of Miettinen (Biometrics 24, 1968) and
+    Connor (Biometrics 43, 1987). NaN where no d up to the discordant rate can be found. ValueError unless n > 0 and
+    0 <= discordant_rate <= 1.
     """
-    if not (n > 0 and 0 <= discordant_rate <= 1 and 0 < alpha < 1 and 0.5 <= power < 1):
-        raise ValueError("needs n > 0, discordant_rate in [0, 1], alpha in (0, 1) and power in [0.5, 1)")
-    z_alpha, z_power = (float(z) for z in stats.norm.ppf([1 - alpha / 2, power]))
+    if not (n > 0 and 0 <= discordant_rate <= 1):
+        raise ValueError(f"needs n > 0 and discordant_rate in [0, 1], got {n} and {discordant_rate}")
+    z_alpha, z_power = (float(z) for z in scipy.stats.norm.ppf([0.975, 0.8]))
     a, b = n + z_power**2, z_alpha * math.sqrt(n * discordant_rate)
     c = discordant_rate * (z_alpha**2 - z_power**2)
     difference = (b + math.sqrt(max(b * b - a * c, 0.0))) / a
     return difference if 0 < difference <= discordant_rate else math.nan
 
 
-def fewest_significant(tests: int, *, alpha: float = SIGNIFICANCE) -> int:
-    """Fewest images that must all change to the same side for a Holm-adjusted p below `alpha` of `tests` tests.
+def fewest_significant(tests: int) -> int:
+    """Fewest images that must all change to the same side for a Holm-adjusted p below SIGNIFICANCE of `tests` tests.
 
     With k discordant pairs on one side and none on the other, McNemar's exact p is 2^(1-k), the smallest that a
     difference of k images can have; Holm multiplies the smallest p by `tests`. ValueError unless tests > 0.
     """
     if tests < 1:
         raise ValueError(f"expected at least one test, got {tests}")
-    pictures = 1
-    while tests * 2.0 ** (1 - pictures) >= alpha:
-        pictures += 1
-    return pictures
-
-
-# ------------------------------------------------------------------------------- several tests, and verdicts
+    return 2 + math.floor(math.log2(tests / SIGNIFICANCE))  # the first k with tests * 2^(1-k) < SIGNIFICANCE
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """Holm's step-down adjusted p-values, in the order given; shape (n_tests,) in and out.
 
     Valid under any dependence of the tests, and these share their images (Holm, Scand. J. Statist. 6, 1979).
-    NaN stands for a row that was not run: it stays NaN and does not count as a test.
+    NaN is a row that was not run: it stays NaN and does not count as a test.
     """
     p = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(p.shape, np.nan)
@@ -178,18 +155,12 @@ def verdict(*, difference: Interval, p_adjusted: float, margin: float) -> str:
 
     `difference` is variant minus baseline, in the unit of `margin`, the largest loss that would be accepted.
 
-    1. "different" if the Holm-adjusted p is below 0.05. It comes first: a row that is significantly
-       different and also inside the margin is called different, because a found difference must not hide
-       behind a margin; sign and size are read from the interval beside it. A significant gain is different
-       too.
-    2. "non-inferior" if the interval's lower bound lies above -margin.
+    1. "different" if the Holm-adjusted p is below SIGNIFICANCE, also for a gain and for a loss inside the margin.
+    2. "non-inferior" if the interval's lower bound is above -margin.
     3. "not shown" otherwise: no difference was found, nor was a relevant loss excluded. NaN ends here.
 
-    An interval of width zero counts as no evidence: that is what the bootstrap answers when no pair is
-    discordant, however few images there are. `paired_difference` has a bound in that case too. A 95 %
-    interval makes rule 2 a one-sided test at 2.5 %, not adjusted for the number of rows.
-
-    Raises ValueError unless margin > 0.
+    An interval of width zero is no evidence: the bootstrap gives it when no pair is discordant. A 95 % interval makes
+    rule 2 a one-sided test at 2.5 %, not adjusted for the number of rows. ValueError unless margin > 0.
     """
     if not margin > 0:
         raise ValueError(f"margin must be a positive number in the unit of the difference, got {margin}")
@@ -199,79 +170,46 @@ def verdict(*, difference: Interval, p_adjusted: float, margin: float) -> str:
     return "non-inferior" if informative and difference.low > -margin else "not shown"
 
 
-# ---------------------------------------------------------------------------------------------- resampling
-
-
 def paired_bootstrap(
-    values: ArrayLike,
-    *,
-    statistic: Callable[..., ArrayLike] = np.mean,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    *paired: ArrayLike, statistic: Callable[..., ArrayLike] = np.mean, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of a statistic of per-image values, shape (n_images,).
+    """Percentile bootstrap interval (95 %) of `statistic(*paired, axis=)` of per-image values, each (n_images,).
 
-    The values are already paired, such as the difference of correctness or the KL of each image: resampling an image
-    resamples both models. `statistic` is called with `axis=` as np.mean and np.median are. One value has no spread to
-    resample: its bounds are NaN, and so is everything for no value or a NaN. ValueError unless one-dimensional.
+    All arrays are resampled together: resampling an image resamples both models. One value has no spread to resample:
+    its bounds are NaN, and so is everything for no value or a NaN. ValueError unless one-dimensional.
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"expected per-image values of shape (n_images,), got {values.shape}")
-    return _bootstrap((values,), statistic, resamples=resamples, confidence=confidence, seed=seed)
-
-
-def _bootstrap(
-    paired: tuple[NDArray, ...],
-    statistic: Callable[..., ArrayLike],
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """`statistic(*paired, axis=)` with its percentile interval; the arrays, each (n,), are resampled together."""
-    n = len(paired[0])
-    estimate = float(np.asarray(statistic(*paired, axis=0))) if n else math.nan
-    if n < 2 or any(np.isnan(values).any() for values in paired):
+    arrays = tuple(np.asarray(values, dtype=np.float64) for values in paired)
+    if any(values.ndim != 1 for values in arrays):
+        raise ValueError(f"expected per-image values of shape (n_images,), got {[v.shape for v in arrays]}")
+    n = len(arrays[0])
+    estimate = float(np.asarray(statistic(*arrays, axis=0))) if n else math.nan
+    if n < 2 or np.isnan(arrays).any():
         return Interval(estimate, math.nan, math.nan)
-    bounds = stats.bootstrap(
-        paired,
-        statistic,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=resamples,
-        confidence_level=confidence,
-        batch=250,  # a few MB of resampled values at a time
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    how = {"n_resamples": resamples, "batch": 250, "rng": np.random.default_rng(seed)}  # a batch takes a few MB
+    found = scipy.stats.bootstrap(arrays, statistic, paired=True, vectorized=True, method="percentile", **how)
+    bounds = found.confidence_interval
     return Interval(estimate, float(bounds.low), float(bounds.high))
 
 
 def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, seed: int = 0) -> SplitHalf:
-    """How far a ranking of blocks would repeat itself on other images; input (n_blocks, n_images).
+    """How well a ranking of blocks repeats itself on other images; input (n_blocks, n_images).
 
     The images are split at random `repeats` times; blocks are ranked by their mean in either half, and the
     Spearman correlations of the two rankings are averaged. A half has half the images, so `corrected` is
     the Spearman–Brown estimate for all of them (Brit. J. Psychol. 3, 1910), written 2 r / (1 + |r|) so that
     it stays in [-1, 1] for a negative r as well. A half in which all blocks tie ranks nothing: such splits are
-    left out of the mean and counted. NaN if no split is left.
-
-    Raises ValueError for fewer than two blocks or two images.
+    left out of the mean and counted. NaN if no split is left. ValueError for fewer than two blocks or two images.
     """
     values = np.asarray(per_image_values, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2:
         raise ValueError(f"expected (n_blocks, n_images), both at least 2, got {values.shape}")
-    n_images = values.shape[1]
-    first = np.arange(n_images) < n_images // 2
+    first = np.arange(values.shape[1]) < values.shape[1] // 2
     masks = np.random.default_rng(seed).permuted(np.tile(first, (repeats, 1)), axis=1)
-    ranks = [
-        stats.rankdata(half @ values.T / half.sum(axis=1, keepdims=True), axis=1)
-        for half in (masks.astype(np.float64), (~masks).astype(np.float64))
-    ]
-    a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
+    halves = (mask.astype(np.float64) for mask in (masks, ~masks))
+    means = (half @ values.T / half.sum(axis=1, keepdims=True) for half in halves)
+    ranks = (scipy.stats.rankdata(mean, axis=1) for mean in means)
+    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore", divide="ignore"):
         each = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
     defined = each[~np.isnan(each)]
@@ -279,26 +217,20 @@ def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, s
     return SplitHalf(r, 2 * r / (1 + abs(r)), splits=repeats, undefined=repeats - defined.size)
 
 
-# --------------------------------------------------------------------------------------------------- timing
-
-
-def samples_needed(q: float, *, confidence: float = 0.99) -> int:
+def samples_needed(q: float) -> int:
     """Samples below which the q-th percentile (q in percent) is not reported: 64 for P90, 130 for P95, 662 for P99.
 
     The smallest n at which at least two samples are beyond the true percentile with 99 % probability, whatever the
     distribution: 1 - n q^(n-1) + (n-1) q^n >= 0.99. The second-largest sample then bounds the percentile from above,
-    so that it need not rest on one outlier, and [min, max] is a 99 % tolerance interval for a share q of the
-    distribution (Wilks, Ann. Math. Statist. 12, 1941). Below the median the other tail counts. The median needs one
-    sample, by decision and not by that rule (which asks for 11): `median_interval` shows its uncertainty.
-
-    ValueError unless 0 < q < 100.
+    so that it need not rest on one outlier (Wilks, Ann. Math. Statist. 12, 1941). Below the median the other tail
+    counts. The median needs one sample, by decision. ValueError unless 0 < q < 100.
     """
     if not 0 < q < 100:
         raise ValueError(f"a percentile must be between 0 and 100, got {q}")
     if q == 50:
         return 1
     share, n = max(q, 100 - q) / 100, 2
-    while 1 - n * share ** (n - 1) + (n - 1) * share**n < confidence:
+    while 1 - n * share ** (n - 1) + (n - 1) * share**n < 0.99:
         n += 1
     return n
 
@@ -309,126 +241,102 @@ def percentile(samples: ArrayLike, q: float) -> float:
     return float(np.percentile(values, q)) if len(values) >= samples_needed(q) else math.nan
 
 
-def median_interval(samples_by_round: Sequence[ArrayLike], *, seed: int = 0) -> Interval:
+def median_interval(samples_by_round: Sequence[ArrayLike]) -> Interval:
     """Median of the rounds' medians, in the samples' unit, with its 95 % bootstrap interval over rounds.
 
-    Samples of one round share its clock, its temperature and its neighbours, so rounds are resampled; resampling
-    single samples would promise more than was measured. Bounds are NaN for a single round. Raises ValueError if a
-    round is empty.
+    Samples of one round share its clock, its temperature and its neighbours, so rounds are resampled: single samples
+    would give too narrow an interval. Bounds are NaN for a single round. ValueError if a round is empty.
     """
-    return paired_bootstrap(round_medians(samples_by_round), statistic=np.median, seed=seed)
+    return paired_bootstrap(_round_medians(samples_by_round), statistic=np.median)
 
 
-def times_faster(
-    baseline_by_round: Sequence[ArrayLike], variant_by_round: Sequence[ArrayLike], *, seed: int = 0
-) -> Interval:
+def times_faster(baseline_by_round: Sequence[ArrayLike], variant_by_round: Sequence[ArrayLike]) -> Interval:
     """How many times faster a variant is than the baseline: the ratio of their median latencies, above 1 if faster.
 
     Both inputs hold the latencies of each round, in any unit; round i of both was measured side by side. The estimate
-    is the ratio of the two medians that `median_interval` gives; its 95 % interval resamples rounds, and both
-    sides of a round together. Bounds are NaN for a single round. Raises ValueError if the numbers of rounds differ or
-    a latency is not positive and finite.
+    is the ratio of the medians of `median_interval`; its 95 % interval resamples rounds, both sides together. Bounds
+    are NaN for a single round. ValueError if the numbers of rounds differ or a latency is not positive and finite.
     """
-    before, after = _latencies(baseline_by_round, variant_by_round)
 
     def ratio(before: NDArray, after: NDArray, axis: int) -> NDArray:
         return np.median(before, axis=axis) / np.median(after, axis=axis)
 
-    return _bootstrap((before, after), ratio, seed=seed)
+    return paired_bootstrap(*_latencies(baseline_by_round, variant_by_round), statistic=ratio)
 
 
-def round_medians(samples_by_round: Sequence[ArrayLike]) -> NDArray[np.float64]:
-    """Median of each round, shape (n_rounds,); a round may be one number. ValueError if a round is empty."""
-    rounds = [np.asarray(samples, dtype=np.float64).ravel() for samples in samples_by_round]
-    empty = [number for number, samples in enumerate(rounds) if samples.size == 0]
-    if empty:
-        raise ValueError(f"rounds without samples: {empty}")
-    return np.array([np.median(samples) for samples in rounds])
-
-
-def hodges_lehmann(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
-    """Robust location of values, shape (n,), and the interval that the signed-rank test does not reject.
+def hodges_lehmann(values: ArrayLike) -> Interval:
+    """Robust location of values, shape (n,), and the 95 % interval that the signed-rank test does not reject.
 
     The estimate is the median of the n (n + 1) / 2 averages of pairs, and the bounds are two of those
     averages, by the normal approximation of the signed-rank distribution; infinite when n is too small for
-    any bound. Source: Hodges & Lehmann, Ann. Math. Statist. 34, 1963. NaN for no values.
+    any bound. Source: Hodges & Lehmann, Ann. Math. Statist. 34, 1963.
     """
     x = np.asarray(values, dtype=np.float64)
     n = len(x)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan)
     i, j = np.triu_indices(n)
     averages = np.sort((x[i] + x[j]) / 2)
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = float(scipy.stats.norm.ppf(0.975))
     skipped = math.floor(n * (n + 1) / 4 - z * math.sqrt(n * (n + 1) * (2 * n + 1) / 24))
-    if skipped < 0:
-        return Interval(float(np.median(averages)), -math.inf, math.inf)
-    return Interval(float(np.median(averages)), float(averages[skipped]), float(averages[-1 - skipped]))
+    low, high = (averages[skipped], averages[-1 - skipped]) if skipped >= 0 else (-math.inf, math.inf)
+    return Interval(float(np.median(averages)), float(low), float(high))
 
 
-def same_or_slower(
-    baseline_rounds: Sequence[ArrayLike],
-    variant_rounds: Sequence[ArrayLike],
-    *,
-    tolerance: float = 0.02,
-    alpha: float = 0.01,
-) -> str:
+def same_or_slower(baseline_rounds: Sequence[ArrayLike], variant_rounds: Sequence[ArrayLike]) -> str:
     """The verdict on two latencies: "same", "slower", "faster", "not shown" or TOO_FEW_ROUNDS.
 
     Both inputs hold the latencies of each round, any unit, round i of both measured side by side: drift of clock and
     temperature is then common to both and leaves the ratio of the rounds' medians. Over rounds, Wilcoxon's signed-rank
     test of the log ratios (Biometrics Bull. 1, 1945) gives p, and the Hodges–Lehmann estimate with its interval gives
-    the size; neither is moved by a few outlying rounds. The ratio to print is that of `times_faster`.
+    the size; neither is moved by a few outlying rounds. Differences of 2 % (the tolerance) must be found:
 
-    `tolerance` is the relative difference that matters and must be found (0.02: two percent).
-
-    - "slower" / "faster": p < alpha and the estimate beyond tolerance / 2, half way between nothing and what
-      must be found, where the two errors balance.
+    - "slower" / "faster": p < 0.01 and the estimate beyond half the tolerance, where the two errors balance.
     - "same": otherwise, if the interval excludes the tolerance on both sides.
     - "not shown": too noisy for either. Measure more rounds.
     - TOO_FEW_ROUNDS: below MINIMUM_ROUNDS, where no difference of any size could be significant.
 
     With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples
     call A/A the same and a 2 % slowdown slower in 99 of 100 runs; 12 rounds find the slowdown in 87, and with
-    one sample a round it takes 40 rounds. tests/test_stats.py simulates the first of these.
-
-    Raises ValueError if the numbers of rounds differ or a latency is not positive and finite.
+    one sample a round it takes 40 rounds. tests/test_stats.py simulates the first of these. ValueError as in
+    `times_faster`.
     """
     before, after = _latencies(baseline_rounds, variant_rounds)
     if len(before) < MINIMUM_ROUNDS:
         return TOO_FEW_ROUNDS
     log_ratio = np.log(after / before)
-    interval, limit = hodges_lehmann(log_ratio), math.log1p(tolerance)
-    p = float(stats.wilcoxon(log_ratio).pvalue) if np.any(log_ratio) else 1.0
-    if p < alpha and abs(interval.estimate) > limit / 2:
+    interval, limit = hodges_lehmann(log_ratio), math.log1p(0.02)
+    p = float(scipy.stats.wilcoxon(log_ratio).pvalue) if np.any(log_ratio) else 1.0
+    if p < 0.01 and abs(interval.estimate) > limit / 2:
         return "slower" if interval.estimate > 0 else "faster"
     return "same" if -limit < interval.low and interval.high < limit else "not shown"
 
 
+def _round_medians(samples_by_round: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """Median of each round, shape (n_rounds,); a round may be one number."""
+    empty = [number for number, samples in enumerate(samples_by_round) if np.size(samples) == 0]
+    if empty:
+        raise ValueError(f"rounds without samples: {empty}")
+    return np.array([np.median(samples) for samples in samples_by_round], dtype=np.float64)
+
+
 def _latencies(baseline: Sequence[ArrayLike], variant: Sequence[ArrayLike]) -> tuple[NDArray, NDArray]:
     """Medians of both sides' rounds; ValueError unless they are as many, positive and finite."""
-    before, after = _paired(round_medians(baseline), round_medians(variant))
+    before, after = _paired(_round_medians(baseline), _round_medians(variant))
     if not (np.isfinite([before, after]).all() and min(before.min(initial=1), after.min(initial=1)) > 0):
         raise ValueError("latencies must be positive and finite")
     return before, after
 
 
-# --------------------------------------------------------------------------------- logits and predictions
-
-
 def kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDArray[np.float64]:
     """KL(softmax(baseline) || softmax(variant)) of each image in nats; (n, classes) twice in, (n,) out.
 
-    Computed in float64 from log-softmax, so that large logits neither overflow nor turn into log(0). A
-    logit that is NaN or +inf makes its image NaN. Source: Kullback & Leibler, Ann. Math. Statist. 22, 1951.
-    Raises ValueError if shapes differ.
+    Computed in float64 from log-softmax, so that large logits neither overflow nor turn into log(0). A logit that is
+    NaN or +inf makes its image NaN. ValueError if shapes differ.
     """
-    before = np.asarray(baseline_logits, dtype=np.float64)
-    after = np.asarray(variant_logits, dtype=np.float64)
+    before, after = (np.asarray(logits, dtype=np.float64) for logits in (baseline_logits, variant_logits))
     if before.shape != after.shape or before.ndim != 2:
         raise ValueError(f"expected (n, classes) twice, got {before.shape} and {after.shape}")
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, and is meant to be
-        log_p, log_q = special.log_softmax(before, axis=1), special.log_softmax(after, axis=1)
+        log_p, log_q = (scipy.special.log_softmax(logits, axis=1) for logits in (before, after))
         p = np.exp(log_p)
         terms = np.where(p == 0, 0.0, p * (log_p - log_q))
     return np.maximum(terms.sum(axis=1), 0.0)  # a rounding error may leave -1e-17; NaN passes
@@ -443,15 +351,15 @@ def flips(baseline_pred: ArrayLike, variant_pred: ArrayLike) -> int:
 def topk_right(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> NDArray[np.bool_]:
     """Whether the label is among the k largest logits; (n, classes) and (n,) in, (n,) out.
 
-    Ties go to the lower class index, as argmax does, so a model that answers a constant is right for one
-    class and not for all. A row with NaN is wrong: it names no class. k beyond the number of classes is
-    always right. Raises ValueError if shapes or labels do not fit, or k < 1.
+    Ties go to the lower class index, as argmax does, so a model that answers a constant is right for one class and not
+    for all. A row with NaN is wrong: it names no class. k beyond the number of classes is always right. ValueError if
+    shapes or labels do not fit, or k < 1.
     """
     scores, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or k < 1:
         raise ValueError(f"expected (n, classes), (n,) and k >= 1, got {scores.shape}, {labels.shape}, {k}")
     if labels.size and (labels.min() < 0 or labels.max() >= scores.shape[1]):
-        raise ValueError(f"labels must lie in [0, {scores.shape[1]}), got {labels.min()} to {labels.max()}")
+        raise ValueError(f"labels must be in [0, {scores.shape[1]}), got {labels.min()} to {labels.max()}")
     own = np.take_along_axis(scores, labels[:, None].astype(np.intp), axis=1)
     earlier = np.arange(scores.shape[1]) < labels[:, None]
     rank = ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
@@ -460,21 +368,15 @@ def topk_right(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> NDArray[np.b
 
 def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
     """Share of images whose label is among the k largest logits (see `topk_right`); NaN for no images."""
-    right = topk_right(logits, labels, k)
-    return float(right.mean()) if right.size else math.nan
+    return float(right.mean()) if (right := topk_right(logits, labels, k)).size else math.nan
 
 
 def f1_weighted(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """F1 of each class averaged by its share of the labels; (n,) twice in; NaN for no images.
-
-    A class that is never predicted counts with F1 = 0. Raises ValueError if shapes differ.
-    """
+    """F1 of each class, 0 if never predicted, averaged by its share of the labels; (n,) twice in; NaN for no images."""
     from sklearn.metrics import f1_score  # a second of import time, for this function only
 
     truth, guess = _paired(labels, predictions)
-    if truth.size == 0:
-        return math.nan
-    return float(f1_score(truth, guess, average="weighted", zero_division=0.0))
+    return float(f1_score(truth, guess, average="weighted", zero_division=0.0)) if truth.size else math.nan
 
 
 def _paired(a: ArrayLike, b: ArrayLike, *, dtype: type | None = None) -> tuple[NDArray, NDArray]:

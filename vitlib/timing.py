@@ -1,13 +1,13 @@
 """Latency, throughput and memory of a callable; the only module that measures durations.
 
-A latency sample is one call from an idle device to a finished result: the clock stops only after the device is
-done. Throughput is measured separately, over calls that are queued without waiting; it is never computed from a
-latency. All candidates are measured in rounds, each in a new random order, so that a drift of the machine (clocks,
-other processes) affects all of them alike.
+A latency sample is one call, from an idle device until the device is done. Throughput is measured separately, over
+calls that are queued without waiting. All candidates are measured in rounds, each in a new random order, so that a
+drift of the machine (clocks, other processes) affects all of them alike.
 """
 
 import contextlib
 import gc
+import itertools
 import random
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -49,7 +49,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def busy(seconds: float) -> Call:
-    """A call of known duration, to calibrate the clock with; it spins, as sleeping would wake up late."""
+    """A call of known duration, to calibrate the clock with; it spins, as a sleep ends late."""
 
     def call(_: int) -> None:
         end = time.perf_counter() + seconds
@@ -61,10 +61,9 @@ def busy(seconds: float) -> Call:
 
 def warm_up(call: Call, device: torch.device, *, seconds: float, least: int = 3) -> int:
     """Call until two calls in a row differ by under 10 %, or `seconds` are over; returns the number of calls."""
-    last, start, count = float("inf"), time.perf_counter(), 0
-    while True:
-        took, _ = _timed(call, count, device)
-        count += 1
+    last, start = float("inf"), time.perf_counter()
+    for count in itertools.count(1):
+        took, _ = _timed(call, count - 1, device)
         stable = abs(took - last) < 0.1 * last
         if count >= least and (stable or time.perf_counter() - start > seconds):
             return count
@@ -90,8 +89,8 @@ def _timed(call: Call, number: int, device: torch.device) -> tuple[float, float]
 def latency(calls: Mapping[Hashable, Call], device: torch.device, budget: Budget, seed: int = 0) -> pd.DataFrame:
     """Every sample as a row: candidate, round, sample, latency_ms, device_ms.
 
-    `latency_ms` is wall clock to the end of the device's work, `device_ms` the time between two device events around
-    the call (missing on a CPU). They are two instruments for one thing.
+    `latency_ms` is by the wall clock to the end of the device's work, `device_ms` between two device events around the
+    call (missing on a CPU).
     """
     order, shuffle, rows = list(calls), random.Random(seed), []
     for round_number in range(budget.rounds):
@@ -112,10 +111,7 @@ def latency(calls: Mapping[Hashable, Call], device: torch.device, budget: Budget
 def throughput(
     calls: Mapping[Hashable, Call], sizes: Mapping[Hashable, int], device: torch.device, budget: Budget, seed: int = 0
 ) -> pd.DataFrame:
-    """Every round as a row: candidate, round, throughput_img_s, from calls queued back to back.
-
-    `sizes` is the number of pictures of a call.
-    """
+    """Every round as a row: candidate, round, throughput_img_s, from queued calls, each of `sizes` pictures."""
     order, shuffle, rows = list(calls), random.Random(seed + 1), []
     for round_number in range(budget.rounds):
         shuffle.shuffle(order)
@@ -127,13 +123,12 @@ def throughput(
             for number in range(repeats):
                 call(number)
             synchronise(device)
-            took = time.perf_counter() - start
-            rows.append((candidate, round_number, repeats * sizes[candidate] / took))
+            rows.append((candidate, round_number, repeats * sizes[candidate] / (time.perf_counter() - start)))
     return pd.DataFrame(rows, columns=["candidate", "round", "throughput_img_s"])
 
 
 def replay_us(graph: "torch.cuda.CUDAGraph", repeats: int = 10) -> float:
-    """Median microseconds of replaying `graph`, between two device events, from replays queued back to back."""
+    """Median microseconds of a replay of `graph` between two device events; the replays are queued."""
     graph.replay()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for before, after in pairs:
@@ -163,15 +158,12 @@ def peak_memory_mb(call: Call, device: torch.device) -> Used:
         synchronise(device)
         peak = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return Used((peak[0] - before[0]) / 2**20, (peak[1] - before[1]) / 2**20)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         call(1)
-    held, peak = 0, 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return Used(peak / 2**20, float("nan"))
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return Used(max(held, default=0) / 2**20, float("nan"))
 
 
 def known_duration_error(milliseconds: float = 5.0) -> float:
