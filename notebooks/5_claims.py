@@ -47,7 +47,7 @@ claim = claims.load()["own-top1"]
 claim, claim.quantity.measure(study)
 
 # %% [markdown]
-# The original's objectives come first. Where variants are compared, a figure has a 95 % interval:
+# The original's objectives come first. Where variants are compared, a figure has a confidence interval:
 
 # %%
 verdicts = claims.verdicts(study)

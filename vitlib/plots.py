@@ -248,7 +248,7 @@ def roofline(table: pd.DataFrame) -> Figure:
         axis.annotate(f"{' – '.join(ends)} TFLOP/s", (span[-1], near[-1]), ha="right", va="bottom", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="achieved TFLOP/s")
     axis.set_title("Achieved rate and the measured ceilings")
-    entries = [{"marker": "s", "color": row.colour, "label": row.label} for row in dict.fromkeys(formats)]
+    entries = [{"marker": "s", "color": row.colour, "label": row.name.upper()} for row in dict.fromkeys(formats)]
     entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
     entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
     _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
