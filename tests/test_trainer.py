@@ -14,10 +14,10 @@ from vitlib.trainer import Examples, Recipe, ResumeError
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(
-    epochs=2, batch_size=8, learning_rate=1e-3, weight_decay=0.01, warmup=0.1, label_smoothing=0.1, crop_area=0.5,
+    epochs=2, train_batch_size=8, learning_rate=1e-3, weight_decay=0.01, warmup=0.1, label_smoothing=0.1, crop_area=0.5,
     precision="fp32", seed=3,
 )  # fmt: skip
-COMPILED = replace(RECIPE, compile="always")
+COMPILED = replace(RECIPE, compile_training="always")
 FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -188,7 +188,7 @@ def test_one_compilation_serves_a_run_that_ends_where_the_uncompiled_one_does(
     if method == "lora":  # the class that adds adapters into the weights must not be needed to read them
         saved = next((tmp_path / "compiled").glob("checkpoint-*")) / "adapter_config.json"
         assert adapters.SummedLinear.__name__ not in saved.read_text()
-    plain, expected = train(tmp_path / "plain", recipe=replace(recipe, compile="never"), method=method)
+    plain, expected = train(tmp_path / "plain", recipe=replace(recipe, compile_training="never"), method=method)
     assert expected["compile_s"].tolist() == [0.0, 0.0]
     torch.testing.assert_close(history["train_loss"].tolist(), expected["train_loss"].tolist(), rtol=2e-2, atol=0)
     for name, value in plain.state_dict().items():
@@ -215,7 +215,7 @@ def test_every_picture_counts_once_an_epoch_and_every_batch_is_full(train, examp
 
 
 def test_auto_compiles_only_where_it_pays(labels):
-    network, auto = checkpoint.new("vit-micro", image_size=32, labels=labels), replace(RECIPE, compile="auto")
+    network, auto = checkpoint.new("vit-micro", image_size=32, labels=labels), replace(RECIPE, compile_training="auto")
     assert not trainer.compiles(auto, network, 10**9, CPU)
     assert trainer.compiles(COMPILED, network, 1, CPU)
     assert not trainer.compiles(auto, network, 1000, torch.device("cuda"))
@@ -257,7 +257,7 @@ def test_where_the_compiler_fails_auto_says_so_and_tries_the_plain_step(train, m
     monkeypatch.setattr(trainer, "compiles", lambda *_: True)
     failed = torch._dynamo.exc.BackendCompilerFailed(_broken, RuntimeError("no C compiler"), None)
     fail_first([failed, FULL], monkeypatch)
-    _, history = train(tmp_path, recipe=replace(RECIPE, compile="auto", epochs=1))
+    _, history = train(tmp_path, recipe=replace(RECIPE, compile_training="auto", epochs=1))
     said = capsys.readouterr().out
     assert [batch["recomputed"] for batch in seen[:3]] == [False, False, True] and history["recomputed"].all()
     assert said.index("not compiled, ") < said.index("does not fit")

@@ -42,7 +42,7 @@ class Dataset:
     names: dict[str, str]
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def classes(self, split: str = "train") -> list[str]:
+    def classes(self, split: str) -> list[str]:
         """Class folders of a split, in natural order ('2' before '10')."""
         return sorted({picture.label for picture in self.splits[split]} - {None}, key=_natural)
 
@@ -82,14 +82,14 @@ class Labels:
     def check(self, dataset: Dataset, split: str) -> None:
         """DataError unless `split` holds a picture of every class that the checkpoint knows, and no other class."""
         found = dataset.classes(split)
-        if missing := [folder for folder in self.folders if folder not in found]:
+        if missing := _without(self.folders, found):
             raise DataError(
                 f"split {split!r} has pictures of {len(found)} classes, the checkpoint knows {len(self.folders)}; "
-                f"missing: {_some(missing)}. Accuracy over a part of the classes is another number: complete the "
-                "data, or fine-tune on these classes first."
+                f"missing: {missing}. Accuracy over a part of the classes is another number: complete the data, or "
+                "fine-tune on these classes first."
             )
-        if extra := [folder for folder in found if folder not in self.folders]:
-            raise DataError(f"split {split!r} has classes that the checkpoint does not know: {_some(extra)}")
+        if extra := _without(found, self.folders):
+            raise DataError(f"split {split!r} has classes that the checkpoint does not know: {extra}")
 
 
 def load(settings: Parameters) -> Dataset:
@@ -115,14 +115,14 @@ def check(dataset: Dataset) -> None:
             raise DataError(
                 f"no split {split!r} with labelled pictures: make folders train/<class>/ and valid/<class>/"
             )
-    trained = dataset.classes()
+    trained = dataset.classes("train")
     for split in dataset.splits:
-        if unknown := [folder for folder in dataset.classes(split) if folder not in trained]:
-            raise DataError(f"split {split!r} has classes without training pictures: {_some(unknown)}")
-    if missing := [folder for folder in trained if folder not in dataset.classes("valid")]:
-        raise DataError(  # said now, not after hours of training
-            f"split 'valid' has no picture of {_some(missing)}, which 'train' has: move some pictures of each class "
-            "there, or remove the class from 'train'"
+        if unknown := _without(dataset.classes(split), trained):
+            raise DataError(f"split {split!r} has classes without training pictures: {unknown}")
+    if missing := _without(trained, dataset.classes("valid")):  # said now, not after hours of training
+        raise DataError(
+            f"split 'valid' has no picture of {missing}, which 'train' has: move some pictures of each class there, or "
+            "remove the class from 'train'"
         )
 
 
@@ -153,13 +153,12 @@ def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
 
 def existing_folder(name: str) -> Path:
     """The folder of class folders called `name`, from the project's root. DataError where there is none."""
-    folder = files.resolve(name)
-    if not folder.is_dir():
+    if not files.resolve(name).is_dir():
         raise DataError(
             f"there is no data folder {name!r} (looked from the project's root): put or link the pictures "
             "there as train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
         )
-    return folder
+    return files.resolve(name)
 
 
 def check_source(settings: Parameters) -> None:
@@ -306,7 +305,7 @@ def _read_names(folder: Path) -> dict[str, str]:
 
 def new_labels(dataset: Dataset) -> Labels:
     """Labels for a new head: ids in natural order of the class folders; kept from then on by the checkpoint."""
-    folders = dataset.classes()
+    folders = dataset.classes("train")
     return Labels(tuple(folders), tuple(dataset.names.get(folder, folder) for folder in folders))
 
 
@@ -319,10 +318,9 @@ def decode_splits(dataset: Dataset, splits: Iterable[str], preprocess: Preproces
     for split in splits:
         decoded[split] = decode(dataset.splits[split], preprocess, workers=workers, what=split)
         dataset.skipped += [(file, split, reason) for file, reason in decoded[split].skipped]
-        lost = {p.label for p in dataset.splits[split]} - {p.label for p in decoded[split].pictures}
-        if split != "test" and (lost := sorted(lost - {None}, key=_natural)):
-            raise DataError(f"no picture of class {_some(lost)} in split {split!r} can be read")
-        dataset.splits[split] = decoded[split].pictures
+        found, dataset.splits[split] = dataset.classes(split), decoded[split].pictures
+        if split != "test" and (lost := _without(found, dataset.classes(split))):
+            raise DataError(f"no picture of class {lost} in split {split!r} can be read")
     return decoded
 
 
@@ -340,5 +338,7 @@ def _natural(text: str) -> list:
     return [*parts, (-1, 0, text)]  # '07' and '7' have an order too
 
 
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+def _without(folders: Iterable[str], others: Iterable[str]) -> str:
+    """The first five of `folders` that are not among `others`, as text ('' for none)."""
+    left = [folder for folder in folders if folder not in others]
+    return ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")

@@ -36,8 +36,8 @@ from vitlib.variants import nearest
 
 DEMO_PICTURES = 100  # of a class
 DEMO_RECIPE = Recipe(
-    epochs=10, batch_size=64, learning_rate=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0, crop_area=0.7,
-    precision="auto", seed=0,
+    epochs=10, train_batch_size=64, learning_rate=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0,
+    crop_area=0.7, precision="auto", seed=0,
 )  # fmt: skip
 ORIGIN = (
     "trained from random initialisation on the training split of the same data: a stand-in for pretrained weights, "

@@ -44,10 +44,10 @@ COMPILING_PAYS = 5e15  # floating-point operations of a run; below it compiling 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: what `Parameters` says for fine-tuning, or for the pretraining of the demo's base."""
+    """How to train: parameters of fine-tuning by their names, or those of the demo's base."""
 
     epochs: int
-    batch_size: int
+    train_batch_size: int
     learning_rate: float
     weight_decay: float
     warmup: float
@@ -55,14 +55,12 @@ class Recipe:
     crop_area: float
     precision: str
     seed: int
-    compile: str = "never"
+    compile_training: str = "never"
 
     @classmethod
     def of(cls, settings: Parameters) -> Recipe:
         """What a parameter set says about fine-tuning."""
-        renamed = {"batch_size": settings.train_batch_size, "compile": settings.compile_training}
-        same = (field.name for field in fields(cls) if field.name not in renamed)
-        return cls(**renamed, **{name: getattr(settings, name) for name in same})
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,9 @@ class ImageTrainer(Trainer):
         """Compile the blocks on a first batch and see that it fits; seconds of compilation (0.0 without it).
 
         Weights and random streams stay as they are. Where the compiler fails (Triton needs a C compiler, for one),
-        `compile="auto"` prints it and trains without. Where memory does not suffice, activations are recomputed in the
-        backward pass, which costs time and changes no gradient; MemoryError where that does not suffice either. The
-        optimizer's state is allocated later; it is small except for the method "full".
+        "auto" prints it and trains without. Where memory does not suffice, activations are recomputed in the backward
+        pass, which costs time and changes no gradient; MemoryError where that does not suffice either. The optimizer's
+        state is allocated later; it is small except for the method "full".
         """
         if not (self.compiled or self.args.device.type == "cuda"):
             return 0.0
@@ -168,11 +166,10 @@ class ImageTrainer(Trainer):
         try:
             inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
             self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
-            _wait()
         except torch.OutOfMemoryError:
             fault = ""
         except torch._dynamo.exc.TorchDynamoException as error:
-            if self.recipe.compile != "auto":
+            if self.recipe.compile_training != "auto":
                 raise
             fault = files.first_line(error)
         self.model_wrapped.zero_grad()
@@ -191,8 +188,7 @@ class ImageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = model or self.model
         if isinstance(model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         # transformers 5 saves a ViT under its old module names. Only from_pretrained maps them back: the Trainer
         # would warn of missing keys and go on with the weights that the network was initialised with.
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=next(model.parameters()).dtype)
@@ -207,11 +203,6 @@ class ImageTrainer(Trainer):
 
 def _metrics(found: EvalPrediction) -> dict[str, float]:
     return {f"top{k}": stats.topk_accuracy(found.predictions, found.label_ids, k) for k in (1, 5)}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class _EpochClock(TrainerCallback):
@@ -236,12 +227,13 @@ class _EpochClock(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
-        _wait()
+        row = {"epoch": state.epoch, "compile_s": self.compile_s}
+        row["recomputed"] = self.trainer.model.is_activation_checkpointing
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            row["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
         seconds = time.perf_counter() - self.start
-        row = {"epoch": state.epoch, "epoch_s": seconds, "images_per_s": self.pictures / seconds}
-        row["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-        row |= {"compile_s": self.compile_s, "recomputed": self.trainer.model.is_activation_checkpointing}
-        state.log_history.append(row)
+        state.log_history.append(row | {"epoch_s": seconds, "images_per_s": self.pictures / seconds})
         self.compile_s = 0.0
 
     def on_evaluate(self, args: object, state: object, control: object, metrics: dict, **_: object) -> None:
@@ -290,8 +282,8 @@ def train(
 
 def compiles(recipe: Recipe, model: nn.Module, pictures: int, device: torch.device) -> bool:
     """Whether the blocks are compiled: 'auto' does on a GPU with Triton where the run is long enough to pay."""
-    if recipe.compile != "auto" or device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return recipe.compile == "always"
+    if recipe.compile_training != "auto" or device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return recipe.compile_training == "always"
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     tokens = (model.config.image_size // model.config.patch_size) ** 2 + 1
     return 4 * weights * tokens * pictures * recipe.epochs > COMPILING_PAYS  # forward, and backward to the inputs
@@ -309,10 +301,15 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
         return
     blocks = [module for module in model.modules() if isinstance(module, ViTLayer)]
     trained = any(parameter.requires_grad for block in blocks for parameter in block.parameters())
-    entries = [module for module in model.modules() if isinstance(module, ViTEmbeddings) and trained]
+
+    def want_gradient(_module: nn.Module, _inputs: tuple, tokens: torch.Tensor) -> None:
+        if trained and torch.is_grad_enabled():
+            tokens.requires_grad_()
+
     before = model.config._attn_implementation
     model.set_attn_implementation(attention.DIRECT)
-    hooks = [entry.register_forward_hook(_want_gradient) for entry in entries]
+    entry = next(module for module in model.modules() if isinstance(module, ViTEmbeddings))
+    hook = entry.register_forward_hook(want_gradient)
     for block in blocks:
         block.compile(backend=backend, dynamic=False, fullgraph=True)
     try:
@@ -322,8 +319,7 @@ def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
             yield
     finally:
         model.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         uncompile(model)
 
 
@@ -331,10 +327,6 @@ def uncompile(model: nn.Module) -> None:
     """Undo `module.compile()` for all modules of `model`."""
     for module in model.modules():
         module._compiled_call_impl = None
-
-
-def _want_gradient(_module: nn.Module, _inputs: tuple, tokens: torch.Tensor) -> torch.Tensor:
-    return tokens.requires_grad_(True) if torch.is_grad_enabled() else tokens
 
 
 def identity_of(
@@ -359,10 +351,10 @@ def precision_of(asked: str, device: torch.device) -> str:
 
 
 def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bool) -> TrainingArguments:
-    precision = precision_of(recipe.precision, device)
+    precision, batch = precision_of(recipe.precision, device), recipe.train_batch_size
     return TrainingArguments(
         str(folder), num_train_epochs=recipe.epochs, seed=recipe.seed, data_seed=recipe.seed,
-        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=max(recipe.batch_size, 64),
+        per_device_train_batch_size=batch, per_device_eval_batch_size=max(batch, 64),
         optim="adamw_torch_fused", learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay,
         lr_scheduler_type="cosine", warmup_steps=recipe.warmup,  # below 1 it is a share of all steps
         bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=device.type == "cpu",
