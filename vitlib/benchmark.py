@@ -141,7 +141,8 @@ def validity(
     changed), and with the other half made 2 % slower.
     """
     per_round, rounds = latencies.groupby(["variant", "batch", "round"]).size(), latencies["round"].nunique()
-    calls = f"{per_round.min()} to {per_round.max()} (median {per_round.median():.0f})"  # slow variants have few
+    low, high = per_round.min(), per_round.max()  # slow variants have few calls in the time of a round
+    calls = f"{low}" if low == high else f"{low} to {high} (median {per_round.median():.0f})"
     notes = sum(bool(clock_note(part)) for _, part in latencies.groupby(["variant", "batch"]))
     enough = rounds >= stats.MINIMUM_ROUNDS
     rows = [

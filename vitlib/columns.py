@@ -59,22 +59,13 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "share_of_floor": Column("of the possible (%)", ".0f", 100),
     "reason": "not run because",
 }
-"""Everything that notebook 2 measures."""
 
-SUMMARY = {
-    name: OF_VARIANTS[name]
-    for name in (
-        *("variant", "batch", "model_mb", "latency_p50_ms", "times_baseline", "throughput_img_s", "peak_memory_mb"),
-        *("cpu_latency_ms", "top1", "flips", "reason"),
-    )
-}
-"""The columns of `records/variants.csv` that one compares."""
-
-MEMORY = {
-    **{name: OF_VARIANTS[name] for name in ("variant", "model_mb", "held_mb", "disk_mb")},
-    "times_smaller": Column("times smaller", ".1f"),
-}
-"""What a variant keeps in memory, whatever the batch size."""
+_COMPARED = (
+    "variant batch model_mb latency_p50_ms times_baseline throughput_img_s peak_memory_mb cpu_latency_ms top1 flips"
+)
+SUMMARY = {name: OF_VARIANTS[name] for name in (*_COMPARED.split(), "reason")}
+MEMORY = {name: OF_VARIANTS[name] for name in ("variant", "model_mb", "held_mb", "disk_mb")}
+MEMORY["times_smaller"] = Column("times smaller", ".1f")
 
 
 def with_reference(frame: pd.DataFrame) -> pd.DataFrame:

@@ -19,19 +19,16 @@ ROTATING = 4  # different batches that a timed call cycles through, so that its 
 
 @dataclasses.dataclass
 class Bench:
-    """The variants that run here as engines, the reasons of those that do not, and the pictures that all of them see.
-
-    `evidence` is what was found in each network (`verify.evidence`).
-    """
+    """The variants of a study, as far as they run here, and the pictures that all of them see."""
 
     variants: list[Variant]
-    engines: dict[str, Engine]
-    reasons: dict[str, str]
+    engines: dict[str, Engine]  # by the name of the variant, in the order of the study
+    reasons: dict[str, str]  # of the variants that do not run
     labels: Labels
     device: torch.device
     valid: Decoded
     checkpoints: Path
-    evidence: dict[str, dict]
+    evidence: dict[str, dict]  # what was found in each network (`verify.evidence`)
 
     @property
     def baseline(self) -> str:
@@ -40,9 +37,8 @@ class Bench:
 
     def batch(self, engine: Engine, size: int, first: int = 0) -> torch.Tensor:
         """`size` validation pictures as an engine takes them: normalised (size, 3, h, w), on its device."""
-        loaded, total = engine.loaded, len(self.valid.pixels)
-        chosen = self.valid.pixels[torch.arange(first, first + size) % total]
-        return loaded.preprocess.normalise(chosen.to(loaded.device), loaded.dtype)
+        chosen = self.valid.pixels[torch.arange(first, first + size) % len(self.valid.pixels)]
+        return engine.loaded.preprocess.normalise(chosen.to(engine.loaded.device), engine.loaded.dtype)
 
     def calls(self, engine: Engine, size: int) -> Callable[[int], torch.Tensor]:
         """`call(number)` of one batch of `size` that cycles through different pictures."""
@@ -71,14 +67,12 @@ class Bench:
 def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
     """Load every variant of the study once and decode the validation split with the checkpoint's preprocessing.
 
-    `dataset` is that of the study unless given. A variant that cannot run here keeps its row with the reason. The
-    baseline must run: its error is raised. CheckpointError where checkpoints do not come from one training.
+    `dataset` is that of the study unless given. Raises the baseline's error if that does not run, and CheckpointError
+    where checkpoints do not come from one training.
     """
-    settings = study.settings
-    dataset = sources.load(settings) if dataset is None else dataset
     checkpoint.quiet_libraries()
-    device = checkpoint.pick_device(settings.device)
-    variants = [find(name) for name in settings.variants]
+    settings, dataset = study.settings, dataset or sources.load(study.settings)
+    device, variants = checkpoint.pick_device(settings.device), [find(name) for name in settings.variants]
     sizes = {*settings.batch_sizes, settings.eval_batch_size, settings.profile_batch_size}
     engines, reasons = engines_of(variants, study.checkpoints, device, sizes)
     first = engines[variants[0].name].loaded
@@ -92,15 +86,15 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
 def engines_of(
     variants: list[Variant], checkpoints: Path, device: torch.device, sizes: Iterable[int]
 ) -> tuple[dict[str, Engine], dict[str, str]]:
-    """The variants that run on `device` as engines for these batch sizes, and why the others do not; by name.
+    """By name, the variants that run on `device` as engines for these batch sizes, and why the others do not.
 
     Raises NotRun or OutOfMemoryError where the first one, the baseline, does not run.
     """
-    engines, reasons, sizes = {}, {}, tuple(sorted(sizes))
+    engines, reasons = {}, {}
     for variant in variants:
         try:
             loaded = checkpoint.load(checkpoints, variant, device)
-            engines[variant.name] = Engine(loaded, variant.execution, sizes)
+            engines[variant.name] = Engine(loaded, variant.execution, tuple(sizes))
         except (checkpoint.NotRun, torch.OutOfMemoryError) as reason:
             if variant is variants[0]:
                 raise
@@ -113,14 +107,11 @@ def _one_training(engines: Mapping[str, Engine], study: Study) -> None:
     labels = checkpoint.read_labels(study.checkpoint("merged"))
     checksum = files.checksum(study.checkpoint("merged") / "model.safetensors")
     expected = next(iter(engines.values())).loaded.preprocess.describe()
-    for name, engine in engines.items():
-        made_from, described = checkpoint.merged_checksum(engine.loaded.folder), engine.loaded.preprocess.describe()
+    for name, loaded in ((name, engine.loaded) for name, engine in engines.items()):
+        described, fault = loaded.preprocess.describe(), ""
         if described != expected:
             fault = f"{name} has different preprocessing from the baseline ({described}, not {expected})"
-        elif engine.loaded.labels != labels or made_from not in ("", checksum):
+        elif loaded.labels != labels or checkpoint.merged_checksum(loaded.folder) not in ("", checksum):
             fault = f"{name} was quantized from other weights or labels than those in merged/"
-        else:
-            continue
-        raise checkpoint.CheckpointError(
-            f"{fault}: run 1_finetune again, so that all checkpoints are from the same training"
-        )
+        if fault:
+            raise checkpoint.CheckpointError(f"{fault}: run 1_finetune again, which makes all checkpoints")
