@@ -87,16 +87,6 @@ def test_paired_difference_is_antisymmetric_and_covers() -> None:
     assert covered >= 276  # 95 % expected; fewer has a probability below 1 in 200
 
 
-def test_smallest_detectable_difference_inverts_connor_and_fits_the_study() -> None:
-    rate, difference = 0.03, stats.smallest_detectable_difference(818, 0.03)
-    z_alpha, z_power = scipy_stats.norm.ppf([0.975, 0.8])
-    n = (z_alpha * math.sqrt(rate) + z_power * math.sqrt(rate - difference**2)) ** 2 / difference**2
-    assert n == pytest.approx(818) and 0.01 < difference < 0.02
-    assert math.isnan(stats.smallest_detectable_difference(10, 0.01))
-    with pytest.raises(ValueError, match="discordant_rate"):
-        stats.smallest_detectable_difference(818, 1.5)
-
-
 @pytest.mark.parametrize(
     ("interval", "p", "expected"),
     [

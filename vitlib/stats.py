@@ -107,23 +107,6 @@ def _tango_score(difference: float, gained: int, lost: int, n: int) -> float:
     return distance / math.sqrt(variance) if variance > 0 else 0.0
 
 
-def smallest_detectable_difference(n: int, discordant_rate: float) -> float:
-    """Smallest true accuracy difference d (a fraction) that McNemar's 5 % test on n images finds with a power of 80 %.
-
-    `discordant_rate` r is the share of images on which the two models disagree in correctness. Solves the quadratic
-    n d^2 = (z_alpha sqrt(r) + z_power sqrt(r - d^2))^2, the sample-size formula of Miettinen (Biometrics 24, 1968) and
-    Connor (Biometrics 43, 1987). NaN where no d up to the discordant rate can be found. ValueError unless n > 0 and
-    0 <= discordant_rate <= 1.
-    """
-    if not (n > 0 and 0 <= discordant_rate <= 1):
-        raise ValueError(f"needs n > 0 and discordant_rate in [0, 1], got {n} and {discordant_rate}")
-    z_alpha, z_power = (float(z) for z in scipy.stats.norm.ppf([0.975, 0.8]))
-    a, b = n + z_power**2, z_alpha * math.sqrt(n * discordant_rate)
-    c = discordant_rate * (z_alpha**2 - z_power**2)
-    difference = (b + math.sqrt(max(b * b - a * c, 0.0))) / a
-    return difference if 0 < difference <= discordant_rate else math.nan
-
-
 def fewest_significant(tests: int) -> int:
     """Fewest images that must all change to the same side for a Holm-adjusted p below SIGNIFICANCE of `tests` tests.
 

@@ -6,7 +6,6 @@ A measurement has a figure for every case of a claim: a variant, a batch size, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,7 +13,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from numpy.typing import ArrayLike
 from pydantic import AfterValidator, BaseModel, Field
 
 from vitlib import records, stats
@@ -118,16 +116,6 @@ def _ablated(study: Study, bits: int) -> pd.DataFrame:
     return rows[rows["bits"] == bits]
 
 
-def times_faster(baseline_by_round: Sequence[ArrayLike], variant_by_round: Sequence[ArrayLike]) -> stats.Interval:
-    """Ratio of the median latencies over rounds, with a bootstrap interval over rounds (NaN for a single one)."""
-    before, after = stats.round_medians(baseline_by_round), stats.round_medians(variant_by_round)
-
-    def ratio(rounds: np.ndarray, axis: int) -> np.ndarray:
-        return np.median(before[rounds.astype(int)], axis=axis) / np.median(after[rounds.astype(int)], axis=axis)
-
-    return stats.paired_bootstrap(np.arange(len(before)), statistic=ratio)
-
-
 class _Kind(BaseModel, extra="forbid", frozen=True):
     """What all kinds share."""
 
@@ -165,7 +153,7 @@ class Faster(_Kind):
             if self.batch and self.batch not in measured:
                 raise Missing(f"{label(name)} was not measured at batch size {self.batch}")
             for batch in [self.batch] if self.batch else measured:
-                ratio = times_faster(rounds[self.baseline, batch], rounds[name, batch])
+                ratio = stats.times_faster(rounds[self.baseline, batch], rounds[name, batch])
                 found[name if self.batch else f"batch {batch}"] = bounded(*ratio)
         return found
 
