@@ -89,6 +89,12 @@ def test_the_row_of_the_readme(study):
     assert row["batch size 8 (images/s)"] == "333" and row["class changed"] == "5"
 
 
+def test_the_table_of_the_readme_is_the_overview(study):
+    head, align, *rows = speed.readme_table(study).splitlines()
+    assert head.startswith("| variant | weights (MB) | batch size 1 (ms) |") and len(rows) == len(MEASURED)
+    assert align.startswith("| --- | ---: |") and len({row.count("|") for row in (head, align, *rows)}) == 1
+
+
 def test_the_headline_walks_to_the_fastest(study):
     first, second, *_ = speed.headline(study).splitlines()
     assert "the fastest is FP16 · fused · CUDA graph, 1.00 ms, 8.0 times faster" in first
