@@ -108,18 +108,11 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("side", "says"), [(1001, "1001 × 1001 pixels are more than 1 megapixels"), (60_000, "too large: .*bomb")]
 )
-def test_too_many_pixels_are_refused_from_the_header(tmp_path, side, says):
-    file = tmp_path / "a.png"
-    file.write_bytes(png_header(side, side))
+def test_too_many_pixels_are_refused_from_the_header_and_the_limit_itself_is_allowed(tmp_path, side, says):
+    assert read(save(tmp_path / "a.png", size=(1000, 1000))).size == (1000, 1000)
+    (tmp_path / "a.png").write_bytes(png_header(side, side))
     with pytest.raises(BadPicture, match=says):
-        read(file)
-
-
-def test_the_limit_of_megapixels_itself_is_allowed(tmp_path):
-    file = save(tmp_path / "a.png", size=(100, 100))
-    assert decode.open_picture(file, 0.01).size == (100, 100)
-    with pytest.raises(BadPicture):
-        decode.open_picture(file, 0.0099)
+        read(tmp_path / "a.png")
 
 
 # What a viewer would show
@@ -164,19 +157,6 @@ def test_every_colour_mode_becomes_rgb(tmp_path, file, mode, colour, shown):
     found = read(tmp_path / file)
     assert found.mode == "RGB"
     np.testing.assert_allclose(found.getpixel((4, 4)), shown, atol=2)
-
-
-@pytest.mark.parametrize(
-    "error", [struct.error, KeyError, IndexError, zlib.error, AttributeError, NotImplementedError, ZeroDivisionError]
-)
-def test_whatever_a_decoder_raises_for_a_damaged_file_makes_it_a_bad_picture(tmp_path, monkeypatch, error):
-    def load(image):
-        raise error("odd bytes")
-
-    file = save(tmp_path / "a.png")
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    with pytest.raises(BadPicture, match=r"^damaged: .*odd bytes"):
-        read(file)
 
 
 def test_every_orientation_is_undone_as_pillow_undoes_it(tmp_path):

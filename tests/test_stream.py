@@ -273,18 +273,14 @@ def test_out_of_memory_is_no_fault_of_a_picture(torchvision, folder):
         stream.classify(pictures_in(folder)[:4], Toy(24), batch_size=4, workers=2, decoder="nvjpeg")
 
 
-def test_nvjpeg_is_never_taken_unasked_nor_silently_replaced():
-    given = preprocess.new(8), CPU
-    assert type(decoders.pick("pil", *given)) is decoders.PilDecoder
-    with pytest.raises(decoders.DecoderUnavailable, match=r"CUDA device, this one is cpu; set decoder to"):
-        decoders.pick("nvjpeg", *given)
-    assert decoders.pick("auto", *given).note().endswith("nvJPEG decodes on a CUDA device, this one is cpu.")
-    with pytest.raises(ValueError, match="known are pil, nvjpeg, auto"):
-        decoders.pick("turbo", *given)
-
-
-def test_why_there_is_no_nvjpeg_is_one_line(monkeypatch):
+def test_nvjpeg_is_never_taken_unasked_nor_silently_replaced(monkeypatch):
     pre, cuda = preprocess.new(8), torch.device("cuda")
+    assert type(decoders.pick("pil", pre, CPU)) is decoders.PilDecoder
+    with pytest.raises(decoders.DecoderUnavailable, match=r"CUDA device, this one is cpu; set decoder to"):
+        decoders.pick("nvjpeg", pre, CPU)
+    assert decoders.pick("auto", pre, CPU).note().endswith("nvJPEG decodes on a CUDA device, this one is cpu.")
+    with pytest.raises(ValueError, match="known are pil, nvjpeg, auto"):
+        decoders.pick("turbo", pre, CPU)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     reason = decoders.no_nvjpeg(pre, cuda)
