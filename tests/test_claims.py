@@ -174,10 +174,10 @@ def test_of_another_network_one_row_counts_the_claims(made):
     made.verdict("objective-size")
     frame = made.study.read("claims")
     assert list(frame.columns) == list(records.COLUMNS["claims"])
-    rows = claims.show(frame, "sensitivity", "objectives").text()
+    rows = claims.show(frame, "sensitivity", "objectives").text
     assert rows["claim (source)"].tolist() == ["13 claims"]
     assert rows["verdict"].tolist() == [f"{UNTESTED}: the network is not ViT-L/16 (4 blocks of width 128)"]
-    rows = claims.show(frame, "slides table").text()
+    rows = claims.show(frame, "slides table").text
     assert len(rows) == 3 and rows["claim (source)"].iloc[-1] == "9 claims"  # two need no measurement
     assert rows["original (criterion)"].iloc[0].endswith("(at least 1 times the shortest possible time)")
     with pytest.raises(Missing, match="not ViT-L/16"):
