@@ -53,7 +53,7 @@ study = finetune.open(globals())
 # Every data source provides pictures with a class, in a training, a validation and optionally a test split.
 
 # %%
-from vitlib import plots, tables
+from vitlib.report import plots, tables
 
 dataset = finetune.dataset(study)
 tables.table(dataset.summary(), index=True)

@@ -65,7 +65,7 @@ print(f"{share:.0%} of the block evaluations of a full pass for each configurati
 # than chance, and Holm's adjustment accounts for the number of configurations.
 
 # %%
-from vitlib import plots, tables
+from vitlib.report import plots, tables
 
 frame = ablation.table(study, logits, subject)
 tables.table(frame, ablation.TABLE)

@@ -43,7 +43,7 @@ study = inference.open(globals())
 # checkpoints are used, so that the page of that study keeps its predictions.
 
 # %%
-from vitlib import plots, tables
+from vitlib.report import plots, tables
 
 predictor = inference.load(study)
 tables.table(predictor.describe())

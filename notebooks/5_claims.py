@@ -32,7 +32,8 @@ image_size: int = 48  # side in pixels of synthetic pictures and of a base that 
 eval_batch_size: int = 32  # batch size where only the outputs matter
 
 # %%
-from vitlib import claims, plots, tables
+from vitlib import claims
+from vitlib.report import plots, tables
 
 study = claims.open(globals())
 

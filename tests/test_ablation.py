@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitlib import ablation, checkpoint, files, params, quantize, sources
-from vitlib.decode import Picture
-from vitlib.study import Study
-from vitlib.variants import Variant
+from vitlib import ablation
+from vitlib.network import checkpoint, quantize
+from vitlib.pictures import sources
+from vitlib.pictures.decode import Picture
+from vitlib.study import files, params
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 
 CPU = torch.device("cpu")
 

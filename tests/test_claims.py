@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import claims, records
+from vitlib import claims
 from vitlib.claims import claim as judging
 from vitlib.claims import quantities
 from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, Claim
 from vitlib.claims.quantities import Figure, Missing, exact
-from vitlib.study import Study
+from vitlib.study import records
+from vitlib.study.study import Study
 
 GALLERY = Path(__file__).resolve().parents[1] / "outputs" / "gallery" / "h200-vit-l16"
 FIVE = ("fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2", "int8-flash_attention_2")

@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, evaluate, files, inference, params, records, roofline, stats, synthetic
-from vitlib.checkpoint import CheckpointError
-from vitlib.decode import Decoded, Picture
-from vitlib.sources import DataError, Dataset
-from vitlib.study import Study
-from vitlib.verify import GateError
+from vitlib import ablation, evaluate, inference
+from vitlib.measure import roofline, stats
+from vitlib.network.checkpoint import CheckpointError
+from vitlib.network.verify import GateError
+from vitlib.pictures import synthetic
+from vitlib.pictures.decode import Decoded, Picture
+from vitlib.pictures.sources import DataError, Dataset
+from vitlib.study import files, params, records
+from vitlib.study.study import Study
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
 

@@ -7,10 +7,14 @@ import peft
 import pytest
 import torch
 
-from vitlib import adapters, checkpoint, decode, files, finetune, params, preprocess, quantize
+from vitlib import finetune
 from vitlib.finetune import Base, FinetuneError
-from vitlib.sources import DataError
-from vitlib.study import Study
+from vitlib.network import checkpoint, quantize
+from vitlib.pictures import decode, preprocess
+from vitlib.pictures.sources import DataError
+from vitlib.study import files, params
+from vitlib.study.study import Study
+from vitlib.training import adapters
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import engine, files, inference, params, plots, records, tables, variants
-from vitlib.sources import DataError
-from vitlib.study import Study
+from vitlib import inference
+from vitlib.network import engine
+from vitlib.pictures.sources import DataError
+from vitlib.report import plots, tables
+from vitlib.study import files, params, records, variants
+from vitlib.study.study import Study
 
 
 @pytest.fixture

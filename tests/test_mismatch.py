@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import claims, decode, params, preprocess, sources
+from vitlib import claims
 from vitlib.claims import mismatch
-from vitlib.study import Study
+from vitlib.pictures import decode, preprocess, sources
+from vitlib.study import params
+from vitlib.study.study import Study
 
 
 def test_each_half_of_the_mistake_changes_what_the_network_sees():

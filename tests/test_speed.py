@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import columns, plots, records, speed, tables
-from vitlib.study import Study
+from vitlib import speed
+from vitlib.report import columns, plots, tables
+from vitlib.study import records
+from vitlib.study.study import Study
 
 GALLERY = Path(__file__).parents[1] / "outputs" / "gallery" / "h200-vit-l16"
 # weights, attention, execution, batch 1 (ms), batch 8 (ms)

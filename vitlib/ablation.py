@@ -15,11 +15,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib import checkpoint, origin, quantize, sources, stats
-from vitlib.sources import Dataset
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown
-from vitlib.variants import Variant
+from vitlib.measure import stats
+from vitlib.network import checkpoint, quantize
+from vitlib.pictures import sources
+from vitlib.pictures.sources import Dataset
+from vitlib.report.tables import Column, Markdown
+from vitlib.study import origin
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 
 TOGETHER = 256  # most pictures in one call of a block, where configurations are batched
 NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"

@@ -9,17 +9,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import benchmark, checkpoint, engine, files, origin, profile, provenance, roofline, timing, verify
-from vitlib.engine import Engine
-from vitlib.params import used_by
-from vitlib.profile import PARTS as PARTS
-from vitlib.stats import Interval
-from vitlib.study import Study
-from vitlib.tables import Markdown
-from vitlib.testbench import Bench, engines_of
-from vitlib.testbench import prepare as prepare
-from vitlib.tuning import relative_error
-from vitlib.variants import Variant, label
+from vitlib.measure import benchmark, profile, roofline, timing
+from vitlib.measure.profile import PARTS as PARTS
+from vitlib.measure.stats import Interval
+from vitlib.network import checkpoint, engine, verify
+from vitlib.network.engine import Engine
+from vitlib.network.testbench import Bench, engines_of
+from vitlib.network.testbench import prepare as prepare
+from vitlib.network.tuning import relative_error
+from vitlib.report.tables import Markdown
+from vitlib.study import files, origin, provenance
+from vitlib.study.params import used_by
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant, label
 
 open = Study.open
 

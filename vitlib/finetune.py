@@ -11,30 +11,19 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from vitlib import (
-    adapters,
-    checkpoint,
-    decode,
-    engine,
-    files,
-    origin,
-    preprocess,
-    provenance,
-    quantize,
-    sources,
-    standin,
-    stats,
-    trainer,
-    tuning,
-)
-from vitlib.decode import Decoded
-from vitlib.params import is_hub_id, used_by
-from vitlib.preprocess import Preprocess
-from vitlib.sources import Dataset, Labels
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown
-from vitlib.trainer import Examples, Recipe
-from vitlib.variants import Variant
+from vitlib.measure import stats
+from vitlib.network import checkpoint, engine, quantize, tuning
+from vitlib.pictures import decode, preprocess, sources
+from vitlib.pictures.decode import Decoded
+from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.sources import Dataset, Labels
+from vitlib.report.tables import Column, Markdown
+from vitlib.study import files, origin, provenance
+from vitlib.study.params import is_hub_id, used_by
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
+from vitlib.training import adapters, standin, trainer
+from vitlib.training.trainer import Examples, Recipe
 
 HISTORY = {
     "epoch": "epoch",

@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import attention, checkpoint, files, records, sources, stream, variants, verify
-from vitlib.decode import Picture
-from vitlib.engine import Engine
-from vitlib.study import Study
-from vitlib.tables import Markdown
-from vitlib.variants import Variant
+from vitlib.network import attention, checkpoint, stream, verify
+from vitlib.network.engine import Engine
+from vitlib.pictures import sources
+from vitlib.pictures.decode import Picture
+from vitlib.report.tables import Markdown
+from vitlib.study import files, records, variants
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 
 TOP = 5
 PREDICTIONS = {"file": "file", "status": "status", "label_name": "class"}

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from vitlib import benchmark, columns, provenance, stats
-from vitlib.study import Study
-from vitlib.tables import MISSING, NO_BREAK, Markdown
-from vitlib.variants import find, label
+from vitlib.measure import benchmark, stats
+from vitlib.report import columns
+from vitlib.report.tables import MISSING, NO_BREAK, Markdown
+from vitlib.study import provenance
+from vitlib.study.study import Study
+from vitlib.study.variants import find, label
 
 open = Study.open
 Key = tuple[str, str, str, str]  # weights, attention, execution, gelu

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from vitlib import origin, sources, stats
 from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, kind_of, load, text
 from vitlib.claims.mismatch import MISTAKE, looks, mistake, mistake_in_words
 from vitlib.claims.quantities import OTHER_NETWORK, Missing
-from vitlib.records import MissingRecord
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown, Table, table
+from vitlib.measure import stats
+from vitlib.pictures import sources
+from vitlib.report.tables import Column, Markdown, Table, table
+from vitlib.study import origin
+from vitlib.study.records import MissingRecord
+from vitlib.study.study import Study
 
 __all__ = ["MISTAKE", "looks", "mistake", "mistake_in_words"]
 open = Study.open

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 
 from vitlib.claims.quantities import Figure, Measurement, Quantity, content
-from vitlib.variants import label
+from vitlib.study.variants import label
 
 HOLDS, HOLDS_ONLY, FAILS, UNTESTED = "holds", "holds only", "does not hold", "cannot be tested here"
 VERDICTS = (HOLDS, HOLDS_ONLY, FAILS, UNTESTED)

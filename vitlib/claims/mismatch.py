@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vitlib import checkpoint, engine, preprocess, sources, stats
 from vitlib.claims.claim import load
-from vitlib.preprocess import Preprocess
-from vitlib.sources import Dataset
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown
-from vitlib.variants import Variant
+from vitlib.measure import stats
+from vitlib.network import checkpoint, engine
+from vitlib.pictures import preprocess, sources
+from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.sources import Dataset
+from vitlib.report.tables import Column, Markdown
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 OWN, ORIGINAL = "its own", "the original's"

@@ -15,9 +15,10 @@ import pandas as pd
 import yaml
 from pydantic import AfterValidator, BaseModel, Field
 
-from vitlib import records, stats
-from vitlib.study import Study
-from vitlib.variants import find, label
+from vitlib.measure import stats
+from vitlib.study import records
+from vitlib.study.study import Study
+from vitlib.study.variants import find, label
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 OTHER_NETWORK = "the network is not ViT-L/16"
