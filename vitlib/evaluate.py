@@ -81,17 +81,16 @@ def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Ten
     for variant in bench.ran():
         reference = Variant(variant.format.reference).name
         for size in study.settings.batch_sizes:
-            row = {"variant": variant.name, "batch": size, "reference": reference}
-            row |= {"relative_error": np.nan, "agreement_with_reference": np.nan}
+            error = agreement = np.nan
             if reference in logits and reference != variant.name:
-                own = logits[variant.name]
+                own, expected = logits[variant.name], logits[reference]
                 if variant.fused or variant.graphed:
                     own = engine.logits(bench.engines[variant.name], bench.valid.pixels, size)
-                error, same = relative_error(own, logits[reference]), own.argmax(1) == logits[reference].argmax(1)
-                row["relative_error"] = np.inf if np.isnan(error) else error  # missing means not measured
-                row["agreement_with_reference"] = same.double().mean().item()
-            rows.append(row)
-    return pd.DataFrame(rows)
+                error = relative_error(own, expected)
+                error = np.inf if np.isnan(error) else error  # missing means not measured
+                agreement = (own.argmax(1) == expected.argmax(1)).double().mean().item()
+            rows.append((variant.name, size, reference, error, agreement))
+    return pd.DataFrame(rows, columns=["variant", "batch", "reference", "relative_error", "agreement_with_reference"])
 
 
 class Measured(NamedTuple):

@@ -97,11 +97,13 @@ def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
         added = ((words, keys[other]) for words, other in _before(key) if other in keys and other != key)
         technique, before = ("out of the box", "") if key == baseline else next(added, ("several", keys[baseline]))
         below.setdefault(before, []).append((name, technique))
-    waiting = [(name, technique, "") for name, technique in below[""]]
-    while waiting:
-        name, technique, before = waiting.pop(0)
-        yield name, technique, before
-        waiting[:0] = [(after, words, name) for after, words in below.get(name, [])]
+
+    def above(before: str) -> Iterator[tuple[str, str, str]]:
+        for name, technique in below.get(before, []):
+            yield name, technique, before
+            yield from above(name)
+
+    return above("")
 
 
 def _before(key: Key) -> Iterator[tuple[str, Key]]:
@@ -192,12 +194,16 @@ def headline(study: Study) -> Markdown:
         for words, name in fastest.items():
             rounds = [benchmark.rounds_of(latencies, each, batch) for each in (baseline, name)]
             said = benchmark.in_words(stats.times_faster(*rounds), stats.same_or_slower(*rounds), len(rounds[1]))
-            path, at = [], name
-            while climbed[at][1]:
-                technique, before = climbed[at]
-                factor = f" {_three(times[before] / times[at])}×" if {before, at} <= set(times.index) else ""
-                path.insert(0, technique + factor)
-                at = before
-            steps = f" Step by step: {', '.join(path)}." if path else ""
-            lines.append(f"**Batch size {batch}**: {words} is {label(name)}, {_three(times[name])} ms, {said}.{steps}")
+            path = _path(climbed, name, times)
+            lines.append(f"**Batch size {batch}**: {words} is {label(name)}, {_three(times[name])} ms, {said}.{path}")
     return Markdown("\n".join(f"- {line}" for line in lines))
+
+
+def _path(climbed: dict[str, tuple[str, str]], name: str, times: pd.Series) -> str:
+    """The techniques that lead from the baseline to `name`, each with its factor; '' for the baseline."""
+    steps, (technique, before) = [], climbed[name]
+    while before:
+        factor = times.get(before, np.nan) / times.get(name, np.nan)
+        steps.insert(0, technique if np.isnan(factor) else f"{technique} {_three(factor)}×")
+        name, (technique, before) = before, climbed[before]
+    return f" Step by step: {', '.join(steps)}." if steps else ""

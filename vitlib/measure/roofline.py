@@ -62,7 +62,7 @@ def linear_product(side: int, device: torch.device, dtype: torch.dtype) -> Calla
 
 
 def int8_product(side: int, device: torch.device) -> Callable[[], torch.Tensor]:
-    """A call that multiplies two int8 matrices (side, side), the second transposed as in a linear layer."""
+    """The same in int8."""
     a, b = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
     return lambda: torch._int_mm(a, b.t())
 
@@ -93,19 +93,15 @@ def work(
     tokens, rows = patches + 1, batch * (patches + 1)
     wide = blocks - (1 - 1 / tokens) if class_token_only else blocks  # blocks, by the share of their rows
     state = rows * hidden * bytes_per_value  # the hidden states once
+    products = 4 * rows * hidden * (hidden * (wide + blocks) + tokens * wide)
+    between = wide * 2 * state * (1 + mlp / hidden)  # the states before and after the GELU
     parts = {
         "patch embedding": (
             2 * batch * patches * pixels * hidden,
             batch * patches * pixels * bytes_per_value + 2 * state,
         ),
-        "attention": (
-            4 * rows * hidden * (hidden * (wide + blocks) + tokens * wide),
-            blocks * 4 * hidden**2 * bytes_per_weight + (wide + blocks) * 6 * state,
-        ),
-        "mlp": (
-            4 * rows * hidden * mlp * wide,
-            blocks * 2 * hidden * mlp * bytes_per_weight + wide * 2 * state * (1 + mlp / hidden),
-        ),
+        "attention": (products, blocks * 4 * hidden**2 * bytes_per_weight + (wide + blocks) * 6 * state),
+        "mlp": (4 * rows * hidden * mlp * wide, blocks * 2 * hidden * mlp * bytes_per_weight + between),
         "norm": (0, (2 * blocks + 1) * 2 * state),
         "residual": (0, 2 * blocks * 3 * state),
         "head": (2 * batch * hidden * config.num_labels, batch * hidden * bytes_per_value),
