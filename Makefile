@@ -28,7 +28,7 @@ setup: .venv/installed  ## make .venv with the pinned versions
 
 study: setup  ## run the notebooks of STUDY that are out of date, then print the table of variants
 	@$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet host progress rules reason --config study=$(STUDY)
-	@$(BIN)/python -m vitlib.run summary --study $(STUDY)
+	@$(BIN)/python -m vitlib.report summary --study $(STUDY)
 
 test: setup  ## linters and tests; the tests of one file share a process, because those of the notebooks share a folder
 	$(BIN)/ruff check .

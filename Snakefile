@@ -10,7 +10,7 @@ from pathlib import Path
 STUDY = config.get("study", "demo")
 SET = f"params/{STUDY}.yaml"
 OUT = f"outputs/{STUDY}"
-RUN = f"{shlex.quote(sys.executable)} -m vitlib.run"
+RUN = f"{shlex.quote(sys.executable)} -m vitlib.report"
 
 # notebook: the records it writes, and the notebooks whose records it needs. Another notebook is another row.
 NOTEBOOKS = {
@@ -32,7 +32,7 @@ FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
 sys.path.insert(0, str(workflow.basedir))
-from vitlib.run import sources
+from vitlib.report.run import sources
 
 if not Path(SET).is_file():
     sys.exit(f"error: there is no parameter set {SET}")
@@ -64,9 +64,9 @@ rule index:
     input:
         [file for notebook in NOTEBOOKS for file in reports_of(notebook) + records_of(notebook)],
         [mark_of(notebook) for notebook in NOTEBOOKS],
-        "vitlib/index.py",
-        "vitlib/templates/index.html.j2",
-        "vitlib/templates/report/static/report.css",
+        "vitlib/report/index.py",
+        "vitlib/report/templates/index.html.j2",
+        "vitlib/report/templates/report/static/report.css",
     output:
         f"{OUT}/index.html",
     shell:

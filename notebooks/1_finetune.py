@@ -9,9 +9,9 @@
 # %% [markdown]
 # # Fine-tuning: train small adapters on a Vision Transformer
 #
-# A Vision Transformer is the base. It gets a new head for the classes of this study, and small LoRA adapters are
-# trained beside its frozen weights. The result is saved as three checkpoints (16 bit, NF4 and int8) that hold
-# everything a later notebook needs: weights, class names, image size and normalisation.
+# The base is a Vision Transformer. It gets a new head for the classes of this study, and small LoRA adapters are
+# trained while its own weights stay frozen. The result is saved as three checkpoints (FP16, NF4 and INT8) with
+# everything that the other notebooks need: weights, class names, image size and normalisation.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -50,17 +50,17 @@ study = finetune.open(globals())
 # %% [markdown]
 # ## The pictures
 #
-# Every source gives the same thing: pictures with a class, in a training, a validation and perhaps a test split.
+# Every data source provides pictures with a class, in a training, a validation and optionally a test split.
 
 # %%
-from vitlib import plots, tables
+from vitlib.report import plots, tables
 
 dataset = finetune.dataset(study)
 tables.table(dataset.summary(), index=True)
 
 # %% [markdown]
-# The base is loaded first, because it decides how pictures are resized and normalised. `pretrain` trains a small
-# network on *other* flowers from the generator; a Hub id or a folder loads a pretrained one.
+# The base comes first, because it determines how pictures are resized and normalised. `pretrain` trains a small network
+# on *other* flowers from the generator; a Hub id or a folder loads a pretrained network.
 
 # %%
 base = finetune.load_base(study, dataset)
@@ -70,13 +70,13 @@ tables.table(finetune.describe(base))
 finetune.introduce(study, base)
 
 # %% [markdown]
-# The first block of the network: attention and an MLP, each behind a layer norm.
+# The first block of the network: attention and an MLP, each after a layer norm.
 
 # %%
 base.model.vit.layers[0]
 
 # %% [markdown]
-# The preprocessing of the base is applied to every picture, in training and in evaluation.
+# The preprocessing of the base is applied to every picture, in training and in evaluation:
 
 # %%
 base.preprocess.describe()
@@ -89,21 +89,21 @@ decoded = finetune.decoded(study, dataset, base)
 plots.picture_grid(*finetune.examples(decoded, base, 18))
 
 # %% [markdown]
-# To the network a picture is a tensor: channels, rows and columns, here as a batch of one after normalisation.
+# The network's input is a tensor of normalised values: a batch of pictures with channels, rows and columns.
 
 # %%
 pixels = base.preprocess.normalise(decoded["train"].pixels[:1])
 pixels.shape, pixels.dtype, (pixels.min().item(), pixels.max().item())
 
 # %% [markdown]
-# Files that could not be used, with the reason.
+# Files that could not be used, and why:
 
 # %%
 tables.table(dataset.problems(), none="every file could be used")
 
 # %% [markdown]
-# A picture in both splits would reward memory, so copies are searched for in every pair of splits: exact ones, and
-# near ones (the same photograph, saved again). The test split is read for this search only; training never sees it.
+# A picture in two splits would reward memorization, so every pair of splits is searched for copies: exact ones and near
+# ones (the same photograph, saved again). The test split is read for this search only; training does not use it.
 
 # %%
 tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in two splits")
@@ -111,9 +111,9 @@ tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in
 # %% [markdown]
 # ## What is trained
 #
-# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers
-# of attention and MLP get one. The head is new and starts at random, so it must be trained too: left frozen, it would
-# stay random and no adapter could repair it.
+# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers of
+# attention and MLP get such an adapter. The new head has random weights and is always trained: adapters cannot make up
+# for a random head.
 
 # %%
 model = finetune.make_trainable(study, base)
@@ -122,7 +122,7 @@ tables.table(finetune.parameter_table(model), index=True)
 # %% [markdown]
 # ## Training
 #
-# Random crops and flips, AdamW, a cosine schedule. The validation split is measured after each epoch, without crops.
+# Training uses random crops and flips, AdamW and a cosine schedule. Validation after each epoch has no augmentation.
 
 # %%
 history = finetune.train(study, model, base, decoded)
@@ -134,9 +134,9 @@ plots.learning_curves(history)
 # %% [markdown]
 # ## Three checkpoints
 #
-# The adapters are added into the weights, and the result is saved in 16 bit, in NF4 (4 bits a weight) and in int8.
-# Each is loaded again and compared with the network in memory: the 16-bit one must give the same logits, and the
-# others show what quantization alone changes.
+# The adapters are merged into the weights, and the result is saved in FP16, NF4 (4 bits per weight) and INT8. Each
+# checkpoint is loaded again and compared with the network in memory: the FP16 one must give the same logits, and the
+# other two show what quantization alone changes.
 
 # %%
 merged = finetune.merge(study, model, base)

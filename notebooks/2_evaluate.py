@@ -76,7 +76,7 @@ bench = bench.without(profiled.refused)
 # the class probabilities from the baseline's, in nats; it shows a change long before accuracy does.
 
 # %%
-from vitlib import columns, plots, tables
+from vitlib.report import columns, plots, tables
 
 logits = evaluate.outputs(study, bench)
 quality = evaluate.accuracy(study, bench, logits)

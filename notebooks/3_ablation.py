@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Ablation: which blocks are sensitive to quantization
 #
-# Quantizing the whole network changes its outputs a little. Here each part in turn is kept in FP16 while everything
-# else is quantized: the more of the change disappears, the more sensitive that part is.
+# Quantizing the whole network changes its outputs a little. Here one part at a time is kept in FP16 while everything
+# else is quantized: the more of the change this removes, the more sensitive the part is.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -34,22 +34,22 @@ study = ablation.open(globals())
 # %% [markdown]
 # ## One network, exchanged block by block
 #
-# The FP16 network is loaded once. Every block gets a quantized twin, and a configuration only chooses between the
-# two. The patch embedding is a convolution, which bitsandbytes does not quantize: it is in FP16 throughout, so
-# "embeddings+classifier" kept differs from nothing kept by the classifier alone.
+# The FP16 network is loaded once. Every block gets a quantized twin, and a configuration chooses between the two. The
+# patch embedding is a convolution, which bitsandbytes does not quantize. It is in FP16 in every configuration, so
+# "embeddings+classifier" differs from "none" by the classifier only.
 
 # %%
 subject = ablation.prepare(study)
 print(f"{len(subject.blocks)} blocks, {len(subject.labels)} pictures, on {subject.loaded.device.type}")
 
 # %% [markdown]
-# A block and its quantized twin: the linear layers are replaced, everything else is shared.
+# The quantized twin of the first block, in which only the linear layers are replaced:
 
 # %%
 ablation.twin(subject, 0, study.settings.ablation_bits[0])
 
 # %% [markdown]
-# Configurations that agree up to some block share the work up to there. Configurations that have diverged but reach
+# Configurations that agree up to some block share the evaluation up to it. Configurations that have diverged but reach
 # the same block again are batched into one call.
 
 # %%
@@ -59,12 +59,13 @@ print(f"{share:.0%} of the block evaluations of a full pass for each configurati
 # %% [markdown]
 # ## All configurations
 #
-# KL is the mean divergence of the probabilities from the FP16 network's, with its bootstrap interval over pictures.
-# Flips are pictures whose class changes against nothing kept; McNemar's exact test asks whether right answers were
-# won or lost by more than chance, and Holm's adjustment accounts for testing every block.
+# KL is the mean divergence of the probabilities from those of the FP16 network, with its bootstrap interval over
+# pictures. Flips are pictures whose class differs from that of the fully quantized network ("none"). Discordant are
+# those that only one of the two classifies correctly; McNemar's exact test asks whether they favour one network by more
+# than chance, and Holm's adjustment accounts for the number of configurations.
 
 # %%
-from vitlib import plots, tables
+from vitlib.report import plots, tables
 
 frame = ablation.table(study, logits, subject)
 tables.table(frame, ablation.TABLE)
@@ -75,7 +76,7 @@ ablation.introduce(study)
 # %% [markdown]
 # ## First and last
 #
-# The KL that remains when the first and the last encoder block, or the classifier, are kept:
+# The KL that remains when nothing, the first and the last encoder block, or the classifier is kept:
 
 # %%
 plots.kept_parts(frame, [ablation.NONE, ablation.ENDS, ablation.HEADS])
@@ -83,28 +84,28 @@ plots.kept_parts(frame, [ablation.NONE, ablation.ENDS, ablation.HEADS])
 # %% [markdown]
 # ## Every single block
 #
-# The share of the KL that disappears when one block is kept. If all blocks were equally sensitive, each bar would be
-# near the dotted line; a bar below zero means that the errors of two blocks had cancelled each other.
+# The share of the KL that is removed when one block is kept. If all blocks were equally sensitive, each bar would be
+# near the dotted line. A bar below zero means that the error of this block had cancelled errors of other blocks.
 
 # %%
 blocks = ablation.sensitivity(frame)
 plots.sensitivity_bars(blocks)
 
 # %% [markdown]
-# The opposite experiment: everything in FP16, and one block alone quantized. Here errors of different blocks cannot
-# cancel.
+# The opposite experiment: one block is quantized and everything else is in FP16. Here errors of different blocks cannot
+# cancel each other.
 
 # %%
 plots.alone_bars(blocks)
 
 # %% [markdown]
-# Would other pictures rank the blocks in the same order? The pictures are split into random halves, and the two
-# rankings compared: a rank correlation near 1 can be relied on, one near 0 is chance. Where all blocks tie in a half,
-# that half gives no ranking; such splits are left out and counted. The last columns are the smallest difference of
-# accuracy that could be significant after Holm's adjustment, if every change were in one direction.
+# Would other pictures rank the blocks in the same order? The pictures are split into random halves, and the rankings of
+# the two halves are compared: a rank correlation near 1 is reliable, one near 0 is chance. A half in which all blocks
+# tie gives no ranking; such splits are left out and counted. The last two columns are the smallest difference of
+# accuracy that could be significant after Holm's adjustment, if all changes were in one direction.
 
 # %%
-reliable = ablation.reliability(study, logits, frame, subject)
+reliable = ablation.reliability(study, logits, subject)
 tables.table(reliable, ablation.RELIABILITY)
 
 # %% [markdown]

@@ -7,17 +7,11 @@
 # ---
 
 # %% [markdown]
-# # Inference: what is in these pictures?
+# # Inference: classify a folder of pictures
 #
-# A folder of pictures goes in, flat or in class folders; names and probabilities come out. We will see
-#
-# - which variant is used, and that it is the one asked for;
-# - a prediction for every file, or the reason why there is none;
-# - how many images a second pass from file to answer;
-# - the accuracy, where the folders say what is right.
-#
-# *Installing: `make setup` on your own machine. In Colab, clone the project, run `%cd` to its folder and `%pip install
-# -q -e .` in a cell above this one, then restart the runtime. Every setting below can be changed in place.*
+# The input is a folder of pictures, flat or with a folder for each class. The result is a record with the five most
+# probable classes of every file, or the reason why it was skipped. If the folders name the classes, the accuracy is
+# reported too.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -37,56 +31,61 @@ decoder: str = "pil"  # pil, nvjpeg, auto; auto is nvJPEG on the GPU where it wo
 grid: int = 12  # pictures shown
 
 # %%
-from vitlib import params
+from vitlib import inference
 
-settings = params.collect(globals())
+study = inference.open(globals())
 
 # %% [markdown]
 # ## The network
 #
-# `auto` takes the NF4 weights with the attention that notebook 2 measured to be fastest for them, of those that this
-# machine can run, eagerly: preparing a fused network takes longer than it saves on a few thousand pictures. For more,
-# set `variant` to a fused one. Preprocessing and class names come with the checkpoint.
+# `auto` takes the fastest variant that notebook 2 measured and that runs on this machine. Preprocessing and class names
+# come with the checkpoint. For your own pictures, set `study` to a new name and `checkpoints_of` to the study whose
+# checkpoints are used, so that the page of that study keeps its predictions.
 
 # %%
-from vitlib import inference, plots
+from vitlib.report import plots, tables
 
-predictor = inference.load(settings)
-plots.table(predictor.describe())
+predictor = inference.load(study)
+tables.table(predictor.describe())
+
+# %%
+predictor.reason()
 
 # %% [markdown]
 # ## The pictures
 #
-# Without a folder of your own this is the test split, or the validation split where there is no test.
+# Without a folder of your own, these are the pictures of the test split, or of the validation split if there is no test
+# split. Files that are clearly not pictures are skipped here; damaged ones are found when they are read.
 
 # %%
-pictures_found, skipped = inference.find_pictures(settings)
-print(f"{len(pictures_found)} pictures, {len(skipped)} other files")
+found, skipped = inference.find_pictures(study)
+print(f"{len(found)} files to read, {len(skipped)} skipped without reading")
 
 # %% [markdown]
 # ## Predictions
 #
-# The record has one row for each file, also for what could not be read, with the five best names and their
-# probabilities. Pictures are decoded while the network works on those before them.
+# The next pictures are decoded while the network classifies the current batch.
 
 # %%
-frame, passed, rate = inference.predict(predictor, pictures_found, skipped, settings)
-plots.table(inference.readable(frame))
-
-# %%
-from IPython.display import Markdown
-
-Markdown(inference.caption(frame))
+frame, passed, rate = inference.predict(study, predictor, found, skipped)
+plots.picture_grid(**inference.grid(frame, passed, study.settings.grid))
 
 # %% [markdown]
-# Some of them to look at. Where the right answer is known, the title is green for a right and red for a wrong
-# prediction.
+# Where the class is known, the title is green for a right and red for a wrong prediction. The network's output is a
+# tensor with a row for each picture and a logit for each class:
 
 # %%
-plots.picture_grid(*inference.examples(frame, passed, settings.grid), right=inference.marks(frame, settings.grid))
+passed.logits.shape, passed.logits[:1, :5]
 
 # %% [markdown]
-# ## What we saw
+# A sample of the files with their three most probable classes. All files, with five classes each, are in
+# `records/predictions.csv`.
 
 # %%
-Markdown(inference.headline(frame, predictor, rate, passed.note))
+tables.table(inference.sample(frame), inference.PREDICTIONS)
+
+# %% [markdown]
+# ## Summary
+
+# %% tags=["summary"]
+inference.headline(frame, predictor, rate, passed.note)

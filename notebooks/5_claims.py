@@ -7,17 +7,17 @@
 # ---
 
 # %% [markdown]
-# # Claims: does what the original study said hold?
+# # Claims: which results of the original study hold?
 #
 # This project rebuilds the student project
 # [Vision Model Optimization with Quantization & Efficient Attention](https://github.com/jayrajpamnani/Vision-Model-Optimization-with-Quantization-Efficient-Attention),
-# called *the original* here. It published a README and slides, each with a table of results. This notebook tests what
-# they claim on the records of this study, and makes the original's preprocessing mistake again.
+# called *the original* here, whose README and slides each have a table of results. This notebook tests their claims on
+# the records of this study, and repeats the original's preprocessing mistake.
 #
 # Every verdict is computed. A claim *holds*, *holds only* for some batch sizes or variants, or *does not hold*. It
-# *cannot be tested here* where the study lacks what the claim is about: the same network, a GPU, the same pretrained
+# *cannot be tested here* if the study lacks what the claim is about: the same network, a GPU, the same pretrained
 # weights. Verdicts apply to this study only: sensitivity and the cost of quantization depend on the weights, and the
-# latency of eager networks at batch 1 also depends on the CPU.
+# latency of eager networks at batch size 1 also depends on the CPU.
 
 # %% tags=["parameters"]
 study: str = "demo"  # results go to outputs/<study>/
@@ -32,29 +32,30 @@ image_size: int = 48  # side in pixels of synthetic pictures and of a base that 
 eval_batch_size: int = 32  # batch size where only the outputs matter
 
 # %%
-from vitlib import claims, plots, tables
+from vitlib import claims
+from vitlib.report import plots, tables
 
 study = claims.open(globals())
 
 # %% [markdown]
 # ## The claims
 #
-# They are data, in `vitlib/claims/claims.yaml`, without any verdict. Each measures its own quantity on the study. One
-# of them, as an object, and its measurement:
+# The claims are data in `vitlib/claims/claims.yaml`, a file without verdicts. Each claim has a quantity that is
+# measured on the study. One claim as an object, and its measurement:
 
 # %%
-claim = claims.find("own-top1")
+claim = claims.load()["own-top1"]
 claim, claim.quantity.measure(study)
 
 # %% [markdown]
-# All of them, starting with the original's objectives. Where variants are compared, a figure comes with its interval:
+# The original's objectives come first. Where variants are compared, a figure has a confidence interval:
 
 # %%
 verdicts = claims.verdicts(study)
 claims.show(verdicts, "objectives")
 
 # %% [markdown]
-# ## The original against itself
+# ## Consistency of the original
 #
 # The README and the slides report some of the same quantities. Here they are compared with each other.
 
@@ -62,10 +63,11 @@ claims.show(verdicts, "objectives")
 claims.show(verdicts, "own figures", "training and inference")
 
 # %% [markdown]
-# ## What its ablation can show
+# ## Significance of the original's ablation
 #
-# The original kept one part at a time in FP16 and counted right answers. It did not publish which pictures changed, so
-# the table gives the smallest p that McNemar's exact test could have for each difference. The ten largest differences:
+# The original kept one part at a time in FP16 and counted right predictions. It did not publish which pictures changed,
+# so the table gives the smallest p that McNemar's exact test could have for each difference. The ten largest
+# differences:
 
 # %%
 ablation = claims.reanalysis()
@@ -75,11 +77,12 @@ tables.table(ablation.head(10), claims.REANALYSIS)
 claims.reanalysis_in_words(ablation)
 
 # %% [markdown]
-# ## The preprocessing mistake, made again
+# ## The preprocessing mistake
 #
 # The original trained with a plain resize and the checkpoint's normalisation. It evaluated with a centre crop from a
-# larger picture and ImageNet's mean and standard deviation. The table evaluates our checkpoint with both, and with
-# either half of the mistake alone; the quantized checkpoints show whether the mistake changes what quantization costs.
+# larger picture and ImageNet's mean and standard deviation. The table evaluates the checkpoint of this study with both,
+# and with each half of the mistake alone. The quantized checkpoints show whether the mistake changes the cost of
+# quantization.
 
 # %%
 dataset = claims.pictures(study)
@@ -90,7 +93,7 @@ tables.table(costs, claims.MISTAKE)
 claims.mistake_in_words(costs)
 
 # %% [markdown]
-# The same pictures as the network sees them, which reads all values with the normalisation of its training:
+# The same pictures as the network sees them: it reads all values with the normalisation of its training.
 
 # %%
 plots.picture_grid(*claims.looks(study, dataset, 3), columns=4)
@@ -98,7 +101,7 @@ plots.picture_grid(*claims.looks(study, dataset, 3), columns=4)
 # %% [markdown]
 # ## The two tables, column by column
 #
-# Milliseconds depend on the GPU, so latencies are compared as ratios to the same table's baseline.
+# Latencies depend on the GPU, so they are compared as ratios to the baseline of the same table.
 
 # %%
 claims.show(verdicts, "slides table", "README table")
@@ -106,7 +109,7 @@ claims.show(verdicts, "slides table", "README table")
 # %% [markdown]
 # ## Speed, accuracy and recommendations
 #
-# An interval that includes the limit of a claim leaves it undecided.
+# A claim is undecided if the interval of its measurement includes the limit.
 
 # %%
 claims.show(verdicts, "speed and accuracy", "recommendations")
@@ -114,8 +117,8 @@ claims.show(verdicts, "speed and accuracy", "recommendations")
 # %% [markdown]
 # ## Sensitivity of blocks, and the first and last layers
 #
-# A block is called sensitive by the KL that appears when it alone is quantized. A gain is called significant by Holm's
-# adjusted p of keeping a part in FP16.
+# The sensitivity of a block is the KL when it alone is quantized. The gain of keeping a part in FP16 is significant if
+# its p after Holm's adjustment is below 0.05.
 
 # %%
 claims.show(verdicts, "sensitivity")

@@ -31,7 +31,7 @@ study = speed.open(globals())
 # latencies with its bootstrap interval; below 1 the technique makes it slower.
 
 # %%
-from vitlib import columns, plots, tables
+from vitlib.report import columns, plots, tables
 
 tables.table(speed.ladder(study))
 

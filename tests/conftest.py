@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import ViTImageProcessorPil
 
-from vitlib import checkpoint, preprocess
-from vitlib.sources import Labels
+from vitlib.network import checkpoint
+from vitlib.pictures import preprocess
+from vitlib.pictures.sources import Labels
 
 torch.set_num_threads(1)
 

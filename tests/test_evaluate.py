@@ -11,32 +11,23 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from vitlib import ablation, evaluate, files, inference, params, records, stats, synthetic
-from vitlib.checkpoint import CheckpointError
-from vitlib.decode import Decoded, Picture
-from vitlib.sources import DataError, Dataset
-from vitlib.study import Study
-from vitlib.verify import GateError
+from vitlib import ablation, evaluate, inference
+from vitlib.measure import roofline, stats
+from vitlib.network.checkpoint import CheckpointError
+from vitlib.network.verify import GateError
+from vitlib.pictures import synthetic
+from vitlib.pictures.decode import Decoded, Picture
+from vitlib.pictures.sources import DataError, Dataset
+from vitlib.study import files, params, records
+from vitlib.study.study import Study
 
 NAMES = ["fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2"]
 
 
 @pytest.fixture(scope="module")
 def settings():
-    return params.check(
-        {
-            "study": "unit",
-            "device": "cpu",
-            "variants": NAMES,
-            "batch_sizes": [1, 4],
-            "rounds": 2,
-            "samples": 3,
-            "round_seconds": 0.05,
-            "cpu_samples": 1,
-            "profile_batch_size": 2,
-            "workers": 1,
-        }
-    )
+    few = {"batch_sizes": [1, 4], "rounds": 2, "samples": 3, "round_seconds": 0.01, "cpu_samples": 1, "workers": 1}
+    return params.check({"study": "unit", "device": "cpu", "variants": NAMES, "profile_batch_size": 2} | few)
 
 
 def dataset_for(labels) -> Dataset:
@@ -90,7 +81,10 @@ def checks(study, bench, measured, profiled):
 @pytest.fixture(scope="module")
 def table(study, bench, measured, profiled):
     logits = evaluate.outputs(study, bench)
-    evaluate.against_the_roofline(study, bench, profiled.kernels)
+    peak = roofline.Ceilings({"float32": 0.1, "float16": 0.1}, gb_s=10.0)  # measuring them takes most of a minute
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "ceilings", lambda device: peak)
+        evaluate.against_the_roofline(study, bench, profiled.kernels)
     return evaluate.variants_table(
         study,
         bench,
@@ -197,12 +191,6 @@ def test_classes_in_another_order_change_nothing(study, labels, bench):
     pd.testing.assert_frame_equal(first[columns], second[columns])
 
 
-def test_ids_are_the_checkpoints_everywhere(bench, labels, study):
-    assert bench.labels == labels
-    subject = ablation.prepare(study, dataset_for(labels))
-    assert subject.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-
-
 def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, study, settings, checkpoints, labels):
     """The original study typed mean and deviation anew in each notebook; here all three agree."""
     processor = AutoImageProcessor.from_pretrained(checkpoints / "merged", backend="pil")
@@ -217,6 +205,7 @@ def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, study,
         return model.vit.embeddings.register_forward_pre_hook(spy, with_kwargs=True)
 
     subject = ablation.prepare(study, dataset_for(labels))
+    assert bench.labels == labels and subject.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     predictor = inference.load(study)
     networks = [bench.engines["fp32-sdpa"].loaded.model, subject.loaded.model, predictor.engine.loaded.model]
     handles = [watched(network) for network in networks]
@@ -230,12 +219,22 @@ def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, study,
         torch.testing.assert_close(batch, expected, rtol=0, atol=5e-3)
 
 
-def test_checkpoints_of_different_trainings_are_not_compared(project, settings, labels, checkpoints):
-    copy = project / "outputs" / "mixed" / "checkpoints"
+@pytest.mark.parametrize(
+    ("file", "change", "fault"),
+    [
+        ("provenance.json", {"merged_sha256": "of another training"}, "other weights"),
+        ("preprocessor_config.json", {"image_mean": [0.485, 0.456, 0.406]}, "different preprocessing"),
+    ],
+)
+def test_checkpoints_that_do_not_belong_together_are_refused(
+    project, settings, labels, checkpoints, file, change, fault
+):
+    copy = project / "outputs" / file / "checkpoints"
     shutil.copytree(checkpoints, copy)
-    (copy / "nf4" / "provenance.json").write_text(json.dumps({"merged_sha256": "of another training"}))
-    with pytest.raises(CheckpointError, match="other weights"):
-        evaluate.prepare(Study.of(settings.model_copy(update={"study": "mixed"})), dataset_for(labels))
+    made = json.loads((copy / "nf4" / file).read_text())
+    (copy / "nf4" / file).write_text(json.dumps(made | change))
+    with pytest.raises(CheckpointError, match=fault):
+        evaluate.prepare(Study.of(settings.model_copy(update={"study": file})), dataset_for(labels))
 
 
 def test_fewer_classes_than_the_checkpoint_knows_is_an_error(study, labels):
@@ -243,16 +242,6 @@ def test_fewer_classes_than_the_checkpoint_knows_is_an_error(study, labels):
     dataset.splits["valid"] = [picture for picture in dataset.splits["valid"] if picture.label != "10"]
     with pytest.raises(DataError, match="knows 3"):
         evaluate.prepare(study, dataset)
-
-
-def test_checkpoints_of_different_preprocessing_are_not_compared(project, settings, labels, checkpoints, monkeypatch):
-    copy = project / "outputs" / "other" / "checkpoints"
-    shutil.copytree(checkpoints, copy)
-    config = json.loads((copy / "nf4" / "preprocessor_config.json").read_text())
-    config["image_mean"] = [0.485, 0.456, 0.406]
-    (copy / "nf4" / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="different preprocessing"):
-        evaluate.prepare(Study.of(settings.model_copy(update={"study": "other"})), dataset_for(labels))
 
 
 def test_data_checksum_changes_with_a_label(bench):

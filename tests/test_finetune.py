@@ -7,10 +7,14 @@ import peft
 import pytest
 import torch
 
-from vitlib import adapters, checkpoint, decode, files, finetune, params, preprocess, quantize
+from vitlib import finetune
 from vitlib.finetune import Base, FinetuneError
-from vitlib.sources import DataError
-from vitlib.study import Study
+from vitlib.network import checkpoint, quantize
+from vitlib.pictures import decode, preprocess
+from vitlib.pictures.sources import DataError
+from vitlib.study import files, params
+from vitlib.study.study import Study
+from vitlib.training import adapters
 
 CPU = torch.device("cpu")
 
@@ -42,27 +46,13 @@ def test_lora_trains_the_head_and_an_adapter_on_every_encoder_linear(base):
     assert table.loc["encoder", "trainable"] == 0
 
 
-def test_adapters_of_vit_large_have_the_size_the_original_study_printed():
-    assert 24 * 8 * (4 * (1024 + 1024) + 2 * (1024 + 4096)) == 3_538_944
-
-
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
-def test_the_head_is_trained_by_every_method(base, method):
-    model = finetune.make_trainable(settings(method=method), base)
-    assert any("classifier" in name and p.requires_grad for name, p in model.named_parameters())
-
-
 def test_a_frozen_head_or_a_linear_without_adapter_is_an_error(base):
-    partly = copy.deepcopy(base.model)
-    model = finetune.make_trainable(settings(), base)
-    for name, parameter in model.named_parameters():
-        if "classifier" in name:
-            parameter.requires_grad_(False)
-    with pytest.raises(adapters.AdapterError, match="classifier is frozen"):
-        adapters.check(model, "classifier")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
     with pytest.raises(adapters.AdapterError, match="have an adapter"):
-        adapters.check(peft.get_peft_model(partly, config), "classifier")
+        adapters.check(peft.get_peft_model(copy.deepcopy(base.model), config), "classifier")
+    model = finetune.make_trainable(settings(), base).requires_grad_(False)
+    with pytest.raises(adapters.AdapterError, match="classifier is frozen"):
+        adapters.check(model, "classifier")
 
 
 def _stir(model):
@@ -75,8 +65,9 @@ def _stir(model):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
-def test_merging_changes_nothing_but_the_format(base, method):
+def test_every_method_trains_the_head_and_merging_changes_nothing_but_the_format(base, method):
     model = _stir(finetune.make_trainable(settings(method=method), base))
+    assert any("classifier" in name and p.requires_grad for name, p in model.named_parameters())
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixel_values=x).logits
@@ -100,24 +91,20 @@ def test_merging_qlora_keeps_the_dequantized_weights(nf4_base):
     assert not hasattr(merged.config, "quantization_config")
 
 
-def test_a_base_from_nowhere_says_what_is_allowed(tmp_path, monkeypatch):
+def test_a_missing_base_or_data_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = settings(base_model="no-such-folder")
     with pytest.raises(FinetuneError, match="pretrain, random, a folder"):
         finetune.load_base(chosen, finetune.dataset(chosen))
-
-
-def test_a_missing_data_folder_is_said_before_anything_else():
     with pytest.raises(DataError, match="no data folder"):
-        finetune.open({"study": "unit", "data_source": "no/such/folder"})
-    assert finetune.open({"study": "unit"}).name == "unit"
+        finetune.dataset(finetune.open({"study": "unit", "data_source": "no/such/folder"}))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({}, ""),
-        ({"data_source": "data/photographs"}, "only seen drawn flowers"),
+        ({"data_source": "data/photographs"}, "trained on drawn flowers only"),
         ({"base_model": "random"}, "leaves random weights frozen"),
         ({"base_model": "random", "method": "full"}, ""),
     ],
@@ -131,7 +118,7 @@ def test_a_base_that_does_not_fit_is_said(base, tmp_path, monkeypatch, change, s
     assert chosen.read_json("base") == base.origin
 
 
-def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
+def test_saved_checkpoints_are_reproduced_and_another_network_is_refused(base, tmp_path, monkeypatch, pixels):
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     merged = finetune.merge(settings(), _stir(finetune.make_trainable(settings(), base)), base)
     history = pd.DataFrame({"top1": [0.5]})
@@ -143,7 +130,10 @@ def test_saved_checkpoints_are_reproduced(base, tmp_path, monkeypatch, pixels):
     assert checkpoint.read_labels(paths["nf4"]) == base.labels
     with torch.no_grad():
         found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.argmax(1)
-    assert table.loc["merged", "top1"] == (found == base.labels.ids(valid.pictures)).float().mean().item()
+        assert table.loc["merged", "top1"] == (found == base.labels.ids(valid.pictures)).float().mean().item()
+        merged.classifier.weight.mul_(1.5)
+    with pytest.raises(FinetuneError, match="other logits"):
+        finetune.check_reload(merged, base, paths, valid)
 
 
 def _pictures(base):
@@ -158,20 +148,10 @@ def test_headline_names_the_best_epoch_the_merged_accuracy_and_copies(base):
     empty = decode.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], [])
     text = finetune.headline(history, reloaded, base, {"train": empty, "valid": empty})
     assert "best epoch was 2 with 79.00 %" in text and "lowest in epoch 2 and rose afterwards" in text
-    assert "has Top-1 **77.60 %**, because its weights are rounded to 16 bits" in text
+    assert "has Top-1 **77.60 %**, because its weights are rounded to FP16" in text
     assert "No picture appears in both" in text
     reloaded["top1"], history["valid_loss"] = 0.78, 0.5
     one = decode.Decoded(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8), _pictures(base)[:1], [])
     text = finetune.headline(history, reloaded, base, {"train": one, "valid": one})
     assert "has Top-1 **78.00 %**." in text and "overfits" not in text
-    assert "**1 pictures appear in both training and validation** (1 exact and 0 near copies)" in text
-
-
-def test_a_merged_checkpoint_that_differs_is_an_error(base, tmp_path, monkeypatch, pixels):
-    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
-    merged = finetune.merge(settings(), _stir(finetune.make_trainable(settings(), base)), base)
-    paths = finetune.save_checkpoints(settings(), merged, base, pd.DataFrame({"top1": [0.5]}))
-    with torch.no_grad():
-        merged.classifier.weight.mul_(1.5)
-    with pytest.raises(FinetuneError, match="other logits"):
-        finetune.check_reload(merged, base, paths, decode.Decoded(pixels, _pictures(base), []))
+    assert "**Training and validation share pictures** (1 exact and 0 near copies)" in text

@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import engine, files, inference, params, plots, records, tables, variants
-from vitlib.sources import DataError
-from vitlib.study import Study
+from vitlib import inference
+from vitlib.network import engine
+from vitlib.pictures.sources import DataError
+from vitlib.report import plots, tables
+from vitlib.study import files, params, records, variants
+from vitlib.study.study import Study
 
 
 @pytest.fixture
@@ -40,16 +43,11 @@ def predicted(study):
     return predictor, *inference.predict(study, predictor, found, skipped)
 
 
-def measured(study, *rows):
-    columns = ("variant", "status", "batch", "latency_p50_ms")
-    table = pd.DataFrame([dict(zip(columns, row, strict=True)) for row in rows])
-    study.write("variants", table.reindex(columns=records.COLUMNS["variants"]))
-
-
-def test_without_a_record_of_speed_auto_is_a_stated_default(predicted):
-    predictor = predicted[0]
-    assert predictor.variant.name == "fp32-sdpa"
-    assert "notebook 2 has measured no variant that runs here" in predictor.reason()
+def test_auto_without_a_record_of_speed_and_a_named_variant_are_explained(study, predicted):
+    assert predicted[0].variant.name == "fp32-sdpa"
+    assert "notebook 2 has measured no variant that runs here" in predicted[0].reason()
+    variant, why = inference.choose(changed(study, variant="int8-sdpa"), torch.device("cpu"))
+    assert variant == variants.find("int8-sdpa") and "names it" in why
 
 
 @pytest.mark.parametrize(
@@ -61,26 +59,15 @@ def test_without_a_record_of_speed_auto_is_a_stated_default(predicted):
     ],
 )
 def test_auto_takes_the_fastest_variant_that_was_measured_and_runs_here(study, monkeypatch, size, runs, chosen):
-    measured(
-        study,
-        ("nf4-sdpa", "ok", 1, 5.0),
-        ("fp16-sdpa", "ok", 1, 6.0),
-        ("nf4-sdpa", "ok", 32, 20.0),
-        ("fp16-sdpa", "ok", 32, 15.0),
-        ("nf4-flash_attention_2", "ok", 32, 10.0),
-        ("fp16-sdpa-graph", "not run", 32, float("nan")),
-        ("another-version", "ok", 32, 1.0),
-    )
+    rows = [("nf4-sdpa", 1, 5.0), ("fp16-sdpa", 1, 6.0), ("nf4-sdpa", 32, 20.0), ("fp16-sdpa", 32, 15.0)]
+    rows += [("nf4-flash_attention_2", 32, 10.0), ("fp16-sdpa-graph", 32, np.nan), ("another-version", 32, 1.0)]
+    table = pd.DataFrame(rows, columns=["variant", "batch", "latency_p50_ms"]).assign(status="ok")
+    study.write("variants", table.reindex(columns=records.COLUMNS["variants"]))
     own_flash = "" if runs else "needs a CUDA device"
     monkeypatch.setattr(inference.attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
     variant, why = inference.choose(changed(study, eval_batch_size=size), torch.device("cpu"))
     assert variant.name == chosen
     assert f"the nearest to {size}" in why and "the fastest of" in why
-
-
-def test_a_variant_that_is_named_is_taken(study):
-    variant, why = inference.choose(changed(study, variant="int8-sdpa"), torch.device("cpu"))
-    assert variant == variants.find("int8-sdpa") and "names it" in why
 
 
 def test_predictions_of_other_pictures_are_not_replaced(study, predicted, tmp_path):
@@ -98,104 +85,79 @@ def test_predictions_of_other_pictures_are_not_replaced(study, predicted, tmp_pa
     assert inference.open(given | {"pictures": ""}).name == "unit"
 
 
-def test_the_rate_is_recorded_with_its_conditions(study, predicted):
-    about = study.read_json("inference")
-    assert about["images_per_s"] == pytest.approx(predicted[3])
-    assert {key: about[key] for key in ("variant", "device", "decoder", "batch", "workers", "pictures")} == {
-        "variant": "fp32-sdpa", "device": "cpu", "decoder": "pil", "batch": 32, "workers": 2, "pictures": 4,
-    }  # fmt: skip
-    assert study.settings.pictures not in str(about)  # no path of this machine
-
-
-def test_a_picture_by_hand_gives_the_same_class(study, predicted):
+def test_a_picture_by_hand_gives_the_same_class(predicted):
     predictor, frame, passed, _ = predicted
-    logits = predictor.engine(inference.tensor_of(predictor, passed.pictures[0]))
-    assert logits.argmax().item() == frame["id_1"][0]
+    preprocess = predictor.engine.loaded.preprocess
+    pixels = preprocess.normalise(preprocess.resize(passed.pictures[0].open())[None])
+    assert predictor.engine(pixels).argmax().item() == frame["id_1"][0]
 
 
-def test_a_row_for_every_file(predicted, study):
-    written = study.read("predictions")
-    assert sorted(written["file"]) == sorted(
-        [".DS_Store", "2/a.png", "2/broken.jpg", "10/b.png", "weeds/c.png", "d.png"]
-    )
-    skipped = written[written["status"] == "skipped"].set_index("file")["reason"]
-    assert "hidden" in skipped[".DS_Store"]
-    assert skipped["2/broken.jpg"]
-
-
-def test_names_belong_to_ids_and_probabilities_fall(predicted):
+def test_every_file_has_a_row_and_the_rate_its_conditions(predicted, study):
     predictor, frame, *_ = predicted
-    names = predictor.engine.loaded.labels.names
-    rows = frame[frame["status"] == "ok"]
+    written = study.read("predictions")
+    files = [".DS_Store", "2/a.png", "2/broken.jpg", "10/b.png", "weeds/c.png", "d.png"]
+    assert sorted(written["file"]) == sorted(files) and tuple(written.columns) == records.COLUMNS["predictions"]
+    skipped = written[written["status"] == "skipped"].set_index("file")["reason"]
+    assert "hidden" in skipped[".DS_Store"] and skipped["2/broken.jpg"]
+    names, rows = predictor.engine.loaded.labels.names, frame[frame["status"] == "ok"]
     assert all(names[int(row["id_1"])] == row["name_1"] for _, row in rows.iterrows())
     assert (rows["probability_1"] >= rows["probability_2"]).all()
     np.testing.assert_allclose(rows[["probability_1", "probability_2", "probability_3"]].sum(axis=1), 1, atol=1e-3)
+    assert rows["id_4"].isna().all()  # there are three classes
+    about = study.read_json("inference")
+    assert about["images_per_s"] == pytest.approx(predicted[3])
+    assert [about[key] for key in ("variant", "device", "decoder", "batch", "workers", "pictures")] == (
+        ["fp32-sdpa", "cpu", "pil", 32, 2, 4]
+    )
+    assert study.settings.pictures not in str(about)  # no path of this machine
 
 
 def test_only_known_labels_count_for_accuracy(predicted):
     predictor, frame, passed, _ = predicted
-    found = inference.accuracy(frame, predictor)
-    assert (found["pictures"], found["labelled"], found["skipped"]) == (4, 2, 2)
+    rows = frame.set_index("file")
+    names = {"2/a.png": "hard-leaved pocket orchid", "10/b.png": "globe thistle", "weeds/c.png": "", "d.png": ""}
+    assert rows["label_name"].loc[list(names)].to_dict() == names
+    right = sum(rows.loc[file, "name_1"] == name for file, name in names.items())
     text = inference.headline(frame, predictor, 1.0, "Pixels differ.")
-    assert "4 pictures were classified by **FP32" in text and text.endswith("- Pixels differ.")
-    titles, right = inference.examples(frame, passed, 12)[1], inference.marks(frame, 12)
-    assert [", is " in title for title in titles] == [mark is False for mark in right]
+    assert "** classified 4 pictures at 1 images/s on the CPU" in text and text.endswith("- Pixels differ.")
+    assert "skipped, each with its reason: 2." in text
+    assert f"The class of 2 is known: Top-1 **{50 * right:.2f} %**, Top-5 100.00 %." in text
+    grid = inference.grid(frame, passed, 12)
+    assert len(grid["images"]) == 4 and grid["right"].count(True) == right and grid["right"].count(None) == 2
+    assert [", is " in title for title in grid["titles"]] == [mark is False for mark in grid["right"]]
 
 
-def test_a_missing_folder_is_said(study):
+def test_a_folder_that_is_missing_or_empty_is_named(study, tmp_path):
     with pytest.raises(DataError, match="no folder of pictures"):
         inference.open({"study": "unit", "pictures": "nowhere"})
-    with pytest.raises(DataError, match="no folder of pictures"):
-        inference.find_pictures(changed(study, pictures="nowhere"))
-
-
-def test_an_empty_folder_is_said(study, tmp_path):
+    with pytest.raises(DataError, match="no data folder"):
+        inference.open({"study": "unit", "data_source": "nowhere"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no picture"):
         inference.find_pictures(changed(study, pictures=str(tmp_path / "empty")))
 
 
-def test_a_relative_folder_is_looked_for_from_the_project_not_from_notebooks(study, tmp_path, monkeypatch):
+def test_a_relative_folder_starts_at_the_project_not_at_notebooks(study, tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     pictures, _ = inference.find_pictures(changed(study, pictures="pictures"))
     assert len(pictures) == 5
 
 
-@pytest.fixture
-def nothing_readable(study, tmp_path, monkeypatch):
-    """A folder in which no file can be decoded; the network must not be called, NF4 ends the process then."""
+def test_without_a_readable_picture_every_file_has_its_row_and_later_cells_work(study, tmp_path, monkeypatch):
+    """The network must not be called: NF4 ends the process for an empty batch."""
     for file in (tmp_path / "pictures").rglob("*.png"):
         file.write_text("no picture")
-    monkeypatch.setattr(engine.Engine, "__call__", lambda *_: pytest.fail("the network was called with no picture"))
+    (tmp_path / "pictures" / "2" / "broken.jpg").write_bytes(b"")
+    monkeypatch.setattr(engine.Engine, "__call__", lambda *_: pytest.fail("the network was called without a picture"))
     predictor = inference.load(study)
-    return predictor, *inference.predict(study, predictor, *inference.find_pictures(study))
-
-
-def test_without_a_readable_picture_every_file_still_has_its_row(nothing_readable, study):
+    frame, passed, rate = inference.predict(study, predictor, *inference.find_pictures(study))
     written = study.read("predictions")
     assert tuple(written.columns) == records.COLUMNS["predictions"]
     assert len(written) == 6 and set(written["status"]) == {"skipped"}
-    assert written["id_1"].isna().all() and written["reason"].notna().all()
-    assert pd.isna(nothing_readable[3])
-
-
-def test_without_a_readable_picture_the_later_cells_work(nothing_readable):
-    predictor, frame, passed, rate = nothing_readable
+    assert written["id_1"].isna().all() and written["reason"].notna().all() and "empty file" in set(written["reason"])
+    assert pd.isna(rate)
     tables.table(inference.sample(frame), inference.PREDICTIONS).to_html()
-    images, titles = inference.examples(frame, passed, 12)
-    assert titles == ["no picture could be read"]
-    plots.picture_grid(images, titles, right=inference.marks(frame, 12)).savefig(io.BytesIO())
-    assert inference.headline(frame, predictor, rate) == (
-        "- No picture could be read. 6 files were skipped, each with its reason."
-    )
-
-
-def test_a_folder_of_nothing_but_empty_files_gets_its_rows(study, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "a.jpg").touch()
-    chosen = changed(study, pictures=str(tmp_path / "empty"))
-    found = inference.find_pictures(chosen)
-    assert found == ([], [("a.jpg", "empty file")])
-    frame, *_ = inference.predict(chosen, inference.load(chosen), *found)
-    assert frame["reason"].tolist() == ["empty file"]
+    plots.picture_grid(**inference.grid(frame, passed, 12)).savefig(io.BytesIO())
+    said = inference.headline(frame, predictor, rate)
+    assert said == "- No picture could be read. Files skipped, each with its reason: 6."

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import claims, decode, params, preprocess, sources
+from vitlib import claims
 from vitlib.claims import mismatch
-from vitlib.study import Study
+from vitlib.pictures import decode, preprocess, sources
+from vitlib.study import params
+from vitlib.study.study import Study
 
 
 def test_each_half_of_the_mistake_changes_what_the_network_sees():
@@ -63,7 +65,5 @@ def test_words_say_how_much_of_the_originals_difference_is_reproduced():
     text = claims.mistake_in_words(pd.DataFrame([own, wrong, *nf4]))
     assert "-0.5 points (-1.5 … +0.5) with its own preprocessing, -2.0 points (-3.0 … -1.0) with the" in text
     assert "-6.2 points" in text
-    better = row("the original's", "fp32", 0.8, 0.02)
-    assert "+2.0 points (+1.0 … +3.0), which is **no significant loss**." in claims.mistake_in_words(
-        pd.DataFrame([own, better])
-    )
+    text = claims.mistake_in_words(pd.DataFrame([own, row("the original's", "fp32", 0.8, 0.02)]))
+    assert "+2.0 points (+1.0 … +3.0), which is **no significant loss**." in text

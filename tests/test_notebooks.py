@@ -9,7 +9,8 @@ import jupytext
 import nbformat
 import pytest
 
-from vitlib import files, index, params, records, run
+from vitlib.report import index, run
+from vitlib.study import files, params, records
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in params.NOTEBOOKS]

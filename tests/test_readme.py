@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from vitlib import run, speed
-from vitlib.study import Study
+from vitlib import speed
+from vitlib.report import run
+from vitlib.study.study import Study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import columns, plots, records, speed, tables
-from vitlib.study import Study
+from vitlib import speed
+from vitlib.report import columns, plots, tables
+from vitlib.study import records
+from vitlib.study.study import Study
 
 GALLERY = Path(__file__).parents[1] / "outputs" / "gallery" / "h200-vit-l16"
 # weights, attention, execution, batch 1 (ms), batch 8 (ms)
@@ -87,6 +89,12 @@ def test_the_row_of_the_readme(study):
     row = speed.overview(study).set_index("variant").loc["NF4 · fused · CUDA graph"]
     assert row["weights (MB)"] == "16.7 + 48" and row["batch size 1 (ms)"] == "1.25"
     assert row["batch size 8 (images/s)"] == "333" and row["class changed"] == "5"
+
+
+def test_the_table_of_the_readme_is_the_overview(study):
+    head, align, *rows = speed.readme_table(study).splitlines()
+    assert head.startswith("| variant | weights (MB) | batch size 1 (ms) |") and len(rows) == len(MEASURED)
+    assert align.startswith("| --- | ---: |") and len({row.count("|") for row in (head, align, *rows)}) == 1
 
 
 def test_the_headline_walks_to_the_fastest(study):

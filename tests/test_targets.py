@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from vitlib.study import Study
+from vitlib.study.study import Study
 
 GALLERY = Path(__file__).parents[1] / "outputs" / "gallery" / "h200-vit-l16"
 

@@ -1,16 +1,13 @@
 """Notebook 3: which blocks of the network are sensitive to quantization.
 
-The network is loaded once. Each block has a quantized twin beside it, and a configuration is a choice between the two.
-What runs before the first block in which two configurations differ is computed once for both: "only block k kept"
-starts from the activations that the fully quantized network has before block k, which saves half of all block
+The network is loaded once, every block gets a quantized twin, and a configuration chooses between the two. The blocks
+before the first one in which two configurations differ are evaluated once for both, which saves half of all block
 evaluations. Configurations that have diverged but reach the same block again are batched into one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,15 +15,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib import checkpoint, origin, quantize, sources, stats
-from vitlib.sources import Dataset
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown
-from vitlib.variants import Variant
+from vitlib.measure import stats
+from vitlib.network import checkpoint, quantize
+from vitlib.pictures import sources
+from vitlib.pictures.sources import Dataset
+from vitlib.report.tables import Column, Markdown
+from vitlib.study import origin
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 
-TOGETHER = 256  # pictures in one call of a block at most, where configurations are batched
+TOGETHER = 256  # most pictures in one call of a block, where configurations are batched
 NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"
-REPEATS = 0.5  # rank correlation between halves of the pictures from which a ranking is said to repeat
+REPEATS = 0.5  # lowest rank correlation between halves of the pictures at which a ranking is said to repeat
 TABLE = {
     "bits": "bits",
     "kept": "kept in FP16",
@@ -54,7 +54,7 @@ RELIABILITY = {
 
 @dataclass
 class Subject:
-    """The 16-bit network, its validation pictures and their class ids."""
+    """The FP16 network, its validation pictures (n, 3, h, w) in uint8, and their class ids (n,)."""
 
     loaded: checkpoint.Loaded
     pixels: torch.Tensor
@@ -75,21 +75,16 @@ class Configuration:
     classifier: bool
 
 
-def open(namespace: Mapping[str, Any]) -> Study:
-    """The study of the notebook's parameters (call it with `globals()`). DataError where its data folder is missing."""
-    study = Study.open(namespace)
-    sources.check_source(study.settings)
-    return study
+open = Study.open
 
 
 def prepare(study: Study, dataset: Dataset | None = None) -> Subject:
-    """The merged checkpoint in fp16, the format that bitsandbytes' int8 product takes, and the validation pictures.
+    """The merged checkpoint in FP16, the format that bitsandbytes' int8 product takes, and the validation pictures.
 
-    These are of `dataset`, by default of the study's own.
+    They are those of `dataset`, by default the study's own.
     """
     checkpoint.quiet_libraries()
-    settings = study.settings
-    dataset = sources.load(settings) if dataset is None else dataset
+    settings, dataset = study.settings, dataset or sources.load(study.settings)
     loaded = checkpoint.load(study.checkpoints, Variant("fp16"), checkpoint.pick_device(settings.device))
     loaded.labels.check(dataset, "valid")
     dataset.splits["valid"] = sources.evenly(dataset.splits["valid"], settings.ablation_pictures)
@@ -98,7 +93,7 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Subject:
 
 
 def introduce(study: Study) -> Markdown:
-    """What the base is and what that means for the accuracies here."""
+    """What the base is, and what follows for the accuracies of this page."""
     return Markdown(origin.sentence(study.folder))
 
 
@@ -117,30 +112,26 @@ def twin(subject: Subject, number: int, bits: int) -> nn.Module:
     return quantize.quantized_copy(subject.blocks[number], bits)
 
 
-State = tuple[torch.Tensor, list[Configuration]]  # activations (n, tokens, hidden), and who agreed so far
+State = tuple[torch.Tensor, list[Configuration]]  # activations (n, tokens, hidden), and the configurations with them
 
 
 class Exchange:
-    """The blocks and classifier of a network with a quantized twin of each, and passes that choose between them.
+    """The blocks and the classifier of a network, a quantized twin of each, and passes that choose between them.
 
-    `together` is the largest number of pictures in one call of a block: the activations of several configurations are
-    concatenated up to it (0: never). LLM.int8() finds its outliers in the whole batch, so an int8 block would give
-    other outputs on a concatenated one: these run one by one. `block_runs` counts evaluations of a block for a batch of
-    pictures, `block_calls` the calls that they took.
+    The activations of several configurations are concatenated into calls of at most TOGETHER pictures. LLM.int8() finds
+    its outliers in the whole batch and would give other outputs for a concatenated one: int8 blocks run one by one.
+    `block_runs` counts the evaluations of a block for a batch of pictures.
     """
 
-    def __init__(self, model: nn.Module, bits: int, together: int = TOGETHER) -> None:
-        self.model, self.together = model, together
+    def __init__(self, model: nn.Module, bits: int) -> None:
+        self.model = model
         self.pairs = [(block, quantize.quantized_copy(block, bits)) for block in model.vit.layers]
         self.classifiers = (model.classifier, quantize.quantized_copy(model.classifier, bits))
-        self.joins = (True, bits != 8)  # the block as it was, its quantized twin
-        self.block_runs = self.block_calls = 0
+        self.joins = (True, bits != 8)  # the block itself, its quantized twin
+        self.block_runs = 0
 
     def logits(self, pixel_values: torch.Tensor, wanted: list[Configuration]) -> dict[str, torch.Tensor]:
-        """Logits (n, classes) of one batch for every configuration.
-
-        As many activations are held at a time as there are configurations that differ, at most `len(wanted)`.
-        """
+        """Logits (n, classes) of one batch by what is kept; holds at most `len(wanted)` activations at once."""
         states = [(self.model.vit.embeddings(pixel_values), wanted)]
         for number in range(len(self.pairs)):
             states = [state for quantized in (False, True) for state in self._step(states, number, quantized)]
@@ -151,89 +142,56 @@ class Exchange:
         return found
 
     def _step(self, states: list[State], number: int, quantized: bool) -> list[State]:
-        """States after block `number` or its quantized twin, of the configurations that take this one of the two."""
+        """States after block `number` or its quantized twin, of the configurations that use this one of the two."""
         block, size = self.pairs[number][quantized], len(states[0][0])
         parted = [(hidden, [c for c in group if (number in c.blocks) != quantized]) for hidden, group in states]
         going = [(hidden, group) for hidden, group in parted if group]
-        after = []
-        most = max(1, self.together // size if self.joins[quantized] else 1)
-        for part in (going[first : first + most] for first in range(0, len(going), most)):
-            hidden = [hidden for hidden, _ in part]
-            outputs = block(hidden[0] if len(part) == 1 else torch.cat(hidden)).split(size)
-            after += [(output, group) for output, (_, group) in zip(outputs, part, strict=True)]
-            self.block_runs += len(part)
-            self.block_calls += 1
+        self.block_runs += len(going)
+        after, most = [], max(1, TOGETHER // size if self.joins[quantized] else 1)
+        for first in range(0, len(going), most):
+            hidden, groups = zip(*going[first : first + most], strict=True)
+            outputs = block(hidden[0] if len(hidden) == 1 else torch.cat(hidden)).split(size)
+            after += zip(outputs, groups, strict=True)
         return after
 
 
-def evaluate(
-    loaded: checkpoint.Loaded,
-    pixels: torch.Tensor,
-    wanted: list[Configuration],
-    bits: int,
-    *,
-    batch_size: int,
-    together: int = TOGETHER,
-) -> tuple[dict[str, torch.Tensor], Exchange]:
-    """float32 logits (n, classes) on the CPU of every configuration, and the exchange with its counts.
-
-    On a GPU a product over more rows may round differently in its last bit; on a CPU `together` only changes the time.
-    """
-    exchange = Exchange(loaded.model, bits, together)
-    parts: dict[str, list[torch.Tensor]] = {configuration.kept: [] for configuration in wanted}
-    with torch.inference_mode():
-        for chunk in tqdm(pixels.split(batch_size), f"{bits} bits, {len(wanted)} configurations", unit="batch"):
-            pixel_values = loaded.preprocess.normalise(chunk.to(loaded.device), loaded.dtype)
-            found = exchange.logits(pixel_values, wanted)
-            stacked = torch.stack([found[kept] for kept in parts]).float().cpu()  # one copy, so one wait
-            for kept, logits in zip(parts, stacked, strict=True):
-                parts[kept].append(logits)
-    return {kept: torch.cat(logits) for kept, logits in parts.items()}, exchange
-
-
 def measure(study: Study, subject: Subject) -> tuple[dict[tuple[int, str], torch.Tensor], float]:
-    """float32 logits of every (bits, kept), and the share of block evaluations that were needed.
+    """float32 logits (n, classes) on the CPU by (bits, kept), and the share of all block evaluations that was needed.
 
-    1 would be a full pass for every configuration.
+    On a GPU a product over more rows may round differently in its last bit.
     """
-    wanted, batch = configurations(len(subject.blocks)), study.settings.eval_batch_size
-    found, needed = {}, 0
+    loaded, wanted = subject.loaded, configurations(len(subject.blocks))
+    found, needed, full = {}, 0, 0
     for bits in study.settings.ablation_bits:
-        logits, exchange = evaluate(subject.loaded, subject.pixels, wanted, bits, batch_size=batch)
-        found |= {(bits, kept): values for kept, values in logits.items()}
-        needed += exchange.block_runs
-    batches = -(-len(subject.pixels) // batch)
-    return found, needed / (batches * len(found) * len(subject.blocks))
+        exchange, parts = Exchange(loaded.model, bits), []
+        batches = subject.pixels.split(study.settings.eval_batch_size)
+        with torch.inference_mode():
+            for batch in tqdm(batches, f"{bits} bits, {len(wanted)} configurations", unit="batch"):
+                logits = exchange.logits(loaded.preprocess.normalise(batch.to(loaded.device), loaded.dtype), wanted)
+                parts.append(torch.stack([logits[one.kept] for one in wanted]).float().cpu())  # one copy, so one wait
+        found |= {(bits, one.kept): values for one, values in zip(wanted, torch.cat(parts, dim=1), strict=True)}
+        needed, full = needed + exchange.block_runs, full + len(batches) * len(wanted) * len(subject.blocks)
+    return found, needed / full
 
 
 def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:
     """A row a configuration, written to `records/ablation.csv`.
 
-    `logit_kl` is the mean KL divergence of the probabilities from "everything kept", with a bootstrap interval over
-    pictures. Discordant pairs, flips and McNemar's p compare with "nothing kept" of the same bits; Holm's p adjusts for
-    all configurations of these bits.
+    `logit_kl` is the mean KL divergence of the probabilities from those with everything kept, in nats, with a bootstrap
+    interval over pictures. Flips, discordant pairs and McNemar's p compare with nothing kept at the same bits; Holm's p
+    adjusts for all configurations of these bits.
     """
     labels, rows = subject.labels.numpy(), []
     for (bits, kept), values in logits.items():
         found, nothing = values.numpy(), logits[bits, NONE].numpy()
-        right, right_nothing = (stats.topk_right(part, labels, 1) for part in (found, nothing))
-        test = stats.mcnemar(right_nothing, right)
+        right = stats.topk_right(found, labels)
+        test = stats.mcnemar(stats.topk_right(nothing, labels), right)
         kl = stats.paired_bootstrap(stats.kl_divergence(logits[bits, ALL].numpy(), found), seed=study.settings.seed)
-        rows.append(
-            {
-                "bits": bits,
-                "kept": kept,
-                "top1": right.mean(),
-                "top5": stats.topk_accuracy(found, labels, 5),
-                "loss": nn.functional.cross_entropy(values, subject.labels).item(),
-                "logit_kl": kl.estimate,
-                "logit_kl_low": kl.low,
-                "logit_kl_high": kl.high,
-                "flips": stats.flips(nothing.argmax(1), found.argmax(1)),
-                "discordant_pairs": test.lost + test.gained,
-                "mcnemar_p": np.nan if kept == NONE else test.p,
-            }
-        )
+        row = {"bits": bits, "kept": kept, "top1": right.mean(), "top5": stats.topk_accuracy(found, labels, 5)}
+        row["loss"] = nn.functional.cross_entropy(values, subject.labels).item()
+        row |= {"logit_kl": kl.estimate, "logit_kl_low": kl.low, "logit_kl_high": kl.high}
+        row |= {"flips": stats.flips(nothing.argmax(1), found.argmax(1)), "discordant_pairs": test.lost + test.gained}
+        rows.append(row | {"mcnemar_p": np.nan if kept == NONE else test.p})
     frame = pd.DataFrame(rows)
     frame["holm_p"] = frame.groupby("bits")["mcnemar_p"].transform(lambda p: stats.holm(p.to_numpy()))
     return study.write("ablation", frame)
@@ -241,61 +199,37 @@ def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Su
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
     """By block: the share of the KL that is removed when it alone is kept, and the KL when it alone is quantized."""
-    by_name, rows = frame.set_index(["bits", "kept"]), []
-    for bits, kept in by_name.index:
-        if kept.startswith("block "):
-            only_kept, nothing = by_name.loc[(bits, kept)], by_name.loc[(bits, NONE)]
-            alone = by_name.loc[(bits, f"all but {kept}")]
-            rows.append(
-                {
-                    "bits": bits,
-                    "block": int(kept.removeprefix("block ")),
-                    "kl_removed": 1 - only_kept["logit_kl"] / nothing["logit_kl"],
-                    "kl_alone": alone["logit_kl"],
-                    "kl_alone_low": alone["logit_kl_low"],
-                    "kl_alone_high": alone["logit_kl_high"],
-                }
-            )
-    return pd.DataFrame(rows)
+    nothing = frame[frame["kept"] == NONE].set_index("bits")["logit_kl"]
+    only_kept = frame[frame["kept"].str.startswith("block ")]
+    alone = frame[frame["kept"].str.startswith("all but ")]
+    alone = alone.assign(kept=alone["kept"].str.removeprefix("all but "))
+    both = only_kept.merge(alone, on=["bits", "kept"], suffixes=("", "_alone"))
+    both["block"] = both["kept"].str.removeprefix("block ").astype(int)
+    both["kl_removed"] = 1 - both["logit_kl"] / both["bits"].map(nothing)
+    names = {f"logit_kl{end}_alone": f"kl_alone{end}" for end in ("", "_low", "_high")}
+    return both.rename(columns=names)[["bits", "block", "kl_removed", *names.values()]]
 
 
-def reliability(
-    study: Study, logits: dict[tuple[int, str], torch.Tensor], frame: pd.DataFrame, subject: Subject
-) -> pd.DataFrame:
-    """Whether another set of pictures would rank the blocks alike, by KL and by accuracy; `records/reliability.csv`.
+def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:
+    """Whether other pictures would rank the blocks in the same order, by KL and by accuracy; `records/reliability.csv`.
 
-    Split-half rank correlations over random halves of the pictures, with the number of splits that rank nothing by
-    accuracy. `fewest_pictures` must all change in one direction for a difference of accuracy to be significant after
-    Holm's adjustment for all configurations; `smallest_points` is their share, NaN where there are fewer pictures.
-    `detectable_points` is the true difference that is found with a power of 80 % at the share of discordant pairs that
-    single blocks had, before any adjustment; NaN where these are too few.
+    Split-half rank correlations over random halves of the pictures, with the number of splits in which accuracy ranks
+    nothing. `fewest_pictures` must all change in one direction for a difference of accuracy to be significant after
+    Holm's adjustment for all configurations; `smallest_points` is their share in percent, NaN if there are fewer.
     """
     labels, rows, blocks = subject.labels.numpy(), [], range(len(subject.blocks))
+    needed = stats.fewest_significant(len(configurations(len(blocks))) - 1)
     for bits in study.settings.ablation_bits:
         reference = logits[bits, ALL].numpy()
-        alone = [logits[bits, f"all but block {k}"].numpy() for k in blocks]
+        alone = [stats.kl_divergence(reference, logits[bits, f"all but block {k}"].numpy()) for k in blocks]
         kept = [logits[bits, f"block {k}"].numpy() for k in blocks]
-        by_kl = stats.split_half_correlation([stats.kl_divergence(reference, values) for values in alone])
+        by_top1 = stats.split_half_correlation([stats.topk_right(values, labels) for values in kept])
         by_kl_kept = stats.split_half_correlation([stats.kl_divergence(reference, values) for values in kept])
-        by_top1 = stats.split_half_correlation([stats.topk_right(values, labels, 1) for values in kept])
-        single = frame[(frame["bits"] == bits) & frame["kept"].str.startswith("block ")]
-        rate = float(single["discordant_pairs"].mean()) / len(labels)
-        needed = stats.fewest_significant(int(frame.loc[frame["bits"] == bits, "mcnemar_p"].notna().sum()))
-        rows.append(
-            {
-                "bits": bits,
-                "pictures": len(labels),
-                "split_half_kl_only_quantized": by_kl.correlation,
-                "split_half_kl_only_kept": by_kl_kept.correlation,
-                "split_half_top1_only_kept": by_top1.correlation,
-                "top1_splits": by_top1.splits,
-                "top1_splits_undefined": by_top1.undefined,
-                "discordant_rate": rate,
-                "fewest_pictures": needed,
-                "smallest_points": 100 * needed / len(labels) if needed <= len(labels) else np.nan,
-                "detectable_points": 100 * stats.smallest_detectable_difference(len(labels), rate),
-            }
-        )
+        row = {"bits": bits, "pictures": len(labels)}
+        row["split_half_kl_only_quantized"] = stats.split_half_correlation(alone).correlation
+        row |= {"split_half_kl_only_kept": by_kl_kept.correlation, "split_half_top1_only_kept": by_top1.correlation}
+        row |= {"top1_splits": by_top1.splits, "top1_splits_undefined": by_top1.undefined, "fewest_pictures": needed}
+        rows.append(row | {"smallest_points": 100 * needed / len(labels) if needed <= len(labels) else np.nan})
     return study.write("reliability", pd.DataFrame(rows))
 
 
@@ -303,33 +237,30 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
     """What the records say, in a few sentences."""
     lines = []
     for bits, rows in frame.groupby("bits"):
-        nothing = rows.set_index("kept").loc[NONE]
-        own = blocks[blocks["bits"] == bits]
+        nothing, own = rows.set_index("kept").loc[NONE], blocks[blocks["bits"] == bits]
         worst, best = own.loc[own["kl_alone"].idxmax()], own.loc[own["kl_removed"].idxmax()]
         most = "most of it" if best["kl_removed"] > 0.5 else "the largest share"
-        surviving = int((rows["holm_p"] < stats.SIGNIFICANCE).sum())
+        different = int((rows["holm_p"] < stats.SIGNIFICANCE).sum())
         trust = reliable.set_index("bits").loc[bits]
         lines.append(
             f"- **{bits} bits**: quantizing everything changes the probabilities by {nothing['logit_kl']:.1e} nats on "
             f"average (KL; Top-1 {100 * nothing['top1']:.2f} %). Keeping block {best['block']:.0f} removes {most} "
-            f"({100 * best['kl_removed']:.0f} %). Block {worst['block']:.0f} changes them most when quantized alone "
+            f"({100 * best['kl_removed']:.0f} %). Quantized alone, block {worst['block']:.0f} changes them most "
             f"({worst['kl_alone']:.1e}). "
             f"{_repeats('one quantized block', trust['split_half_kl_only_quantized'])} "
-            f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} By accuracy "
-            f"{surviving} of {len(rows) - 1} configurations differ from quantizing everything after Holm's adjustment. "
-            f"{_smallest(trust)}"
+            f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} The accuracy of "
+            f"{different} of {len(rows) - 1} configurations differs significantly from that of the fully quantized "
+            f"network (Holm's adjustment). {_smallest(trust)}"
         )
     return Markdown("\n".join(lines))
 
 
 def _repeats(what: str, correlation: float) -> str:
-    """Whether a ranking of the blocks repeats on other pictures."""
-    verb = "repeats" if correlation >= REPEATS else "does not repeat"
-    return f"The ranking by the KL of {what} {verb} on other pictures (rank correlation {correlation:.2f})."
+    repeats = "repeats" if correlation >= REPEATS else "does not repeat"
+    return f"The ranking by the KL of {what} {repeats} on other pictures (rank correlation {correlation:.2f})."
 
 
 def _by_accuracy(trust: pd.Series) -> str:
-    """How far accuracy ranks the blocks, and in how many splits it ranks them at all."""
     splits, undefined = int(trust["top1_splits"]), int(trust["top1_splits_undefined"])
     if undefined == splits:
         return f"Accuracy cannot rank the blocks: in each of {splits} splits all blocks tie in a half."
@@ -338,11 +269,8 @@ def _by_accuracy(trust: pd.Series) -> str:
 
 
 def _smallest(trust: pd.Series) -> str:
-    """The smallest difference of accuracy that could have been significant."""
     needed, pictures = int(trust["fewest_pictures"]), int(trust["pictures"])
     if np.isnan(trust["smallest_points"]):
         return f"No difference of accuracy could be significant: that takes {needed} pictures and there are {pictures}."
-    return (
-        f"The smallest difference that could be significant is {needed} pictures that all change in one direction, "
-        f"{trust['smallest_points']:.2f} points of {pictures:,} pictures."
-    )
+    points = f"{trust['smallest_points']:.2f} points of {pictures:,} pictures"
+    return f"The smallest difference that could be significant is {needed} pictures in one direction ({points})."

@@ -9,29 +9,31 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib import benchmark, checkpoint, engine, files, origin, profile, provenance, roofline, timing, verify
-from vitlib.engine import Engine
-from vitlib.params import used_by
-from vitlib.profile import PARTS as PARTS
-from vitlib.stats import Interval
-from vitlib.study import Study
-from vitlib.tables import Markdown
-from vitlib.testbench import Bench, engines_of
-from vitlib.testbench import prepare as prepare
-from vitlib.tuning import relative_error
-from vitlib.variants import Variant, label
+from vitlib.measure import benchmark, profile, roofline, timing
+from vitlib.measure.profile import PARTS as PARTS
+from vitlib.measure.stats import Interval
+from vitlib.network import checkpoint, engine, verify
+from vitlib.network.engine import Engine
+from vitlib.network.testbench import Bench, engines_of
+from vitlib.network.testbench import prepare as prepare
+from vitlib.network.tuning import relative_error
+from vitlib.report.tables import Markdown
+from vitlib.study import files, origin, provenance
+from vitlib.study.params import used_by
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant, label
 
 open = Study.open
 
 
 def status(bench: Bench) -> pd.DataFrame:
-    """What each variant really is (module classes, dtypes, attention), or why it did not run."""
+    """What each variant really is (module classes, dtypes), or why it did not run."""
     rows = []
-    for variant in bench.variants:
-        found = bench.evidence.get(variant.name, {"encoder_linears": {}, "dtypes": [], "attention": ""})
-        reason = bench.reasons.get(variant.name, "")
+    for name in (variant.name for variant in bench.variants):
+        found = bench.evidence.get(name, {"encoder_linears": {}, "dtypes": []})
         linears = ", ".join(f"{count} {kind}" for kind, count in found["encoder_linears"].items())
-        rows.append((variant.name, f"not run: {reason}" if reason else "runs", linears, ", ".join(found["dtypes"])))
+        said = f"not run: {bench.reasons[name]}" if name in bench.reasons else "runs"
+        rows.append((name, said, linears, ", ".join(found["dtypes"])))
     return pd.DataFrame(rows, columns=["variant", "status", "linear layers of the encoder", "other weights"])
 
 
@@ -49,25 +51,23 @@ def base(study: Study) -> Markdown:
     return Markdown(origin.sentence(study.folder))
 
 
-# ------------------------------------------------------------------------------------------------ accuracy, speed
-
-
 def outputs(study: Study, bench: Bench) -> dict[str, torch.Tensor]:
     """float32 logits (n, classes) of the validation split for each variant; also in `records/logits.npz`."""
-    size = study.settings.eval_batch_size
-    found = {name: engine.logits(engine_, bench.valid.pixels, size) for name, engine_ in bench.engines.items()}
-    arrays = {name: values.numpy() for name, values in found.items()}
+    pixels, size = bench.valid.pixels, study.settings.eval_batch_size
+    found = {name: engine.logits(each, pixels, size) for name, each in bench.engines.items()}
     with files.atomic_path(study.record("logits.npz")) as path, path.open("wb") as file:
-        np.savez_compressed(file, labels=bench.labels.ids(bench.valid.pictures).numpy(), **arrays)
+        np.savez_compressed(file, labels=bench.labels.ids(bench.valid.pictures).numpy(), **_arrays(found))
     return found
+
+
+def _arrays(logits: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: values.numpy() for name, values in logits.items()}
 
 
 def accuracy(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """`benchmark.accuracy` of the logits of `outputs`; written to `records/accuracy.csv`."""
-    labels, arrays = bench.labels.ids(bench.valid.pictures).numpy(), {name: v.numpy() for name, v in logits.items()}
-    settings = study.settings
-    found = benchmark.accuracy(arrays, labels, bench.baseline, margin=settings.margin, seed=settings.seed)
-    return study.write("accuracy", found)
+    labels, how = bench.labels.ids(bench.valid.pictures), study.settings.model_dump(include={"margin", "seed"})
+    return study.write("accuracy", benchmark.accuracy(_arrays(logits), labels.numpy(), bench.baseline, **how))
 
 
 def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
@@ -81,17 +81,16 @@ def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Ten
     for variant in bench.ran():
         reference = Variant(variant.format.reference).name
         for size in study.settings.batch_sizes:
-            row = {"variant": variant.name, "batch": size, "reference": reference}
-            row |= {"relative_error": np.nan, "agreement_with_reference": np.nan}
+            error = agreement = np.nan
             if reference in logits and reference != variant.name:
-                own = logits[variant.name]
+                own, expected = logits[variant.name], logits[reference]
                 if variant.fused or variant.graphed:
                     own = engine.logits(bench.engines[variant.name], bench.valid.pixels, size)
-                error, same = relative_error(own, logits[reference]), own.argmax(1) == logits[reference].argmax(1)
-                row["relative_error"] = np.inf if np.isnan(error) else error  # missing means not measured
-                row["agreement_with_reference"] = same.double().mean().item()
-            rows.append(row)
-    return pd.DataFrame(rows)
+                error = relative_error(own, expected)
+                error = np.inf if np.isnan(error) else error  # missing means not measured
+                agreement = (own.argmax(1) == expected.argmax(1)).double().mean().item()
+            rows.append((variant.name, size, reference, error, agreement))
+    return pd.DataFrame(rows, columns=["variant", "batch", "reference", "relative_error", "agreement_with_reference"])
 
 
 class Measured(NamedTuple):
@@ -122,11 +121,10 @@ def measure(study: Study, bench: Bench) -> Measured:
 
 
 def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
-    """Samples with their candidate as variant and batch, in the order of the table of variants, batch and time."""
+    """Samples with their candidate as variant and batch, ordered by the study's variants, then batch, then time."""
     names = pd.DataFrame(frame["candidate"].tolist(), columns=["variant", "batch"])
-    frame = pd.concat((names, frame.drop(columns="candidate")), axis=1)
-    rank = frame["variant"].map(variants.index)
-    return frame.assign(rank=rank).sort_values(["rank", "batch"], kind="stable", ignore_index=True).drop(columns="rank")
+    frame = names.join(frame.drop(columns="candidate")).sort_values("batch", kind="stable")
+    return frame.sort_values("variant", key=lambda names: names.map(variants.index), kind="stable", ignore_index=True)
 
 
 def cpu_latency(study: Study, bench: Bench) -> pd.DataFrame:
@@ -137,33 +135,29 @@ def cpu_latency(study: Study, bench: Bench) -> pd.DataFrame:
     cpu, cuda = torch.device("cpu"), bench.device.type == "cuda"
     chosen = [v for v in bench.ran() if not v.graphed and not (v.quantized and cuda)]
     engines, _ = engines_of(chosen if study.settings.cpu_samples else [], bench.checkpoints, cpu, (1,))
-    calls = {name: bench.calls(engine_, 1) for name, engine_ in engines.items()}
+    calls = {name: bench.calls(runner, 1) for name, runner in engines.items()}
     budget = timing.Budget(rounds=2, samples=study.settings.cpu_samples, seconds=5.0)
     samples = timing.latency(calls, cpu, budget, study.settings.seed).rename(columns={"candidate": "variant"})
     return samples.groupby("variant", sort=False)["latency_ms"].median().rename("cpu_latency_ms").reset_index()
-
-
-# ------------------------------------------------------------------------------------------- memory, device time
 
 
 def memory(study: Study, bench: Bench) -> pd.DataFrame:
     """Weights in memory and on disk, and the peak of a forward pass, in MB, a row a variant and batch size.
 
     `held_mb` is `model_mb`, the weights, with the buffers for dequantized weights. `peak_above_weights_mb` is what a
-    pass allocates at its peak and `peak_memory_mb` the sum with the weights, on the device that ran it; `peak_vram_mb`
-    is that sum where the device is a GPU. `reserved_mb` is what the caching allocator must get from the driver for it
-    (weights and the pool that the pass needed), on a GPU only. A CUDA graph holds its activations from capture on; they
-    count as the pass's. `prepare_s` is the time to transform, tune and capture.
+    pass allocates at its peak and `peak_memory_mb` the sum with the weights; `peak_vram_mb` is that sum on a GPU, and
+    `reserved_mb` what the caching allocator must get from the driver for it. The activations that a CUDA graph holds
+    from capture on count as the pass's. `prepare_s` is the time to transform, tune and capture.
     """
     rows, cuda = [], bench.device.type == "cuda"
-    for name, engine_ in bench.engines.items():
-        weights, disk = engine_.loaded.weights_mb, checkpoint.disk_mb(engine_.loaded.folder)
+    for name, runner in bench.engines.items():
+        weights = runner.loaded.weights_mb
+        own = {"variant": name, "model_mb": weights, "held_mb": weights + runner.buffers_mb}
+        own |= {"disk_mb": checkpoint.disk_mb(runner.loaded.folder), "prepare_s": runner.prepare_s}
         for size in study.settings.batch_sizes:
-            used, pool = timing.peak_memory_mb(bench.calls(engine_, size), bench.device), engine_.pool_mb.get(size, 0.0)
+            used, pool = timing.peak_memory_mb(bench.calls(runner, size), bench.device), runner.pool_mb.get(size, 0.0)
             peak, reserved = used.allocated + pool, used.reserved + pool
-            row = {"variant": name, "batch": size, "model_mb": weights, "held_mb": weights + engine_.buffers_mb}
-            row |= {"disk_mb": disk, "prepare_s": engine_.prepare_s}
-            row |= {"peak_above_weights_mb": peak, "peak_memory_mb": weights + peak}
+            row = own | {"batch": size, "peak_above_weights_mb": peak, "peak_memory_mb": weights + peak}
             # What other engines left free in their blocks may have served this pass too.
             row["reserved_mb"] = weights + max(reserved, peak) if cuda else np.nan
             rows.append(row | {"peak_vram_mb": weights + peak if cuda else np.nan})
@@ -193,19 +187,12 @@ def device_time(study: Study, bench: Bench) -> Profiled:
         if fault := verify.identity_fault(variant, frame):
             refused[variant.name] = f"identity gate: {fault}"
             continue
-        by_block = "; its graph dequantizes whole blocks" if runner.by_block(size) else ""
-        rows.append(
-            {
-                "variant": variant.name,
-                "profiled_batch": size,
-                "profiled_execution": ("fused" if variant.fused else "eager") + by_block,
-                "device_time_us": frame.attrs["total_us"],
-                "attention_device_time_us": profile.attention_time_us(frame),
-                "attention_kernel": profile.attention_kernel(frame),
-                "kernels_per_pass": frame["calls"].sum(),
-                "unattributed_share": frame.attrs["unattributed_share"],
-            }
-        )
+        ran = ("fused" if variant.fused else "eager") + "; its graph dequantizes whole blocks" * runner.by_block(size)
+        row = {"variant": variant.name, "profiled_batch": size, "profiled_execution": ran}
+        row |= {"device_time_us": frame.attrs["total_us"], "kernels_per_pass": frame["calls"].sum()}
+        row |= {"attention_device_time_us": profile.attention_time_us(frame)}
+        row |= {"attention_kernel": profile.attention_kernel(frame)}
+        rows.append(row | {"unattributed_share": frame.attrs["unattributed_share"]})
         frames.append(frame.assign(variant=variant.name, batch=size))
     return Profiled(study.write("kernels", pd.concat(frames, ignore_index=True)), pd.DataFrame(rows), refused)
 
@@ -217,7 +204,7 @@ def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> p
         loaded = bench.engines[variant.name].loaded
         counted = roofline.work(
             loaded.model.config,
-            batch=study.settings.profile_batch_size,
+            study.settings.profile_batch_size,
             bytes_per_weight=verify.encoder_bytes_per_weight(loaded.model),
             bytes_per_value=loaded.dtype.itemsize,
             class_token_only=variant.fused,
@@ -229,27 +216,17 @@ def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> p
     return study.write("roofline", pd.concat(frames, ignore_index=True))
 
 
-# ---------------------------------------------------------------------------------------------- the table, in words
-
-
 def validity(study: Study, bench: Bench, measured: Measured, totals: pd.DataFrame) -> pd.DataFrame:
     """`benchmark.validity` of this run; written to `records/validity.csv`."""
-    checks = benchmark.validity(
-        measured.latencies,
-        bench.baseline,
-        facts={
-            "variants run, refused with a reason": f"{len(bench.engines)}, {len(bench.reasons)}",
-            "clocks throttled while measuring": "; ".join(measured.clocks.get("throttle_reasons") or []) or "no",
-        },
-        errors={
-            "largest share of device time not attributed": (
-                totals["unattributed_share"].max(),
-                verify.ATTRIBUTION_LIMIT,
-            ),
-            "error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025),
-            "error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02),
-        },
-    )
+    throttled = "; ".join(measured.clocks.get("throttle_reasons") or []) or "no"
+    ran = f"{len(bench.engines)}, {len(bench.reasons)}"
+    facts = {"variants run, refused with a reason": ran, "clocks throttled while measuring": throttled}
+    errors = {
+        "largest share of device time not attributed": (totals["unattributed_share"].max(), verify.ATTRIBUTION_LIMIT),
+        "error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025),
+        "error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02),
+    }
+    checks = benchmark.validity(measured.latencies, bench.baseline, facts=facts, errors=errors)
     return study.write("validity", checks)
 
 
@@ -258,22 +235,15 @@ def variants_table(
 ) -> pd.DataFrame:
     """All measurements in one table, a row a variant and batch size; written to `records/variants.csv`.
 
-    `measured` are tables by variant, or by variant and batch. Accuracy, device time (of `profiled_batch` pictures) and
-    CPU latency do not depend on the row's batch size and repeat. A variant that did not run has one row with its
-    reason. `records/environment.json` gets hardware, versions, parameters, checksums and the GPU's `clocks`.
+    `measured` are tables by variant, or by variant and batch: what does not depend on the batch size repeats. A variant
+    that did not run has one row with its reason. `records/environment.json` gets hardware, versions, parameters,
+    checksums and the GPU's `clocks`.
     """
     facts = pd.DataFrame(
-        {
-            "variant": variant.name,
-            "weights": variant.weights,
-            "attention": variant.attention,
-            "execution": variant.execution,
-            "gelu": variant.gelu,
-            "status": "ok" if variant.name in bench.engines else "not run",
-            "reason": bench.reasons.get(variant.name, ""),
-        }
-        for variant in bench.variants
+        [(v.name, v.weights, v.attention, v.execution, v.gelu, bench.reasons.get(v.name, "")) for v in bench.variants],
+        columns=["variant", "weights", "attention", "execution", "gelu", "reason"],
     )
+    facts.insert(5, "status", ["ok" if name in bench.engines else "not run" for name in facts["variant"]])
     table = functools.reduce(lambda left, right: left.merge(right, how="left"), measured, facts)
     environment = provenance.environment(
         parameters=used_by(study.settings, "2_evaluate"),
@@ -288,7 +258,7 @@ def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
     """What the table of variants and the checks of `validity` say, in a few sentences."""
     ran, baseline = table[table["status"] == "ok"], str(table["variant"].iloc[0])
     others = ran[ran["variant"] != baseline].drop_duplicates("variant").set_index("variant")
-    sentences = [_fastest(ran, batch) for batch in dict.fromkeys((ran["batch"].min(), ran["batch"].max()))]
+    sentences = [_fastest(ran, batch) for batch in sorted({ran["batch"].min(), ran["batch"].max()})]
     if len(others):
         sentences = [_quality(others), *sentences, _smallest(others, ran["model_mb"].iloc[0])]
     for reason, rows in table[table["status"] != "ok"].groupby("reason", sort=False):
@@ -304,9 +274,8 @@ def _quality(rows: pd.DataFrame) -> str:
         if changed
         else "no picture changes class"
     )
-    different, unknown = (
-        ", ".join(map(label, rows.index[rows["verdict"] == verdict])) for verdict in ("different", "not shown")
-    )
+    names = {verdict: ", ".join(map(label, own)) for verdict, own in rows.groupby("verdict").groups.items()}
+    different, unknown = names.get("different"), names.get("not shown")
     if different:
         said = f"differs from the baseline's for {different}"
     elif unknown:
@@ -318,11 +287,13 @@ def _quality(rows: pd.DataFrame) -> str:
 
 def _fastest(ran: pd.DataFrame, batch: float) -> str:
     rows = ran[ran["batch"] == batch].set_index("variant")
-    times = rows["latency_p50_ms"]
+    times, sides = rows["latency_p50_ms"], [f"times_baseline{side}" for side in ("", "_low", "_high")]
     said = [f"**Batch size {batch:.0f}**: the baseline {label(times.index[0])} takes {times.iloc[0]:.3g} ms"]
     for words, name in (("the fastest", times.idxmin()), ("the slowest", times.idxmax())):
         if name != times.index[0]:
-            said.append(f"{words}, {label(name)}, {times[name]:.3g} ms ({compared(rows.loc[name])})")
+            row = rows.loc[name]
+            compared = benchmark.in_words(Interval(*row[sides]), row["against_baseline"], int(row["rounds"]))
+            said.append(f"{words}, {label(name)}, {times[name]:.3g} ms ({compared})")
     return "; ".join(said) + "."
 
 
@@ -331,9 +302,3 @@ def _smallest(rows: pd.DataFrame, whole: float) -> str:
     if whole < 1.05 * least:
         return f"**Size**: no variant is smaller than the baseline's {whole:,.0f} MB of weights."
     return f"**Size**: the smallest, {label(name)}, has {least:,.3g} MB of weights, {whole / least:.1f} times less."
-
-
-def compared(row: pd.Series) -> str:
-    """The latency of a row of the table of variants against the baseline, in words (`benchmark.in_words`)."""
-    times = Interval(*(row[f"times_baseline{side}"] for side in ("", "_low", "_high")))
-    return benchmark.in_words(times, row["against_baseline"], int(row["rounds"]))

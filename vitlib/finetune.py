@@ -1,11 +1,9 @@
-"""Notebook 1: a base, LoRA on it, and three checkpoints that need nothing else."""
+"""Notebook 1: fine-tune a base network, with LoRA or without, and save it as three self-sufficient checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,30 +11,19 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from vitlib import (
-    adapters,
-    checkpoint,
-    decode,
-    engine,
-    files,
-    origin,
-    preprocess,
-    pretrain,
-    provenance,
-    quantize,
-    sources,
-    stats,
-    trainer,
-    tuning,
-)
-from vitlib.decode import Decoded
-from vitlib.params import is_hub_id, used_by
-from vitlib.preprocess import Preprocess
-from vitlib.sources import Dataset, Labels
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown
-from vitlib.trainer import Recipe
-from vitlib.variants import Variant
+from vitlib.measure import stats
+from vitlib.network import checkpoint, engine, quantize, tuning
+from vitlib.pictures import decode, preprocess, sources
+from vitlib.pictures.decode import Decoded
+from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.sources import Dataset, Labels
+from vitlib.report.tables import Column, Markdown
+from vitlib.study import files, origin, provenance
+from vitlib.study.params import is_hub_id, used_by
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
+from vitlib.training import adapters, standin, trainer
+from vitlib.training.trainer import Examples, Recipe
 
 HISTORY = {
     "epoch": "epoch",
@@ -53,7 +40,7 @@ RELOADED = {
     "disk_mb": Column("on disk (MB)", ",.2f"),
     "model_mb": Column("in memory (MB)", ",.2f"),
     "reload_difference": Column("difference after loading", ".1e"),
-    "from_merged": Column("difference from 16 bits", ".1e"),
+    "from_merged": Column("difference from FP16", ".1e"),
     "top1": Column("Top-1 (%)", ".2f", 100),
     "same_class": Column("same class (%)", ".2f", 100),
 }
@@ -66,15 +53,12 @@ class FinetuneError(RuntimeError):
     """Training would not do what was asked; the message says what is wrong."""
 
 
-def open(namespace: Mapping[str, Any]) -> Study:
-    """The study of the notebook's parameters (call it with `globals()`). DataError where its data folder is missing."""
-    study = Study.open(namespace)
-    sources.check_source(study.settings)
-    return study
+open = Study.open
+duplicates = decode.duplicates
 
 
 def dataset(study: Study) -> Dataset:
-    """The study's pictures, found but not yet read."""
+    """The study's pictures, found but not yet read. DataError where they are missing or do not fit together."""
     return sources.load(study.settings)
 
 
@@ -89,36 +73,26 @@ class Base:
     origin: dict[str, object]
 
 
-def _base_folder(study: Study, device: torch.device) -> Path | str:
-    """The folder or Hub id of the base; FinetuneError where there is none."""
-    name = study.settings.base_model
-    if name == "pretrain":
-        return pretrain.base(study, device)
-    if not is_hub_id(name) and not files.resolve(name).is_dir():
-        raise FinetuneError(f"base_model {name!r} is neither pretrain, random, a folder nor a Hub id (owner/name)")
-    return name if is_hub_id(name) else files.resolve(name)
-
-
 def load_base(study: Study, dataset: Dataset) -> Base:
-    """The base that `base_model` names, with a new head for the classes of the data."""
+    """The base that `base_model` names, with a new head for the classes of the data. FinetuneError where it is none."""
     checkpoint.quiet_libraries()
-    settings = study.settings
+    settings, name, revision = study.settings, study.settings.base_model, study.settings.base_revision
     device, labels = checkpoint.pick_device(settings.device), sources.new_labels(dataset)
-    labels.check(dataset, "valid")  # here, and not only in the evaluation after the training
-    if settings.base_model == "random":
+    labels.check(dataset, "valid")  # before the training and not only in the evaluation after it
+    if name == "random":
         set_seed(settings.seed)
         model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
         pre = preprocess.new(settings.image_size)
     else:
-        folder = _base_folder(study, device)
-        pre = preprocess.load(folder, settings.base_revision or None)
+        folder = standin.demo_base(study, device) if name == "pretrain" else files.resolve(name)
+        if not (is_hub_id(name) or folder.is_dir()):
+            raise FinetuneError(f"base_model {name!r} is neither pretrain, random, a folder nor a Hub id (owner/name)")
+        source, quantized = name if is_hub_id(name) else str(folder), settings.method == "qlora"
+        pre = preprocess.load(source, revision or None)
         set_seed(settings.seed)  # the new head's initialisation
-        quantized = settings.method == "qlora"
-        dtype = torch.bfloat16 if quantized else torch.float32
-        model = checkpoint.load_base(
-            str(folder), revision=settings.base_revision, labels=labels, dtype=dtype, quantized=quantized, device=device
-        )
-    about = origin.describe(settings.base_model, revision=settings.base_revision, architecture=settings.architecture)
+        how = {"dtype": torch.bfloat16 if quantized else torch.float32, "quantized": quantized, "device": device}
+        model = checkpoint.load_base(source, revision=revision, labels=labels, **how)
+    about = origin.describe(name, revision=revision, architecture=settings.architecture)
     return Base(model, pre, labels, device, about)
 
 
@@ -130,9 +104,6 @@ def decoded(study: Study, dataset: Dataset, base: Base) -> dict[str, Decoded]:
 def examples(decoded: dict[str, Decoded], base: Base, count: int) -> tuple[list[np.ndarray], list[str]]:
     """The first training picture (h, w, 3) of each of `count` classes, with the class names."""
     return sources.one_of_each(decoded["train"], base.labels, count)
-
-
-duplicates = decode.duplicates
 
 
 def describe(base: Base) -> pd.DataFrame:
@@ -160,34 +131,26 @@ def introduce(study: Study, base: Base) -> Markdown:
     text = origin.sentence(about)
     if settings.base_model == "pretrain" and settings.data_source != "synthetic":
         text += (
-            "\n\n**The base has only seen drawn flowers, and the pictures of this study are not drawn.** Expect low "
-            "accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
+            "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** Expect "
+            "low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
         )
     if settings.base_model == "random" and settings.method != "full":
-        text += (
-            f"\n\n**The method {settings.method!r} leaves random weights frozen.** Set `method` to `full` to train all."
-        )
+        text += f"\n\n**The method `{settings.method}` leaves random weights frozen.** Set `method` to `full`."
     return Markdown(text)
 
 
 def make_trainable(study: Study, base: Base) -> nn.Module:
-    """The model with the parameters of `method` trainable, the head always among them.
+    """The model with the parameters of `method` trainable, always including the head.
 
     Training in bf16 rounds the frozen weights once, here: these rounded weights are trained, validated and merged.
     Without dropout the adapters are added into the weights, which then keep fp32 (`adapters.SummedLinear`). Adapters,
-    the head, and everything of the method "full" stay in fp32. Raises AdapterError where a linear gets no adapter.
+    the head, and everything of the method "full" stay in fp32. AdapterError where a linear gets no adapter.
     """
     settings, model = study.settings, base.model
     if settings.method in ("lora", "qlora"):
-        # Of an NF4 base only norms and biases are floating point; they stay frozen, in 16 bit.
-        model = adapters.attach(
-            model,
-            rank=settings.lora_rank,
-            alpha=settings.lora_alpha,
-            dropout=settings.lora_dropout,
-            head=quantize.CLASSIFIER,
-            summed=settings.method == "lora" and not settings.lora_dropout,
-        )
+        rank, alpha, dropout = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
+        summed = settings.method == "lora" and not dropout
+        model = adapters.attach(model, rank=rank, alpha=alpha, dropout=dropout, head=quantize.CLASSIFIER, summed=summed)
     else:
         model.requires_grad_(settings.method == "full")
         model.classifier.requires_grad_(True)
@@ -197,8 +160,8 @@ def make_trainable(study: Study, base: Base) -> nn.Module:
 
 
 def parameter_table(model: nn.Module) -> pd.DataFrame:
-    """Trainable and frozen parameters of the head, the adapters and the rest, a row each."""
-    rows: dict[str, list[int]] = {"head": [0, 0], "adapters": [0, 0], "encoder": [0, 0]}
+    """Numbers of trainable and frozen parameters: rows head, adapters and encoder."""
+    rows = {"head": [0, 0], "adapters": [0, 0], "encoder": [0, 0]}
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # peft keeps the untrained head beside the trained one
             continue
@@ -210,31 +173,24 @@ def parameter_table(model: nn.Module) -> pd.DataFrame:
 def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded]) -> pd.DataFrame:
     """Fine-tune in place; returns and writes `records/finetune.csv`."""
     names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
-    history = trainer.train(
-        model,
-        pretrain.examples(decoded, base.labels),
-        pre=base.preprocess,
-        recipe=Recipe.of(study.settings),
-        folder=study.training("finetune"),
-        device=base.device,
-        resume=study.settings.resume,
-        about={name: getattr(study.settings, name) for name in names},
-    )
+    about = {name: getattr(study.settings, name) for name in names}
+    where = {"folder": study.training("finetune"), "device": base.device, "resume": study.settings.resume}
+    examples, recipe = {s: Examples.of(decoded[s], base.labels) for s in ("train", "valid")}, Recipe.of(study.settings)
+    history = trainer.train(model, examples, pre=base.preprocess, recipe=recipe, about=about, **where)
     return study.write("finetune", history)
 
 
 def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:
-    """The fine-tuned network as a plain one in 16 bit: adapters added to the weights they were trained on.
+    """The fine-tuned network in FP16, without adapters: they are added to the weights that they were trained on.
 
     Frozen weights in bf16 become fp32 first, which changes no value, so the sum is rounded once. FinetuneError where
-    the merged network gives other logits than the trained one, adapters attached, on random pictures.
+    the logits of the merged network differ from those of the trained one on random pictures.
     """
     method = study.settings.method
     if method != "qlora":
         model = model.float()
     draw = torch.Generator().manual_seed(study.settings.seed)
-    height, width = base.preprocess.side
-    pixels = torch.randint(0, 256, (8, 3, height, width), generator=draw).to(base.device)
+    pixels = torch.randint(0, 256, (8, 3, *base.preprocess.side), generator=draw).to(base.device)
     with torch.no_grad():
         expected = model.eval()(pixel_values=base.preprocess.normalise(pixels)).logits.float()
         merged = adapters.merged(model, quantized=method == "qlora") if method in ("lora", "qlora") else model.half()
@@ -248,40 +204,36 @@ def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:
 def save_checkpoints(study: Study, merged: nn.Module, base: Base, history: pd.DataFrame) -> dict[str, Path]:
     """Write `merged`, `nf4` and `int8`; the quantized ones are made by transformers from the merged one."""
     merged.config.update(checkpoint.label_maps(base.labels))
-    about = {
-        "study": study.name,
-        "origin": base.origin,
-        "method": study.settings.method,
-        "parameters": used_by(study.settings, "1_finetune"),
-        "top1": float(history["top1"].iloc[-1]),
-        "versions": provenance.environment(parameters={})["versions"],
-    }
-    shared = {"pre": base.preprocess, "labels": base.labels}
-    paths = {
-        "merged": checkpoint.save(merged, study.checkpoint("merged"), provenance=about | {"weights": "fp16"}, **shared)
-    }
-    # The merged file's checksum ties the three together: evaluation refuses checkpoints of different trainings.
+    about = {"study": study.name, "origin": base.origin, "method": study.settings.method}
+    about |= {"parameters": used_by(study.settings, "1_finetune"), "top1": float(history["top1"].iloc[-1])}
+    about["versions"] = provenance.environment(parameters={})["versions"]
+
+    def save(model: nn.Module, name: str, **note: object) -> Path:
+        made = about | note
+        return checkpoint.save(model, study.checkpoint(name), pre=base.preprocess, labels=base.labels, provenance=made)
+
+    paths = {"merged": save(merged, "merged", weights="fp16")}
+    # The merged file's checksum links the three: evaluation refuses checkpoints of different trainings.
     about["merged_sha256"] = files.checksum(paths["merged"] / "model.safetensors")
     for weights in ("nf4", "int8"):
         quantized = checkpoint.quantize_checkpoint(paths["merged"], weights, base.device)
-        note = {"weights": weights, "quantized_from": "merged", "kept_in_16_bit": [quantize.CLASSIFIER]}
-        paths[weights] = checkpoint.save(quantized, study.checkpoint(weights), provenance=about | note, **shared)
+        kept = [quantize.CLASSIFIER]
+        paths[weights] = save(quantized, weights, weights=weights, quantized_from="merged", kept_in_16_bit=kept)
     return paths
 
 
 def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: Decoded) -> pd.DataFrame:
-    """Each saved checkpoint loaded again and compared with the model in memory, a row each.
+    """Load each saved checkpoint again and compare it with the model in memory; a row each.
 
-    `from_merged` is ‖found − merged‖ / ‖merged‖ of the logits of all pictures of `valid`: what quantization costs;
-    `top1` and `same_class` are of these too. `reload_difference` is the same for up to 64 between the file and the
-    network in memory that it was saved from (a quantized one is quantized again): more than rounding is an error.
+    `from_merged` is ‖found − merged‖ / ‖merged‖ of the logits of all pictures of `valid`: the cost of quantization;
+    `top1` and `same_class` cover the same pictures. `reload_difference` is that norm over the first 64, against the
+    network that the file was saved from (a quantized one is quantized again). FinetuneError where it exceeds rounding.
     """
     rows, truth = [], base.labels.ids(valid.pictures).numpy()
     memory = checkpoint.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
     expected = engine.logits(engine.Engine(memory), valid.pixels, 32)
     for name, path in paths.items():
-        variant = Variant("fp16" if name == "merged" else name)
-        loaded = checkpoint.load(path.parent, variant, base.device)
+        loaded = checkpoint.load(path.parent, Variant("fp16" if name == "merged" else name), base.device)
         found = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
         saved_from = expected[:64]
         if name != "merged":
@@ -290,41 +242,34 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
         difference = tuning.relative_error(found[:64], saved_from)
         if not difference <= RELOAD_TOLERANCE:
             raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
-        rows.append(
-            {
-                "checkpoint": name,
-                "disk_mb": checkpoint.disk_mb(path),
-                "model_mb": loaded.weights_mb,
-                "reload_difference": difference,
-                "from_merged": tuning.relative_error(found, expected),
-                "top1": stats.topk_accuracy(found.numpy(), truth),
-                "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
-            }
-        )
+        row = {"checkpoint": name, "disk_mb": checkpoint.disk_mb(path), "model_mb": loaded.weights_mb}
+        row |= {"reload_difference": difference, "from_merged": tuning.relative_error(found, expected)}
+        row |= {"top1": stats.topk_accuracy(found.numpy(), truth)}
+        rows.append(row | {"same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item()})
     return pd.DataFrame(rows).set_index("checkpoint", drop=False)
 
 
 def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> Markdown:
     """What the records say, in a few sentences."""
     last, best = history.iloc[-1], history.loc[history["top1"].idxmax()]
-    merged = 100 * reloaded.loc["merged", "top1"]
-    why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ", because its weights are rounded to 16 bits"
+    merged, device = 100 * reloaded.loc["merged", "top1"], "GPU" if base.device.type == "cuda" else "CPU"
+    why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ", because its weights are rounded to FP16"
     lines = [
         f"After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of {len(base.labels.names)} "
         f"classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 {100 * last['top5']:.2f} % of "
         f"{len(decoded['valid'].pictures):,} validation pictures. The best epoch was {best['epoch']:.0f} with "
-        f"{100 * best['top1']:.2f} %. The last one is saved, as choosing by these pictures would flatter it."
-        + _overfits(history),
-        f"The merged 16-bit checkpoint, where every later notebook starts, has Top-1 **{merged:.2f} %**{why}.",
+        f"{100 * best['top1']:.2f} %. The last epoch is saved: choosing the best on the validation pictures would bias "
+        "their accuracy upwards." + _overfits(history),
+        f"The merged FP16 checkpoint, which the other notebooks start from, has Top-1 **{merged:.2f} %**{why}.",
         _copies(decode.duplicates({split: decoded[split] for split in ("train", "valid")})["kind"]),
-        f"Training ran at {history['images_per_s'].median():,.0f} images/s on {base.device.type}.",
+        f"Training ran at {history['images_per_s'].median():,.0f} images/s on the {device}.",
         _quantized(reloaded),
     ]
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
 def _overfits(history: pd.DataFrame) -> str:
-    """Said where the validation loss has risen by more than a tenth since its minimum."""
+    """A sentence where the validation loss has risen by more than a tenth since its minimum, else ''."""
     lowest = history.loc[history["valid_loss"].idxmin()]
     if history["valid_loss"].iloc[-1] <= 1.1 * lowest["valid_loss"]:
         return ""
@@ -336,8 +281,8 @@ def _copies(kinds: pd.Series) -> str:
         return "No picture appears in both training and validation."
     exact, near = (kinds == "exact").sum(), (kinds == "near").sum()
     return (
-        f"**{exact + near} pictures appear in both training and validation** ({exact} exact and {near} near copies), "
-        "so the accuracy is too high by up to their share."
+        f"**Training and validation share pictures** ({exact} exact and {near} near copies), so the accuracy may be "
+        "too high by up to their share."
     )
 
 
@@ -345,7 +290,7 @@ def _quantized(reloaded: pd.DataFrame) -> str:
     size, same = reloaded["model_mb"], 100 * reloaded["same_class"]
     nf4, int8 = (size["merged"] / size[name] for name in ("nf4", "int8"))
     return (
-        f"Loaded again, the 16-bit checkpoint gives the same logits (relative difference "
-        f"{reloaded.loc['merged', 'reload_difference']:.0e}). NF4 takes {nf4:.1f} and int8 {int8:.1f} times less "
+        f"After loading, the FP16 checkpoint gives the same logits (relative difference "
+        f"{reloaded.loc['merged', 'reload_difference']:.0e}). NF4 takes {nf4:.1f} and INT8 {int8:.1f} times less "
         f"memory; {same['nf4']:.1f} % and {same['int8']:.1f} % of the pictures keep their class."
     )

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from vitlib import benchmark, columns, provenance, stats
-from vitlib.stats import Interval
-from vitlib.study import Study
-from vitlib.tables import MISSING, NO_BREAK, Markdown
-from vitlib.variants import find, label
+from vitlib.measure import benchmark, stats
+from vitlib.report import columns
+from vitlib.report.tables import MISSING, NO_BREAK, Markdown
+from vitlib.study import provenance
+from vitlib.study.study import Study
+from vitlib.study.variants import find, label
 
 open = Study.open
 Key = tuple[str, str, str, str]  # weights, attention, execution, gelu
@@ -39,7 +40,8 @@ def overview(study: Study) -> pd.DataFrame:
     for name, own in variants(study).groupby("variant", sort=False):
         first, last = own.sort_values("batch").iloc[[0, -1]].to_dict("records")
         buffers = first.get("held_mb", np.nan) - first["model_mb"]
-        row = {"variant": label(name), "weights (MB)": f"{first['model_mb']:,.1f}" + _plus(buffers)}
+        more = f" + {buffers:.0f}" if buffers >= 0.5 else ""  # none for NaN
+        row = {"variant": label(name), "weights (MB)": f"{first['model_mb']:,.1f}{more}"}
         row |= {f"batch size {b} (ms)": _three(ms) for b, ms in zip(own["batch"], own["latency_p50_ms"], strict=True)}
         row[f"batch size {last['batch']} (images/s)"] = f"{last['throughput_img_s']:,.0f}"
         row |= {"Top-1 (%)": f"{100 * first['top1']:.2f}", "class changed": f"{first['flips']:.0f}"}
@@ -47,16 +49,16 @@ def overview(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna(MISSING)
 
 
-def _plus(buffers: float) -> str:
-    return f" + {buffers:.0f}" if buffers >= 0.5 else ""  # False for NaN
+def readme_table(study: Study) -> str:
+    """`overview` as a Markdown table for GitHub, numbers aligned to the right."""
+    table = overview(study)
+    rows = [list(table), ["---", *["---:"] * (table.shape[1] - 1)], *table.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _three(value: float) -> str:
     """A number with three digits."""
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-# ------------------------------------------------------------------------------------------------------- the ladder
 
 
 def ladder(study: Study) -> pd.DataFrame:
@@ -95,11 +97,13 @@ def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
         added = ((words, keys[other]) for words, other in _before(key) if other in keys and other != key)
         technique, before = ("out of the box", "") if key == baseline else next(added, ("several", keys[baseline]))
         below.setdefault(before, []).append((name, technique))
-    waiting = [(name, technique, "") for name, technique in below[""]]
-    while waiting:
-        name, technique, before = waiting.pop(0)
-        yield name, technique, before
-        waiting[:0] = [(after, words, name) for after, words in below.get(name, [])]
+
+    def above(before: str) -> Iterator[tuple[str, str, str]]:
+        for name, technique in below.get(before, []):
+            yield name, technique, before
+            yield from above(name)
+
+    return above("")
 
 
 def _before(key: Key) -> Iterator[tuple[str, Key]]:
@@ -111,10 +115,8 @@ def _before(key: Key) -> Iterator[tuple[str, Key]]:
     if plain:
         yield "fused kernels", (weights, "sdpa", plain, "checkpoint")
     elif attention != "sdpa":
-        yield (
-            "FlashAttention-2" if attention == "flash_attention_2" else "attention",
-            (weights, "sdpa", execution, gelu),
-        )
+        words = "FlashAttention-2" if attention == "flash_attention_2" else "attention"
+        yield words, (weights, "sdpa", execution, gelu)
     if execution == "graph":
         yield "CUDA graph", (weights, attention, "eager", gelu)
     for wider in {"fp32": (), "fp16": ("fp32",)}.get(weights, ("fp16", "fp32")):
@@ -123,17 +125,12 @@ def _before(key: Key) -> Iterator[tuple[str, Key]]:
 
 def _factor(latencies: pd.DataFrame, before: str, after: str, batch: int) -> str:
     """How many times faster `after` is than `before`, with its interval: "1.49 (1.47 … 1.50)"."""
-    times = _times(latencies, before, after, batch)
-    if times is None:
+    rounds = [benchmark.rounds_of(latencies, name, batch) for name in (before, after)]
+    if not all(rounds):
         return MISSING
+    times = stats.times_faster(*rounds)
     interval = "" if np.isnan(times.low) else f" ({times.low:.2f} … {times.high:.2f})"
     return f"{times.estimate:.2f}{interval}".replace(" ", NO_BREAK)
-
-
-def _times(latencies: pd.DataFrame, before: str, after: str, batch: int) -> Interval | None:
-    """`stats.times_faster` of two variants; None where one was not measured at that batch size."""
-    rounds = [benchmark.rounds_of(latencies, name, batch) for name in (before, after)]
-    return stats.times_faster(*rounds) if all(rounds) else None
 
 
 def against_fp16(study: Study) -> pd.DataFrame:
@@ -147,9 +144,6 @@ def against_fp16(study: Study) -> pd.DataFrame:
             found = {f"times faster, batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
             rows.append({"variant": name, "compared with": label(other), **found})
     return pd.DataFrame(rows)
-
-
-# ----------------------------------------------------------------------------------------- kernels, outputs, rates
 
 
 def chosen(study: Study) -> pd.DataFrame:
@@ -192,20 +186,24 @@ def headline(study: Study) -> Markdown:
     table, latencies, lines = variants(study), study.read("latency"), []
     climbed = {name: (technique, before) for name, technique, before in _climbed(table)}
     baseline, quantized = next(iter(climbed)), [name for name in climbed if find(name).quantized]
-    for batch in dict.fromkeys((table["batch"].min(), table["batch"].max())):
+    for batch in sorted({table["batch"].min(), table["batch"].max()}):
         times = table[table["batch"] == batch].set_index("variant")["latency_p50_ms"]
-        best, small = times.idxmin(), times.reindex(quantized).dropna()
-        for words, name in (
-            ("the fastest", best),
-            ("the fastest quantized one", small.idxmin() if len(small) else best),
-        ):
+        small = times.reindex(quantized).dropna()
+        fastest = {"the fastest": times.idxmin()}
+        fastest |= {"the fastest quantized one": small.idxmin()} if len(small) else {}
+        for words, name in fastest.items():
             rounds = [benchmark.rounds_of(latencies, each, batch) for each in (baseline, name)]
             said = benchmark.in_words(stats.times_faster(*rounds), stats.same_or_slower(*rounds), len(rounds[1]))
-            steps, at = [], name
-            while climbed[at][1]:
-                times_ = _times(latencies, climbed[at][1], at, batch)
-                steps.insert(0, f"{climbed[at][0]} {_three(times_.estimate)}×" if times_ else climbed[at][0])
-                at = climbed[at][1]
-            path = f" Step by step: {', '.join(steps)}." if steps else ""
+            path = _path(climbed, name, times)
             lines.append(f"**Batch size {batch}**: {words} is {label(name)}, {_three(times[name])} ms, {said}.{path}")
-    return Markdown("\n".join(f"- {line}" for line in dict.fromkeys(lines)))
+    return Markdown("\n".join(f"- {line}" for line in lines))
+
+
+def _path(climbed: dict[str, tuple[str, str]], name: str, times: pd.Series) -> str:
+    """The techniques that lead from the baseline to `name`, each with its factor; '' for the baseline."""
+    steps, (technique, before) = [], climbed[name]
+    while before:
+        factor = times.get(before, np.nan) / times.get(name, np.nan)
+        steps.insert(0, technique if np.isnan(factor) else f"{technique} {_three(factor)}×")
+        name, (technique, before) = before, climbed[before]
+    return f" Step by step: {', '.join(steps)}." if steps else ""

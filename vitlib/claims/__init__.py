@@ -1,7 +1,7 @@
-"""The claims of the original study, tested on the records of this one: the functions of notebook 5.
+"""Notebook 5: the claims of the original study, tested on the records of this one.
 
-`claims.yaml` holds the claims without verdicts, `quantities` what each is about, `claim` how they are judged, and
-`mismatch` makes the original's preprocessing mistake again.
+`claims.yaml` holds the claims without verdicts, `quantities` what they compare, `claim` how they are judged, and
+`mismatch` repeats the original's preprocessing mistake.
 """
 
 from __future__ import annotations
@@ -9,73 +9,64 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
-from vitlib import origin, sources, stats
-from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, find, kind_of, load, text
+from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, kind_of, load, text
 from vitlib.claims.mismatch import MISTAKE, looks, mistake, mistake_in_words
 from vitlib.claims.quantities import OTHER_NETWORK, Missing
-from vitlib.records import MissingRecord
-from vitlib.sources import Dataset
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown, table
+from vitlib.measure import stats
+from vitlib.pictures import sources
+from vitlib.report.tables import Column, Markdown, Table, table
+from vitlib.study import origin
+from vitlib.study.records import MissingRecord
+from vitlib.study.study import Study
 
-__all__ = ["MISTAKE", "find", "looks", "mistake", "mistake_in_words"]
+__all__ = ["MISTAKE", "looks", "mistake", "mistake_in_words"]
 open = Study.open
 
 REANALYSIS = {
-    "bits": "bits",
-    "kept": "kept in FP16",
-    "right": "right",
-    "n": "of",
-    "top1": Column("Top-1 (%)", ".1f", 100),
+    **{"bits": "bits", "kept": "kept in FP16", "right": "right", "n": "of", "top1": Column("Top-1 (%)", ".1f", 100)},
     ("top1_low", "top1_high"): Column("95 % interval", ".1f", 100),
     "pictures": Column("pictures gained", "+.0f"),
     "least_p": Column("smallest possible p", ".4f"),
-    "least_holm_p": Column("after Holm", ".2f"),
+    "least_holm_p": Column("after Holm's adjustment", ".2f"),
 }
-_COLUMNS = {name: name for name in ("claim", "original", "measured", "verdict", "cause")}
-_COLOURS = {HOLDS: "#1c7c4a", HOLDS_ONLY: "#8a6100", FAILS: "#b3261e", UNTESTED: "#5b6475"}
 
 
-def pictures(study: Study) -> Dataset:
+def pictures(study: Study) -> sources.Dataset:
     """The pictures of the study."""
     return sources.load(study.settings)
 
 
 def verdicts(study: Study) -> pd.DataFrame:
-    """A row a claim: what was said, what was measured, the verdict; written to `records/claims.csv`."""
+    """A row a claim with the original's figure, the measurement and the verdict; written to `records/claims.csv`."""
     rows = []
-    for claim in load():
+    for claim in load().values():
         try:
             measured = claim.quantity.measure(study)
             found, verdict = text(measured, claim.unit), claim.judge(measured)
         except (Missing, MissingRecord) as why:
             found, verdict = "–", f"{UNTESTED}: {why}"
-        said = {"id": claim.id, "subject": claim.subject, "claim": claim.claim, "source": claim.source}
-        said |= {"original": claim.shown, "counts_as": claim.counts_as, "measured": found, "verdict": verdict}
-        rows.append(said | {"cause": "" if verdict == HOLDS else claim.cause})
+        row = claim.model_dump(include={"id", "subject", "claim", "source"}) | {"original": claim.shown}
+        row |= {"counts_as": claim.counts_as, "measured": found, "verdict": verdict}
+        rows.append(row | {"cause": "" if verdict == HOLDS else claim.cause})
     return study.write("claims", pd.DataFrame(rows))
 
 
-def show(frame: pd.DataFrame, *subjects: str) -> Styler | Markdown:
-    """The claims of some subjects; those that need the original's network, where this one is another, as one count."""
-    chosen = frame[frame["subject"].isin(subjects)]
-    other = chosen["verdict"].str.startswith(f"{UNTESTED}: {OTHER_NETWORK}")
-    reason = "".join(chosen.loc[other, "verdict"].head(1)).removeprefix(f"{UNTESTED}: ")
-    note = f"{other.sum()} of {len(chosen)} claims are not tested: {reason}." if reason else ""
-    if other.all():
-        return Markdown(f"*{note}*")
-    shown = chosen[~other].fillna("").replace("; ", "\n", regex=True)
-    shown["claim"] += "\n(" + shown["source"] + ")"
-    shown["original"] += "\nholds if " + shown["counts_as"]
-    styled = table(shown, _COLUMNS).set_properties(**{"white-space": "pre-line", "text-align": "left"})
-    styled = styled.map(lambda verdict: f"color: {_COLOURS[kind_of(verdict)]}", subset="verdict")
-    return styled.set_caption(note) if note else styled
+def show(frame: pd.DataFrame, *subjects: str) -> Table:
+    """The claims of some subjects. Where the network is not the original's, one row counts those that need it."""
+    chosen = frame[frame["subject"].isin(subjects)].fillna("")
+    other = chosen["verdict"].str.contains(OTHER_NETWORK, regex=False)
+    shown = chosen[~other]
+    columns = {"claim (source)": shown["claim"] + " (" + shown["source"] + ")"}
+    columns["original (criterion)"] = shown["original"] + " (" + shown["counts_as"] + ")"
+    rows = pd.DataFrame(columns).join(shown[["measured", "verdict", "cause"]])
+    if other.any():
+        rows.loc[-1, ["claim (source)", "verdict"]] = f"{other.sum()} claims", chosen.loc[other, "verdict"].iloc[0]
+    return table(rows.fillna(""))
 
 
 def counts(frame: pd.DataFrame) -> pd.DataFrame:
-    """How many claims of each subject got each verdict, with totals."""
+    """Number of claims by subject and verdict, with totals."""
     crossed = pd.crosstab(frame["subject"], frame["verdict"].map(kind_of)).reindex(columns=VERDICTS, fill_value=0)
     crossed = crossed.reindex(frame["subject"].unique())
     crossed.loc["all"] = crossed.sum()
@@ -85,9 +76,9 @@ def counts(frame: pd.DataFrame) -> pd.DataFrame:
 def reanalysis() -> pd.DataFrame:
     """The original's ablation with the uncertainty that it left out, the largest difference first.
 
-    Only counts of right answers are known, not which pictures changed. So `least_p` is the smallest p that McNemar's
-    exact test could give for a difference of `pictures` (none lost where some were gained), and `least_holm_p` adjusts
-    it for all configurations of both bit widths; the real p values are larger.
+    The original gives counts of right predictions, not the pictures that changed. `least_p` is the smallest p that
+    McNemar's exact test could give for a difference of `pictures` (none lost where some were gained); `least_holm_p`
+    adjusts it for all configurations of both bit widths. The real p values are larger.
     """
     frame = pd.read_csv(Path(__file__).with_name("ablation.csv"), keep_default_na=False)
     frame = frame.rename(columns={"kept_in_fp16": "kept", "correct_of_818": "right"}).assign(n=818)
@@ -95,27 +86,25 @@ def reanalysis() -> pd.DataFrame:
     frame["top1_low"], frame["top1_high"] = zip(*map(stats.wilson, frame["right"], frame["n"]), strict=True)
     nothing = frame["kept"] == "none"
     frame["pictures"] = frame["right"] - frame["bits"].map(frame[nothing].set_index("bits")["right"])
-    # McNemar's exact p where all discordant pairs are on one side.
-    frame["least_p"] = [stats.mcnemar([False] * abs(k), [True] * abs(k)).p for k in frame["pictures"]]
-    frame.loc[nothing, "least_p"] = float("nan")
+    frame["least_p"] = (2.0 ** (1 - frame["pictures"].abs())).clip(upper=1).mask(nothing)  # all on one side
     frame["least_holm_p"] = stats.holm(frame["least_p"])
     return frame.sort_values(["least_p", "bits"], kind="stable", ignore_index=True)
 
 
 def reanalysis_in_words(frame: pd.DataFrame) -> Markdown:
-    """What the original's ablation can show."""
+    """Whether differences in the original's ablation can be significant."""
     first, tests = frame.iloc[0], int(frame["least_p"].notna().sum())
     significant = int((frame["least_holm_p"] < stats.SIGNIFICANCE).sum())
     return Markdown(
-        f"Of {tests} comparisons **{significant} can be significant**: the largest difference, {first['kept']} kept at "
+        f"Of {tests} comparisons **{significant} can be significant**. The largest difference, {first['kept']} kept at "
         f"{first['bits']} bits, is {first['pictures']:+.0f} of {first['n']} pictures, with p = "
-        f"{first['least_holm_p']:.2f} or more after Holm's correction. It would take "
+        f"{first['least_holm_p']:.2f} or more after Holm's adjustment. A significant difference would need at least "
         f"{stats.fewest_significant(tests)} pictures."
     )
 
 
 def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
-    """The page in a few sentences: counts, the two baselines, speed and sensitivity, and what the base is."""
+    """The page in a few sentences: counts, the two baselines, and what the base is."""
     of = counts(frame).loc["all"]
     sentences = [
         f"Of {len(frame)} claims of the original study **{of[HOLDS]} hold**, {of[HOLDS_ONLY]} hold only in some cases, "
@@ -124,5 +113,5 @@ def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
     reasons = frame.loc[frame["verdict"].map(kind_of) == UNTESTED, "verdict"].str.partition(": ")[2].value_counts()
     if len(reasons):
         sentences.append(f"The most frequent reason ({reasons.iloc[0]} claims): {reasons.index[0]}.")
-    sentences.append("Its largest error is in preprocessing. " + mistake_in_words(costs).splitlines()[-1])
+    sentences.append("The original's largest error is in preprocessing. " + mistake_in_words(costs).splitlines()[-1])
     return Markdown(" ".join(sentences) + f"\n\n{origin.sentence(study.folder)}")

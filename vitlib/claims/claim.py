@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from vitlib.claims.quantities import Figure, Measurement, Quantity, content
-from vitlib.variants import label
+from vitlib.study.variants import label
 
 HOLDS, HOLDS_ONLY, FAILS, UNTESTED = "holds", "holds only", "does not hold", "cannot be tested here"
 VERDICTS = (HOLDS, HOLDS_ONLY, FAILS, UNTESTED)
 
 
-class Claim(BaseModel):
-    """One claim: the original's figure, or one a case (`shown` is its own wording), and its quantity."""
+class Claim(BaseModel, extra="forbid", frozen=True):
+    """One claim: its quantity, and the original's figure, or one by case (`shown` is its own wording)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     id: str = Field(pattern=r"^[a-z0-9-]+$")
     subject: str
     source: str = Field(pattern=r"^(README|slides|notebooks), .{3,}$")
@@ -33,9 +32,9 @@ class Claim(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Claim:
         if isinstance(self.original, tuple) != (self.criterion == "between"):
-            raise ValueError(f"{self.id}: 'between', and nothing else, needs a lower and an upper value")
+            raise ValueError("'between', and nothing else, needs a lower and an upper value")
         if (self.criterion == "about") != (self.tolerance > 0):
-            raise ValueError(f"{self.id}: 'about', and nothing else, needs a tolerance")
+            raise ValueError("'about', and nothing else, needs a tolerance")
         return self
 
     def accepts(self, case: str = "") -> tuple[float, float]:
@@ -43,14 +42,13 @@ class Claim(BaseModel):
         value = self.original[case] if isinstance(self.original, dict) else self.original
         if isinstance(value, tuple):
             return value
-        if self.criterion == "about":
-            return value / (1 + self.tolerance), value * (1 + self.tolerance)
-        low = value * (1 + 1e-6) if self.criterion == "more than" else value
-        return (-math.inf if self.criterion == "at most" else low), (value if self.criterion == "at most" else math.inf)
+        about, more = 1 + self.tolerance, 1 + 1e-6
+        bounds = {"about": (value / about, value * about), "at most": (-math.inf, value)}
+        return (bounds | {"at least": (value, math.inf), "more than": (value * more, math.inf)})[self.criterion]
 
     @property
     def counts_as(self) -> str:
-        """What a measurement must be for the claim to hold, as text."""
+        """The condition for a measurement to support the claim, as text."""
         if self.criterion == "about":
             return f"within a factor of {1 + self.tolerance:g}"
         if isinstance(self.original, dict):
@@ -60,7 +58,7 @@ class Claim(BaseModel):
 
     def judge(self, measured: Measurement) -> str:
         """The verdict, which begins with one of VERDICTS."""
-        outcomes = {case: self._borne_out(case, figure) for case, figure in measured.items()}
+        outcomes = {case: self._supported(case, figure) for case, figure in measured.items()}
         held, undecided = ([case for case, seen in outcomes.items() if seen is wanted] for wanted in (True, None))
         if len(held) == len(outcomes):
             return HOLDS
@@ -69,7 +67,7 @@ class Claim(BaseModel):
         rest = f"; undecided {_listed(undecided)}" if undecided else ""
         return f"{HOLDS_ONLY} {_listed(held)}{rest}" if held else f"{FAILS}{rest}"
 
-    def _borne_out(self, case: str, figure: Figure) -> bool | None:
+    def _supported(self, case: str, figure: Figure) -> bool | None:
         """Whether a figure's whole interval is in the accepted range; None where only a part of it is."""
         low, high = self.accepts(case)
         slack = 1e-9 * abs(figure.value)  # 1.1 × 50 is a little more than 55 in binary
@@ -78,18 +76,9 @@ class Claim(BaseModel):
         return False if figure.high < low or figure.low > high else None
 
 
-def load() -> list[Claim]:
-    """Every claim of `claims.yaml`. ValueError with the faults; ids are unique."""
-    claims = [Claim(**entry) for entry in content()["claims"]]
-    ids = [claim.id for claim in claims]
-    if twice := sorted({name for name in ids if ids.count(name) > 1}):
-        raise ValueError(f"claims.yaml: ids occur twice: {', '.join(twice)}")
-    return claims
-
-
-def find(name: str) -> Claim:
-    """The claim with this id."""
-    return next(claim for claim in load() if claim.id == name)
+def load() -> dict[str, Claim]:
+    """The claims of `claims.yaml` by id. ValueError with the faults of one."""
+    return {entry["id"]: Claim(**entry) for entry in content()["claims"]}
 
 
 def kind_of(verdict: str) -> str:
@@ -98,27 +87,21 @@ def kind_of(verdict: str) -> str:
 
 
 def text(measured: Measurement, unit: str) -> str:
-    """The figures by case, with their intervals and notes; a note that all of them share is given once."""
-    notes = dict.fromkeys(figure.note for figure in measured.values())
-    shared = f" ({notes.popitem()[0]})" if len(notes) == 1 and "" not in notes else ""
+    """The figures by case, with their intervals and notes."""
     parts = []
     for case, figure in measured.items():
-        value = f"{'≥ ' * (figure.high == math.inf)}{number(figure.value)} {unit}".strip()
-        if figure.low < figure.high < math.inf:
-            value += f" ({number(figure.low)} … {number(figure.high)})"
-        parts.append(_labelled(case, value) + (f", {figure.note}" if figure.note and not shared else ""))
-    return "; ".join(parts) + shared
+        part = f"{f'{label(case)}: ' if case else ''}{number(figure.value)} {unit}".rstrip()
+        if math.isfinite(figure.high - figure.low) and figure.low < figure.high:
+            part += f" ({number(figure.low)} … {number(figure.high)})"
+        parts.append(f"{part}, {figure.note}" if figure.note else part)
+    return "; ".join(parts)
 
 
 def number(value: float) -> str:
-    """Three significant digits, and all digits before the decimal point; whole numbers whole."""
-    if not math.isfinite(value) or value == int(value):
+    """Three significant digits, and all digits before the decimal point."""
+    if not math.isfinite(value) or value == int(value) or abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
-
-
-def _labelled(case: str, value: str) -> str:
-    return f"{label(case)}: {value.strip()}" if case else value.strip()
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def _listed(cases: list[str]) -> str:

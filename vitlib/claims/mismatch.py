@@ -1,4 +1,4 @@
-"""The original study's preprocessing mistake, made again on a checkpoint of this study.
+"""The original study's preprocessing mistake, repeated on a checkpoint of this study.
 
 The original trained with a plain resize and the checkpoint's normalisation, and evaluated with a centre crop from a
 larger picture and ImageNet's normalisation. Everywhere else in this project preprocessing comes with the checkpoint.
@@ -9,72 +9,53 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from vitlib import checkpoint, engine, preprocess, sources, stats
 from vitlib.claims.claim import load
-from vitlib.preprocess import Preprocess
-from vitlib.sources import Dataset
-from vitlib.study import Study
-from vitlib.tables import Column, Markdown
-from vitlib.variants import Variant
+from vitlib.measure import stats
+from vitlib.network import checkpoint, engine
+from vitlib.pictures import preprocess, sources
+from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.sources import Dataset
+from vitlib.report.tables import Column, Markdown
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 OWN, ORIGINAL = "its own", "the original's"
 WEIGHTS = ("fp32", "nf4", "int8")  # the first is what the others are compared with
 BAD_RESIZE = 256 / 224  # length of the shorter side, as a multiple of the crop's side
-
 MISTAKE = {
-    "preprocessing": "preprocessing",
-    "weights": "weights",
-    "right": "right",
-    "n": "of",
+    **{"preprocessing": "preprocessing", "weights": "weights", "right": "right", "n": "of"},
     "top1": Column("Top-1 (%)", ".1f", 100),
     ("top1_low", "top1_high"): Column("95 % interval", ".1f", 100),
     "agreement": Column("same class as with its own (%)", ".0f", 100),
     "difference": Column("Top-1 against its own (points)", "+.1f", 100),
     ("difference_low", "difference_high"): Column("95 % interval of that", "+.1f", 100),
-    "from_fp32": Column("Top-1 against fp32 (points)", "+.1f", 100),
+    "from_fp32": Column("Top-1 against FP32 (points)", "+.1f", 100),
 }
-"""Columns of `mistake` for a report."""
-
-
-def _crops(own: Preprocess) -> Preprocess:
-    """The checkpoint's preprocessing with the original's shape: shorter side to 256/224 of the crop's, centre crop."""
-    height, width = own.side
-    changed = {
-        "size": {"shortest_edge": round(min(height, width) * BAD_RESIZE)},
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-    }
-    return Preprocess(type(own.processor)(**own.describe() | changed))
-
-
-def _normalises(own: Preprocess) -> Preprocess:
-    """The checkpoint's preprocessing with ImageNet's mean and standard deviation."""
-    return Preprocess(type(own.processor)(**own.describe() | {"do_normalize": True} | IMAGENET))
 
 
 def preprocessings(own: Preprocess) -> dict[str, Preprocess]:
-    """The checkpoint's own, the original's mismatched one, and the two halves of that mistake."""
-    return {
-        OWN: own,
-        ORIGINAL: _normalises(_crops(own)),
-        "only the crop": _crops(own),
-        "only the normalisation": _normalises(own),
-    }
+    """The checkpoint's own preprocessing, the original's mismatched one, and the two halves of that mistake."""
+    height, width = own.side
+    crop = {"size": {"shortest_edge": round(min(height, width) * BAD_RESIZE)}, "do_center_crop": True}
+    crop["crop_size"] = {"height": height, "width": width}
+    normalisation = {"do_normalize": True, **IMAGENET}
+    changes = {ORIGINAL: crop | normalisation, "only the crop": crop, "only the normalisation": normalisation}
+    made = {name: Preprocess(type(own.processor)(**own.describe() | change)) for name, change in changes.items()}
+    return {OWN: own, **made}
 
 
 def mistake(study: Study, dataset: Dataset) -> pd.DataFrame:
     """The merged checkpoint in fp32 on the validation split, with the right and the wrong preprocessing, a row each.
 
     The quantized checkpoints that run here follow, with their own preprocessing and the original's. Columns:
-    preprocessing, weights, n, right, top1 with its Wilson interval, top5; agreement with the same weights' own
-    preprocessing and the paired difference of top1 to it with its interval; and `from_fp32`, the paired difference to
-    fp32 weights with the same preprocessing. Written to `records/preprocessing.csv`.
+    preprocessing, weights, n, right, top1 with its Wilson interval, top5; agreement and the paired difference of top1
+    with its interval, both against the same weights' own preprocessing; and `from_fp32`, the paired difference to fp32
+    weights with the same preprocessing. Written to `records/preprocessing.csv`.
     """
     checkpoint.quiet_libraries()
-    decoded, found, rows = {}, {}, []
+    decoded, found, rows, settings = {}, {}, [], study.settings
     for weights in WEIGHTS:
         loaded = _loaded(study, weights)
         if loaded is None:
@@ -85,11 +66,10 @@ def mistake(study: Study, dataset: Dataset) -> pd.DataFrame:
                 continue
             shape = str(pre.describe()["size"])
             if shape not in decoded:  # decoding does not normalise, so two of the four share their pictures
-                decoded[shape] = sources.decode_splits(dataset, ["valid"], pre, study.settings.workers)["valid"]
-            runner = engine.Engine(replace(loaded, preprocess=pre))
-            pixels, batch = decoded[shape].pixels, study.settings.eval_batch_size
-            found[weights, name] = engine.logits(runner, pixels, batch).numpy()
-            rows.append(_row(weights, name, loaded.labels.ids(decoded[shape].pictures).numpy(), found))
+                decoded[shape] = sources.decode_splits(dataset, ["valid"], pre, settings.workers)["valid"]
+            runner, valid = engine.Engine(replace(loaded, preprocess=pre)), decoded[shape]
+            found[weights, name] = engine.logits(runner, valid.pixels, settings.eval_batch_size).numpy()
+            rows.append(_row(weights, name, loaded.labels.ids(valid.pictures).numpy(), found))
     return study.write("preprocessing", pd.DataFrame(rows))
 
 
@@ -126,25 +106,20 @@ def looks(study: Study, dataset: Dataset, count: int = 1) -> tuple[list[np.ndarr
     uint8 pictures (h, w, 3), a row for each of `count` pictures, and their titles.
     """
     own = preprocess.load(study.checkpoint("merged"))
+    mean, std = (np.array(getattr(own.processor, name)).reshape(3, 1, 1) for name in ("image_mean", "image_std"))
     images, titles = [], []
     for picture in sources.evenly(dataset.splits["valid"], count):
         for name, pre in preprocessings(own).items():
-            images.append(_as_read(pre.normalise(pre.resize(picture.open())[None])[0], own))
+            values = pre.normalise(pre.resize(picture.open())[None])[0].numpy() * std + mean
+            images.append((255 * values.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0))
             titles.append(name)
     return images, titles
 
 
-def _as_read(pixel_values: torch.Tensor, own: Preprocess) -> np.ndarray:
-    """Normalised values (3, h, w) turned back into a picture by undoing `own`'s normalisation."""
-    mean, std = (np.array(getattr(own.processor, name)).reshape(3, 1, 1) for name in ("image_mean", "image_std"))
-    values = pixel_values.numpy() * std + mean
-    return (255 * values.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0)
-
-
 def mistake_in_words(frame: pd.DataFrame) -> Markdown:
-    """What the wrong preprocessing costs this checkpoint, beside the original's figures; the last line is the sum."""
-    top1 = {claim.id: claim.original for claim in load() if claim.id in ("slides-top1", "readme-top1")}
-    slides, readme = top1["slides-top1"], top1["readme-top1"]["fp32-sdpa"]
+    """The cost of the wrong preprocessing for this checkpoint, with the original's figures; a summary comes last."""
+    claims = load()
+    slides, readme = claims["slides-top1"].original, claims["readme-top1"].original["fp32-sdpa"]
     rows = frame[frame["weights"] == WEIGHTS[0]].set_index("preprocessing")
     lines = [
         f"- With **{name}**, Top-1 is {100 * row['top1']:.1f} % instead of {100 * rows.loc[OWN, 'top1']:.1f} %; "
@@ -158,7 +133,7 @@ def mistake_in_words(frame: pd.DataFrame) -> Markdown:
             said = slides[f"{weights}-sdpa"] - slides["fp32-sdpa"]
             lines.append(
                 f"- **{weights.upper()}** against FP32: {own} with its own preprocessing, {wrong} with the original's. "
-                f"The slides, with the wrong one: {said:+.1f} points."
+                f"The slides report {said:+.1f} points, with the wrong preprocessing."
             )
     apart, change = readme - slides["fp32-sdpa"], rows.loc[ORIGINAL]
     share = f"**{-10000 * change['difference'] / apart:.0f} %** of that difference; other weights may lose more"

@@ -1,7 +1,6 @@
-"""What a claim is about: one small class a kind, with the fields that it needs and a method `measure(study)`. No torch.
+"""Quantities that claims are about: a small class for each kind, with a method `measure(study)`. No torch.
 
-A measurement has a figure for every case that the claim covers: a variant, a batch size, a block, or "" for a single
-one. Missing says why a study is no test of the claim.
+A measurement has a figure for every case of a claim: a variant, a batch size, a block, or "" for a single figure.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 
-from vitlib import records
-from vitlib.study import Study
-from vitlib.variants import find, label
+from vitlib.measure import stats
+from vitlib.study import records
+from vitlib.study.study import Study
+from vitlib.study.variants import find, label
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 OTHER_NETWORK = "the network is not ViT-L/16"
@@ -37,11 +37,11 @@ def content() -> dict[str, Any]:
 
 
 class Missing(LookupError):
-    """The study is no test of a claim; the message says why."""
+    """The study cannot test a claim; the message says why."""
 
 
 class Figure(NamedTuple):
-    """A value with the bounds of its 95 % interval, both the value itself where it has none."""
+    """A value with the bounds of its 95 % interval; both are the value itself where it has none."""
 
     value: float
     low: float
@@ -49,8 +49,7 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-Measurement = dict[str, Figure]
-"""Figures by case."""
+Measurement = dict[str, Figure]  # by case
 
 
 def exact(value: float, note: str = "") -> Figure:
@@ -58,20 +57,24 @@ def exact(value: float, note: str = "") -> Figure:
     return Figure(float(value), float(value), float(value), note)
 
 
-def require(study: Study, *, gpu: bool = False, weights: bool = False, training: bool = False) -> None:
-    """Missing unless the network is the original's and, if asked for, what is compared can be.
+def bounded(value: float, low: float, high: float) -> Figure:
+    """A figure with an interval; an unknown bound (NaN) is infinite."""
+    return Figure(float(value), -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high)
 
-    `gpu`: the study ran on one. `weights`: the same base was fine-tuned and as many pictures evaluated. `training`: the
-    baseline is good enough for quantization to cost something. Without a checkpoint the size of the fp32 weights
-    identifies the network.
+
+def require(study: Study, *, gpu: bool = False, weights: bool = False, training: bool = False) -> None:
+    """Missing unless the network is the original's, and unless what is compared can be.
+
+    `gpu`: the study ran on one. `weights`: it fine-tuned the same base and evaluated as many pictures. `training`: the
+    baseline is good enough for quantization to cost something. Without a checkpoint, the size of fp32 weights decides.
     """
     wanted, file = content()["network"], study.checkpoint("merged") / "config.json"
     if file.is_file():
         config = records.read_json(file)
-        same = all(config[key] == value for key, value in wanted["config"].items())
+        same = wanted["config"].items() <= config.items()
         about = f"{config['num_hidden_layers']} blocks of width {config['hidden_size']}"
     else:
-        size = cell(study.read("variants"), "fp32-sdpa", "model_mb").value
+        size = cell(study, "fp32-sdpa", "model_mb").value
         same, about = math.isclose(size, wanted["fp32_mb"], rel_tol=0.005), f"{size:,.0f} MB in fp32"
     if not same:
         raise Missing(f"{OTHER_NETWORK} ({about})")
@@ -84,53 +87,42 @@ def require(study: Study, *, gpu: bool = False, weights: bool = False, training:
     if weights and (count := int(study.read("accuracy")["n"].iloc[0])) != wanted["valid"]:
         raise Missing(f"{count} pictures were evaluated, not the original's {wanted['valid']}")
     if training and (top1 := float(study.read("accuracy")["top1"].iloc[0])) < KNOWING:
-        raise Missing(f"the baseline is right on only {100 * top1:.0f} % of the pictures and has little to lose")
+        raise Missing(f"the baseline's Top-1 is only {100 * top1:.0f} %, so quantization has little to change")
 
 
-def rows_of(table: pd.DataFrame, variant: str) -> pd.DataFrame:
+def rows_of(study: Study, variant: str) -> pd.DataFrame:
     """Rows of a variant in `variants.csv`, by batch size. Missing with the reason where it did not run."""
+    table = study.read("variants")
     rows = table[table["variant"] == variant].set_index("batch")
     if rows.empty:
-        raise Missing(f"{variant} is not among the study's variants")
+        raise Missing(f"{label(variant)} is not among the study's variants")
     if rows["status"].iloc[0] != "ok":
-        raise Missing(f"{variant} did not run: {rows['reason'].iloc[0]}")
+        raise Missing(f"{label(variant)} did not run: {rows['reason'].iloc[0]}")
     return rows
 
 
-def cell(table: pd.DataFrame, variant: str, column: str, batch: int = 1) -> Figure:
-    """A column of `variants.csv` at one batch size; accuracies in percent. An unknown bound is infinite."""
-    rows, scale = rows_of(table, variant), 100 if column in ACCURACIES else 1
+def cell(study: Study, variant: str, column: str, batch: int = 1) -> Figure:
+    """A column of `variants.csv` at one batch size; accuracies in percent."""
+    rows, scale = rows_of(study, variant), 100 if column in ACCURACIES else 1
     if batch not in rows.index or pd.isna(rows.loc[batch, column]):
-        raise Missing(f"{column} was not measured for {variant} at batch {batch}")
-    value, low, high = rows.loc[batch, [column, *_BOUNDS.get(column, (column, column))]].astype(float) * scale
-    return Figure(value, -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high)
+        raise Missing(f"{column} was not measured for {label(variant)} at batch size {batch}")
+    return bounded(*(rows.loc[batch, [column, *_BOUNDS.get(column, (column, column))]].astype(float) * scale))
 
 
 def _ablated(study: Study, bits: int) -> pd.DataFrame:
     """The rows of the ablation with these bits, by what is kept."""
     rows = study.read("ablation").set_index("kept")
     if not (rows["bits"] == bits).any():
-        raise Missing(f"{bits} bits were not ablated")
+        raise Missing(f"there is no ablation at {bits} bits")
     return rows[rows["bits"] == bits]
 
 
-def times_faster(baseline: pd.DataFrame, variant: pd.DataFrame) -> Figure:
-    """Ratio of the medians over rounds of `latency_ms`, with a bootstrap interval over rounds."""
-    before, after = (calls.groupby("round")["latency_ms"].median().to_numpy() for calls in (baseline, variant))
-    ratio, rounds = float(np.median(before) / np.median(after)), len(before)
-    if rounds < 2:
-        return Figure(ratio, -math.inf, math.inf)
-    drawn = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
-    ratios = np.median(before[drawn], axis=1) / np.median(after[drawn], axis=1)
-    return Figure(ratio, *map(float, np.quantile(ratios, [0.025, 0.975])))
-
-
-class _Kind(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Kind(BaseModel, extra="forbid", frozen=True):
+    """What all kinds share."""
 
 
 class Value(_Kind):
-    """A column by variant at batch 1, as in the original's tables; with a baseline, how many times less than that."""
+    """A column by variant at batch size 1, as in the original's tables; with a baseline, how many times smaller."""
 
     kind: Literal["value"]
     column: str
@@ -140,12 +132,9 @@ class Value(_Kind):
     def measure(self, study: Study) -> Measurement:
         accuracy = self.column in ACCURACIES
         require(study, weights=accuracy, gpu=not accuracy and self.column != "model_mb")
-        table = study.read("variants")
-        found = {name: cell(table, name, self.column) for name in self.variants}
-        if self.baseline is None:
-            return found
-        base = cell(table, self.baseline, self.column).value
-        return {name: exact(base / figure.value) for name, figure in found.items()}
+        found = {name: cell(study, name, self.column) for name in self.variants}
+        base = cell(study, self.baseline, self.column).value if self.baseline else None
+        return {name: exact(base / figure.value) for name, figure in found.items()} if base else found
 
 
 class Faster(_Kind):
@@ -158,13 +147,15 @@ class Faster(_Kind):
 
     def measure(self, study: Study) -> Measurement:
         require(study, gpu=True)
-        table, calls = study.read("variants"), study.read("latency").set_index(["variant", "batch"]).sort_index()
-        found = {}
+        calls, found = study.read("latency").groupby(["variant", "batch"]), {}
+        rounds = {key: [part for _, part in own.groupby("round")["latency_ms"]] for key, own in calls}
         for name in self.variants:
-            measured = rows_of(table, name).index.intersection(rows_of(table, self.baseline).index)
+            measured = rows_of(study, name).index.intersection(rows_of(study, self.baseline).index)
+            if self.batch and self.batch not in measured:
+                raise Missing(f"{label(name)} was not measured at batch size {self.batch}")
             for batch in [self.batch] if self.batch else measured:
-                ratio = times_faster(calls.loc[(self.baseline, batch)], calls.loc[(name, batch)])
-                found[name if self.batch else f"batch {batch}"] = ratio
+                ratio = stats.times_faster(rounds[self.baseline, batch], rounds[name, batch])
+                found[name if self.batch else f"batch {batch}"] = bounded(*ratio)
         return found
 
 
@@ -178,7 +169,7 @@ class Points(_Kind):
         require(study, training=True)
         rows = study.read("accuracy").set_index("variant")
         if absent := {"fp32-sdpa", *self.variants} - set(rows.index[rows["top1"].notna()]):
-            raise Missing(f"the accuracy of {' and '.join(sorted(absent))} was not measured")
+            raise Missing(f"the accuracy of {' and '.join(map(label, sorted(absent)))} was not measured")
         if rows.loc["fp32-sdpa", "verdict"] != "baseline":
             raise Missing("the study's baseline is not fp32 with SDPA")
         columns = ["difference", "difference_low", "difference_high"]
@@ -186,7 +177,7 @@ class Points(_Kind):
 
 
 class Best(_Kind):
-    """By how much the nearest rival is worse in its worst column (lower is better): above 1, no rival is better."""
+    """Worst column of the closest rival, divided by the variant's (lower is better): above 1, no rival is better."""
 
     kind: Literal["best"]
     variant: Name
@@ -196,19 +187,17 @@ class Best(_Kind):
     def measure(self, study: Study) -> Measurement:
         timed = "latency_p50_ms" in self.columns
         require(study, gpu=timed, training="logit_kl" in self.columns)
-        table = study.read("variants")
-        batches = rows_of(table, self.variant).index
-        return {f"batch {b}" if timed else "": self._margin(table, b) for b in (batches if timed else batches[:1])}
+        batches = rows_of(study, self.variant).index
+        return {f"batch {b}" if timed else "": self._margin(study, b) for b in (batches if timed else batches[:1])}
 
-    def _margin(self, table: pd.DataFrame, batch: int) -> Figure:
-        own = [cell(table, self.variant, column, batch) for column in self.columns]
-        margins = {}
+    def _margin(self, study: Study, batch: int) -> Figure:
+        own, margins = [cell(study, self.variant, column, batch) for column in self.columns], {}
         for name in self.rivals:
-            pairs = zip((cell(table, name, column, batch) for column in self.columns), own, strict=True)
+            pairs = zip((cell(study, name, column, batch) for column in self.columns), own, strict=True)
             ratios = [(rival.value / mine.value, rival.low / mine.high, rival.high / mine.low) for rival, mine in pairs]
-            margins[name] = [max(part) for part in zip(*ratios, strict=True)]
-        value, low, high = (min(part) for part in zip(*margins.values(), strict=True))
-        return Figure(value, low, high, f"rival: {label(min(margins, key=lambda name: margins[name][0]))}")
+            margins[name] = np.max(ratios, axis=0)
+        closest = label(min(margins, key=lambda name: margins[name][0]))
+        return Figure(*map(float, np.min(list(margins.values()), axis=0)), f"closest: {closest}")
 
 
 class Gain(_Kind):
@@ -238,28 +227,14 @@ class Sensitivity(_Kind):
 
     def measure(self, study: Study) -> Measurement:
         require(study, training=True)
-        alone = _ablated(study, self.bits)["logit_kl"].filter(regex=r"^all but block \d+$")
-        alone = alone.rename(lambda name: int(name.rpartition(" ")[2]))
-        if alone.empty:
+        kl = _ablated(study, self.bits)["logit_kl"].filter(like="all but block ")
+        if kl.empty:
             raise Missing("no block was quantized alone")
+        kl.index = kl.index.str.removeprefix("all but block ").astype(int)
         if self.against == "mean":
-            return {f"block {block}": exact(alone[block] / alone.mean()) for block in self.blocks}
-        first = ", ".join(map(str, sorted(alone.nlargest(len(self.blocks)).index)))
-        return {"": exact(alone[self.blocks].min() / alone.drop(self.blocks).max(), f"most sensitive: {first}")}
-
-
-class Floor(_Kind):
-    """Microseconds that the arithmetic takes at the highest rate of a GPU: a calculated bound, no measurement."""
-
-    kind: Literal["floor"]
-    gflop: float
-    card: str
-    tflop_s: dict[Name, float]
-
-    def measure(self, study: Study) -> Measurement:
-        note = f"calculated, not measured: {self.gflop:g} GFLOP at the peak rate of the {self.card}"
-        floors = {name: 1000 * self.gflop / rate for name, rate in self.tflop_s.items()}
-        return {name: Figure(floor, floor, math.inf, note) for name, floor in floors.items()}
+            return {f"block {block}": exact(kl[block] / kl.mean()) for block in self.blocks}
+        first = ", ".join(map(str, kl.nlargest(len(self.blocks)).index))
+        return {"": exact(kl[self.blocks].min() / kl.drop(self.blocks).max(), f"most sensitive: {first}")}
 
 
 class Own(_Kind):
@@ -274,4 +249,4 @@ class Own(_Kind):
         return {case: exact(compared(*pair)) for case, pair in self.pairs.items()}
 
 
-Quantity = Annotated[Value | Faster | Points | Best | Gain | Sensitivity | Floor | Own, Field(discriminator="kind")]
+Quantity = Annotated[Value | Faster | Points | Best | Gain | Sensitivity | Own, Field(discriminator="kind")]

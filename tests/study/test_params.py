@@ -1,0 +1,221 @@
+"""Parameter sets: one place for defaults, every fault explained, and no file that executes anything."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitlib.study import params
+from vitlib.study.params import ParameterError, Parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+SETS = sorted((ROOT / "params").glob("*.yaml"))
+NAMES = set(Parameters.model_fields)
+
+
+def code_cells(notebook: str) -> list[dict]:
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
+
+
+def is_parameters(cell: dict) -> bool:
+    return "parameters" in cell["metadata"].get("tags", [])
+
+
+def formatted(code: str) -> str:
+    """The code as ruff writes it with this project's settings: long lines are broken in the notebooks."""
+    pytest.importorskip("ruff", reason="the linter is not installed")
+    command = [sys.executable, "-m", "ruff", "format", "-", "--config", str(ROOT / "pyproject.toml")]
+    return subprocess.run(command, input=code, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def bound_names(code: str) -> set[str]:
+    """Every name that the code binds: by assignment, import, definition, loop, with or except."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
+                names.add(name)
+            case ast.alias(name=name, asname=other):
+                names.add(other or name.partition(".")[0])
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
+                names.add(name)
+    return names
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Load the text or bytes of a parameter file."""
+
+    def read(content: str | bytes) -> dict:
+        file = tmp_path / "set.yaml"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return params.load(file)
+
+    return read
+
+
+# The files and the notebooks
+
+
+@pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
+def test_every_set_loads_and_is_named_after_its_file(path):
+    """Otherwise two files would write to one outputs/<study>/."""
+    assert {"demo", "smoke", "flowers102"} <= {path.stem for path in SETS}
+    assert params.load(path)["study"] == path.stem
+
+
+@pytest.mark.parametrize("notebook", params.NOTEBOOKS)
+def test_a_notebook_declares_the_parameters_printed_from_the_module_and_binds_no_other(notebook):
+    printed = formatted(params.cell(notebook))
+    for node in ast.parse(printed).body:
+        assert ast.literal_eval(node.value) == getattr(Parameters(), node.target.id)
+    cells = code_cells(notebook)
+    assert [cell["source"] for cell in cells if is_parameters(cell)] == [printed]
+    assert f'# %% tags=["parameters"]\n{printed}\n\n# %%' in (ROOT / f"notebooks/{notebook}.py").read_text("utf-8")
+    bound = set().union(*(bound_names(cell["source"]) for cell in cells if not is_parameters(cell)))
+    assert bound and bound & NAMES <= {"study"}  # the name becomes the opened study, whose cell may run twice
+
+
+def test_every_parameter_is_read_somewhere():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "vitlib").rglob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert NAMES - read == set()
+
+
+# Faults
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_or_with_all():
+    for typo, meant in {"epohcs": "epochs", "batchsizes": "batch_sizes", "lora_r": "lora_rank"}.items():
+        with pytest.raises(ParameterError, match=f"unknown parameter '{typo}': did you mean '{meant}'"):
+            params.check({typo: 1})
+    with pytest.raises(ParameterError, match=r"known: study, data_source, .*grid"):
+        params.check({"zzz": 1})
+    with pytest.raises(ParameterError, match=r"no parameter set 'flower102\.yaml'; did you mean 'flowers102'"):
+        params.load(ROOT / "params/flower102.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"epochs": 0}, "epochs: .*greater than or equal to 1, it is 0"),
+        ({"epochs": 2.5}, r"epochs: .*integer, it is 2\.5"),
+        ({"seed": "1"}, "seed: .*integer, it is '1'"),
+        ({"seed": True}, "seed: .*integer, it is True"),
+        ({"study": "../elsewhere"}, "study: .*use letters, digits"),
+        ({"study": ""}, "study: .*use letters, digits"),
+        ({"checkpoints_of": "-x"}, "checkpoints_of: .*use letters, digits"),
+        ({"resume": "yes"}, "resume: .*boolean, it is 'yes'"),
+        ({"lora_dropout": 1}, "lora_dropout: .*less than 1, it is 1"),
+        ({"learning_rate": float("nan")}, "learning_rate: .*finite"),
+        ({"method": "lorra"}, "method: .*'lora', 'qlora', 'full' or 'head', it is 'lorra'"),
+        ({"variants": []}, "variants: .*at least 1 item"),
+        ({"variants": ["fp32-spda"]}, "unknown variant 'fp32-spda': did you mean 'fp32-sdpa'"),
+        ({"variants": ["fp32-sdpa", "fp32-sdpa"]}, "variants: a variant is named twice"),
+        ({"variants": ["nf4-sdpa"]}, "variants: .*baseline .*must not be quantized"),
+        ({"variant": "nf4-flash"}, "variant: unknown variant"),
+        ({"batch_sizes": [8, 1]}, "batch_sizes: .*rising"),
+        ({"batch_sizes": [0, 1]}, "batch_sizes: .*positive"),
+        ({"batch_sizes": [1, "8"]}, r"batch_sizes\.1: .*integer, it is '8'"),
+        ({"ablation_bits": [3]}, "ablation_bits: allowed are 4 and 8"),
+    ],
+    ids=lambda value: "=".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
+def test_a_wrong_value_says_what_is_allowed(values, says):
+    with pytest.raises(ParameterError, match=says):
+        params.check(values)
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ParameterError) as told:
+        params.check({"epochs": 0, "methd": "lora", "seed": -1})
+    assert len(str(told.value).splitlines()) == 3
+
+
+def test_a_yaml_number_that_yaml_reads_as_text_gets_a_hint(read):
+    with pytest.raises(ParameterError, match=r"learning_rate: .* \(YAML reads 1e-3 as text: write 1\.0e-3\)"):
+        read("learning_rate: 1e-3")
+    assert read("learning_rate: 1.0e-3") == {"learning_rate": 0.001}
+
+
+def test_only_a_base_from_the_hub_needs_a_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(params.files, "project_root", lambda: tmp_path)
+    (tmp_path / "outputs/base").mkdir(parents=True)
+    hub = {"base_model": "google/vit-large-patch16-224"}
+    with pytest.raises(ParameterError, match="set base_revision"):
+        params.check(hub)
+    assert params.check({**hub, "base_revision": "8041a8c"}).base_revision == "8041a8c"
+    for base in ("pretrain", "random", "./some/folder", "/some/folder", "~/folder", "outputs/base"):
+        assert params.check({"base_model": base}).base_model == base
+
+
+def test_parameters_cannot_be_changed_afterwards():
+    with pytest.raises(ValueError, match="frozen"):
+        Parameters().epochs = 3
+
+
+# Hostile files
+
+TRAP = "open('trap', 'w').close()"  # executed in any way, it leaves a file
+HOSTILE = {
+    "call tag": f"study: !!python/object/apply:eval [\"{TRAP}\"]",
+    "tag by a handle": f"%TAG ! tag:yaml.org,2002:python/\n---\nstudy: !object/apply:eval [\"{TRAP}\"]",
+    "harmless tag": "study: !!str demo",
+    "binary": "study: !!binary ZGVtbw==",
+    "alias": "seed: &one 1\nepochs: *one",
+    "merge key": "<<: {seed: 1}",
+    "billion laughs": "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]",
+    "key set twice": "seed: 1\nseed: 2",
+    "key that is code": f"\"{TRAP}\": 1",
+    "key that ends a line": f"\"seed = 1\\n{TRAP}\\nseed\": 1",
+    "key that is a list": "? [seed]\n: 1",
+    "key that is a keyword": "import: 1",
+    "key that is a dunder": "__class__: 1",
+    "text": "seed",
+    "two documents": "seed: 1\n---\nseed: 2",
+    "not closed": "batch_sizes: [1, 2",
+    "NUL": "study: \0",
+    "not UTF-8": b"study: \xff\xfe",
+    "deep lists": "study: " + "[" * 20_000,
+    "endless number": "seed: " + "9" * 5_000,
+    "no such date": "study: 2024-99-99",
+    "infinity": "learning_rate: .inf",
+    "a megabyte": "# " + "x" * 1_000_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused_and_executes_nothing(read, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError):
+        read(content)
+    assert not Path("trap").exists()
+
+
+@pytest.mark.parametrize("kind", ["call tag", "alias", "key set twice", "key that is code", "text"])
+def test_a_refusal_names_file_and_line(read, kind):
+    with pytest.raises(ParameterError, match=r"set\.yaml, line \d"):
+        read(HOSTILE[kind])
+
+
+def test_text_that_is_code_stays_text_and_an_empty_file_changes_nothing(read):
+    """Values are typed: code can only arrive as a string, which papermill quotes."""
+    assert read(f'data_source: "{TRAP}"') == {"data_source": TRAP}
+    assert read("") == read("# nothing but a comment\n") == read("---\n") == {}
+
+
+# In a notebook
+
+
+def test_collect_takes_checked_values_and_finds_a_typo_in_the_cell_that_papermill_injected():
+    injected = ["", "mine = 1", "# Parameters\nstudy = 'demo'\nepochs = 3\n"]
+    found = params.collect({"In": injected, "epochs": 3, "study": "mine", "mine": object()})
+    assert (found.epochs, found.study, found.seed) == (3, "mine", 0)
+    with pytest.raises(ParameterError, match="'epohcs': did you mean 'epochs'"):
+        params.collect({"In": [*injected, "# Parameters\nepohcs = 3\n"], "epochs": 6, "epohcs": 3})
+    with pytest.raises(ParameterError, match="epochs: "):
+        params.collect({"epochs": "many"})

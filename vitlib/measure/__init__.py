@@ -1,0 +1,1 @@
+"""Instruments: statistics, timing, profiling, the roofline. They import nothing of vitlib."""

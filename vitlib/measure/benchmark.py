@@ -1,0 +1,184 @@
+"""The tables of notebook 2 from logits and timed samples, and whether the instruments can be trusted.
+
+Pure functions of what was measured: nothing here runs a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from vitlib.measure import stats
+from vitlib.measure.stats import Interval
+
+CLOCKS_AGREE = 0.02  # relative difference of wall clock and device events
+SIMULATED = 100  # comparisons of a run's own samples
+FOUND = 95  # of them that must come out right
+
+
+def accuracy(
+    logits: Mapping[str, NDArray], labels: NDArray, baseline: str, *, margin: float, seed: int = 0
+) -> pd.DataFrame:
+    """Accuracy with its uncertainty, a row a variant, from logits (n, classes) and labels (n,).
+
+    Top-1, Top-5 and weighted F1; right answers of n with Wilson's interval; pictures lost and gained against the
+    baseline with McNemar's exact p, adjusted by Holm over the rows; the paired difference with a bootstrap and a
+    score interval; flips; mean KL from the baseline with its interval; and a verdict (`stats.verdict`), for which
+    `margin` is the share of pictures that a non-inferior variant may lose.
+    """
+    base = logits[baseline]
+    frame = pd.DataFrame([_accuracy_row(name, found, base, labels, seed) for name, found in logits.items()])
+    other = frame["variant"] != baseline
+    frame["holm_p"] = np.nan
+    frame.loc[other, "holm_p"] = stats.holm(frame.loc[other, "mcnemar_p"].to_numpy())
+    bounds = zip(frame["difference"], frame["difference_low"], frame["difference_high"], frame["holm_p"], strict=True)
+    verdicts = [stats.verdict(difference=Interval(*each), p_adjusted=p, margin=margin) for *each, p in bounds]
+    return frame.assign(verdict=np.where(other, verdicts, "baseline"))
+
+
+def _accuracy_row(name: str, found: NDArray, base: NDArray, labels: NDArray, seed: int) -> dict[str, object]:
+    right, base_right = (stats.topk_right(values, labels, 1) for values in (found, base))
+    test, score = stats.mcnemar(base_right, right), stats.paired_difference(base_right, right)
+    resampled = stats.paired_bootstrap(right.astype(float) - base_right.astype(float), seed=seed)
+    kl = stats.paired_bootstrap(stats.kl_divergence(base, found), seed=seed)
+    predicted, expected = found.argmax(axis=1), base.argmax(axis=1)
+    row = {"variant": name, "n": len(labels), "right": int(right.sum())}
+    row |= _with_bounds("top1", Interval(right.mean(), *stats.wilson(int(right.sum()), len(labels))))
+    row |= {"top5": stats.topk_accuracy(found, labels, 5), "f1_weighted": stats.f1_weighted(labels, predicted)}
+    row |= {"agreement_with_baseline": float((predicted == expected).mean()), "flips": stats.flips(expected, predicted)}
+    row |= {"lost": test.lost, "gained": test.gained, "mcnemar_p": test.p} | _with_bounds("difference", score)
+    row |= {"bootstrap_low": resampled.low, "bootstrap_high": resampled.high}
+    return row | _with_bounds("logit_kl", kl)
+
+
+def _with_bounds(column: str, interval: Interval) -> dict[str, float]:
+    return dict(zip((column, f"{column}_low", f"{column}_high"), interval, strict=True))
+
+
+def rounds_of(latencies: pd.DataFrame, variant: str, batch: int) -> list[NDArray]:
+    """The latencies in ms of each round of one variant and batch size; `latencies` as in `records/latency.csv`."""
+    own = latencies[(latencies["variant"] == variant) & (latencies["batch"] == batch)]
+    return [group["latency_ms"].to_numpy() for _, group in own.groupby("round")]
+
+
+def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """A row a variant and batch size: latency and throughput with bootstrap intervals over rounds.
+
+    `latency_p50_ms` is the median of the rounds' medians, with its interval in `latency_low_ms` and `latency_high_ms`;
+    P95 and P99 are of all samples, where these are enough (see `stats.samples_needed`). `times_baseline` is
+    `stats.times_faster`, `against_baseline` `stats.same_or_slower`, `latency_note` `clock_note`.
+    """
+    rows = []
+    for (variant, batch), part in latencies.groupby(["variant", "batch"], sort=False):
+        own, base = (rounds_of(latencies, name, batch) for name in (variant, baseline))
+        median, times = stats.median_interval(own), stats.times_faster(base, own)
+        same = (throughputs["variant"] == variant) & (throughputs["batch"] == batch)
+        rates = stats.paired_bootstrap(throughputs.loc[same, "throughput_img_s"], statistic=np.median)
+        row = {"variant": variant, "batch": batch, "latency_mean_ms": part["latency_ms"].mean()}
+        row |= {"latency_p50_ms": median.estimate}
+        row |= {f"latency_p{q}_ms": stats.percentile(part["latency_ms"], q) for q in (95, 99)}
+        row |= {"latency_low_ms": median.low, "latency_high_ms": median.high, "samples": len(part)}
+        row |= {"rounds": len(own), "latency_note": clock_note(part), **_with_bounds("times_baseline", times)}
+        row |= {"against_baseline": "" if variant == baseline else stats.same_or_slower(base, own)}
+        row |= {"throughput_img_s": rates.estimate, "throughput_low_img_s": rates.low}
+        rows.append(row | {"throughput_high_img_s": rates.high})
+    return pd.DataFrame(rows)
+
+
+def in_words(times: Interval, verdict: str, rounds: int) -> str:
+    """A comparison of latencies as a clause: "7.3 times faster (7.1 … 7.4)"; `times` is that of `stats.times_faster`.
+
+    `verdict` is that of `stats.same_or_slower`. With too few rounds for a verdict the ratio is given only where its
+    interval excludes 1.
+    """
+    if verdict == stats.TOO_FEW_ROUNDS:
+        if times.low > 1 or times.high < 1:  # False for NaN
+            return f"{_ratio(times)} (only {rounds} rounds, not tested)"
+        return f"too few rounds to tell ({stats.MINIMUM_ROUNDS} needed, {rounds} run)"
+    if verdict in ("faster", "slower"):
+        return _ratio(times)
+    return "equally fast within 2 %" if verdict == "same" else "not shown to differ"
+
+
+def _ratio(times: Interval) -> str:
+    faster = times.estimate >= 1
+    shown = times if faster else (1 / times.estimate, 1 / times.high, 1 / times.low)
+    digits = 2 if shown[0] < 2 else 1 if shown[0] < 100 else 0
+    value, low, high = (f"{number:.{digits}f}" for number in shown)
+    return f"{value} times {'faster' if faster else 'slower'} ({low} … {high})"
+
+
+def chosen(tuning: pd.DataFrame) -> pd.DataFrame:
+    """The implementations that were chosen (`records/tuning.csv`), a row a variant, layer format and implementation.
+
+    A column a batch size: the median µs of the layer shapes that use it, missing where none does.
+    """
+    if tuning.empty:
+        return tuning
+    taken = tuning[tuning["chosen"]].groupby(["variant", "layer", "path", "batch"], sort=False)["us"].median()
+    table = taken.unstack().rename(columns=lambda size: f"batch size {size} (µs)").rename_axis(columns=None)
+    return table.reset_index().rename(columns={"layer": "layers", "path": "implementation"})
+
+
+def clock_note(samples: pd.DataFrame) -> str:
+    """'' where wall clock and device events agree within 2 %, otherwise by how much they differ and why."""
+    wall, device = samples["latency_ms"].median(), samples["device_ms"].median()
+    if np.isnan(device) or abs(wall - device) <= CLOCKS_AGREE * wall:
+        return ""
+    return f"wall clock {(wall - device) * 1e3:+.0f} µs from device events: the CPU's launch and wake-up"
+
+
+def validity(
+    latencies: pd.DataFrame, baseline: str, *, facts: Mapping[str, str], errors: Mapping[str, tuple[float, float]]
+) -> pd.DataFrame:
+    """Checks of this run, each with what was found, what is required and whether it was reached ("yes" or "no").
+
+    `facts` are reported as they are; `errors` are relative, each with its limit. Comparisons are simulated from this
+    run's own samples: in each round one random half of the baseline's calls is compared with the other half (nothing
+    changed), and with the other half made 2 % slower.
+    """
+    per_round, rounds = latencies.groupby(["variant", "batch", "round"]).size(), latencies["round"].nunique()
+    low, high = per_round.min(), per_round.max()  # slow variants have few calls in the time of a round
+    calls = f"{low}" if low == high else f"{low} to {high} (median {per_round.median():.0f})"
+    notes = sum(bool(clock_note(part)) for _, part in latencies.groupby(["variant", "batch"]))
+    enough = rounds >= stats.MINIMUM_ROUNDS
+    rows = [
+        ("rounds in random order × calls", f"{rounds} × {calls}", f"≥ {stats.MINIMUM_ROUNDS}", enough),
+        *((what, f"{100 * f:.2f} %", f"< {100 * limit:g} %", f < limit) for what, (f, limit) in errors.items()),
+    ]
+    for batch in dict.fromkeys(latencies["batch"]):
+        alarms, found = simulated(rounds_of(latencies, baseline, batch))
+        for what, count in (("identical calls, called the same", alarms), ("2 % slower, found", found)):
+            rows.append((f"{what}, batch size {batch}", f"{count} of {SIMULATED}", f"≥ {FOUND}", count >= FOUND))
+    rows.append(("rows where wall clock and GPU timer disagree", str(notes), "noted in the row", True))
+    rows += [(what, found, "reported", True) for what, found in facts.items()]
+    table = pd.DataFrame(rows, columns=["check", "found", "required", "reached"])
+    return table.assign(reached=table["reached"].map({True: "yes", False: "no"}))
+
+
+def failed(checks: pd.DataFrame) -> str:
+    """The checks of `validity` that failed, as a sentence (Markdown), '' if none did."""
+    missed = checks.loc[checks["reached"] == "no", "check"]
+    if missed.empty:
+        return ""
+    named = "; ".join(f"*{check}*" for check in missed)
+    return f"**Failed checks**: {named}. This run does not establish differences as small as these checks ask for."
+
+
+def simulated(by_round: list[NDArray], seed: int = 0) -> tuple[int, int]:
+    """Of SIMULATED comparisons of halves of each round: called the same; and called slower when one is 2 % slower.
+
+    (0, 0) where a round has a single call: it has no halves, and nothing is known.
+    """
+    if min(len(samples) for samples in by_round) < 2:
+        return 0, 0
+    draw, same, slower = np.random.default_rng(seed), 0, 0
+    for _ in range(SIMULATED):
+        halves = [np.array_split(draw.permutation(samples), 2) for samples in by_round]
+        first, second = [half[0] for half in halves], [half[1] for half in halves]
+        same += stats.same_or_slower(first, second) == "same"
+        slower += stats.same_or_slower(first, [1.02 * half for half in second]) == "slower"
+    return same, slower

@@ -1,0 +1,1 @@
+"""What runs, and the proof that it is what was asked."""

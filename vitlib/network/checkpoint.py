@@ -1,0 +1,203 @@
+"""Build, load and save a network; the one place where a variant becomes a module.
+
+A checkpoint is a folder that plain transformers can load, complete in itself: weights (safetensors), config with
+id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.utils import logging as transformers_logging
+
+from vitlib.network import attention, quantize, verify
+from vitlib.pictures import preprocess
+from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.sources import Labels
+from vitlib.study import files, records
+from vitlib.study.variants import FORMATS, Variant, nearest
+
+# hidden, blocks, heads, mlp, patch. Heads are 64 wide: the width FlashAttention-2 is built for here. The last three are
+# table 1 of Dosovitskiy et al. 2021 and Touvron et al. 2021.
+ARCHITECTURES = {
+    "vit-micro": (128, 4, 2, 512, 8),
+    "vit-mini": (192, 6, 3, 768, 16),
+    "vit-tiny": (192, 12, 3, 768, 16),
+    "vit-small": (384, 12, 6, 1536, 16),
+    "vit-base": (768, 12, 12, 3072, 16),
+    "vit-large": (1024, 24, 16, 4096, 16),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says what is missing and what to do."""
+
+
+class NotRun(RuntimeError):
+    """A variant that cannot run here; the message is the reason that its row shows."""
+
+
+@dataclass
+class Loaded:
+    """A verified network with the preprocessing and labels of its checkpoint."""
+
+    model: nn.Module
+    preprocess: Preprocess
+    labels: Labels
+    device: torch.device
+    dtype: torch.dtype  # of pixel_values and of the unquantized weights
+    folder: Path
+    weights_mb: float  # as loaded; on a CPU bitsandbytes repacks NF4 in the first pass
+    variant: Variant | None = None  # None where the network was not loaded as one
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called auto, cpu or cuda. NotRun for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise NotRun("device is 'cuda' and torch sees no CUDA device: set device to 'auto' or 'cpu'")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def quiet_libraries() -> None:
+    """Leave the progress bars to the notebooks: transformers' bar for a load of one second is noise in a report."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def new(architecture: str, *, image_size: int, labels: Labels) -> ViTForImageClassification:
+    """A ViT with random weights (torch's global generator) and the labels' names."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}: {nearest(architecture, list(ARCHITECTURES))}")
+    hidden, blocks, heads, mlp, patch = ARCHITECTURES[architecture]
+    sizes = {"hidden_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": heads, "intermediate_size": mlp}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=image_size, patch_size=patch, **label_maps(labels)))
+
+
+def label_maps(labels: Labels) -> dict[str, object]:
+    """The keyword arguments of a config that carry the labels."""
+    return {
+        "num_labels": len(labels.names),
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+    }
+
+
+def load_base(
+    base: str, *, revision: str, labels: Labels, dtype: torch.dtype, quantized: bool, device: torch.device
+) -> nn.Module:
+    """A pretrained ViT from a folder or the Hub with a new random head.
+
+    The head is new also where the base has as many classes. CheckpointError where the base is no ViT, or where its
+    file lacks a weight of the encoder (transformers would initialise it at random and only warn).
+    """
+    kind = AutoConfig.from_pretrained(base, revision=revision or None, trust_remote_code=False).model_type
+    if kind != "vit":
+        raise CheckpointError(f"the base is a {kind!r} network; this study fine-tunes, profiles and ablates 'vit' ones")
+    quantization = quantize.config(4, dtype) if quantized else None
+    options = {"revision": revision or None, "quantization_config": quantization, "ignore_mismatched_sizes": True}
+    model, loading = _from_pretrained(base, dtype, device, **options, **label_maps(labels))
+    _refuse_random_weights(str(base), loading, allowed=quantize.CLASSIFIER)
+    if quantized:
+        quantize.keep_readable(model)
+    nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+    nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+def _from_pretrained(
+    folder: str | Path, dtype: torch.dtype, device: torch.device, **options: object
+) -> tuple[nn.Module, dict[str, object]]:
+    """The network, and what transformers says of its loading; safetensors only, no remote code."""
+    safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    return AutoModelForImageClassification.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, **safely, **options
+    )
+
+
+def _refuse_random_weights(source: str, loading: dict[str, object], allowed: str = " ") -> None:
+    """CheckpointError where weights were missing or misshapen, but for those whose name starts with `allowed`."""
+    absent = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
+    if wrong := [name for name in absent if not name.startswith(allowed)]:
+        raise CheckpointError(
+            f"{Path(source).name} lacks weights of the network or has them in another shape ({', '.join(wrong[:3])}"
+            f"{' and more' if len(wrong) > 3 else ''}): they would be random. Save the checkpoint again."
+        )
+
+
+def quantize_checkpoint(merged: Path, weights: str, device: torch.device) -> nn.Module:
+    """The network of a merged checkpoint in the format `weights`, quantized by transformers while it loads."""
+    row = FORMATS[weights]
+    dtype = getattr(torch, row.dtype)
+    return _from_pretrained(merged, dtype, device, quantization_config=quantize.config(row.bits, dtype))[0].eval()
+
+
+def save(model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: dict[str, object]) -> Path:
+    """Write a self-sufficient checkpoint to `folder`, complete or not at all."""
+    with files.atomic_path(folder) as target:
+        model.save_pretrained(target)
+        pre.save(target)
+        pairs = zip(labels.folders, labels.names, strict=True)
+        entries = [{"id": number, "folder": key, "name": name} for number, (key, name) in enumerate(pairs)]
+        records.write_json(entries, target / "labels.json")
+        records.write_json({**provenance, "preprocessing": pre.describe()}, target / "provenance.json")
+    return folder
+
+
+def read_labels(folder: Path) -> Labels:
+    """The labels of a checkpoint: `labels.json`, else the names in its config. CheckpointError where it has neither."""
+    names = tuple(name for _, name in sorted(AutoConfig.from_pretrained(folder).id2label.items()))
+    file = folder / "labels.json"
+    if file.is_file():
+        entries = sorted(json.loads(file.read_text(encoding="utf-8")), key=lambda entry: entry["id"])
+        labels = Labels(tuple(e["folder"] for e in entries), tuple(e["name"] for e in entries))
+        if labels.names != names or [e["id"] for e in entries] != list(range(len(names))):
+            raise CheckpointError(f"labels.json and config.json of {folder.name!r} disagree: fine-tune again")
+        return labels
+    if all(name == f"LABEL_{number}" for number, name in enumerate(names)):
+        raise CheckpointError(
+            f"the checkpoint {folder.name!r} has no labels: neither labels.json nor names in config.json. "
+            "Without them class ids mean nothing; run 1_finetune, or add id2label to its config."
+        )
+    return Labels(names, names)
+
+
+def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
+    """Which of a study's checkpoints holds the weights of `variant`. CheckpointError where it is missing."""
+    folder = checkpoints / variant.checkpoint
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"there is no checkpoint {folder.name!r} in {checkpoints.name}/: run 1_finetune first")
+    return folder
+
+
+def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
+    """The network of `variant` on `device`, in evaluation mode, verified to be what was asked.
+
+    For a fused execution this is the plain network that `Engine` transforms; it must not have run before that. NotRun
+    where it cannot run here, CheckpointError where the checkpoint is unfit, EvidenceError where the libraries gave
+    something else than was asked.
+    """
+    if reason := attention.not_runnable(variant, device):
+        raise NotRun(reason)
+    folder = checkpoint_folder(checkpoints, variant)
+    pre, labels = preprocess.load(folder), read_labels(folder)
+    dtype = getattr(torch, variant.format.dtype)
+    model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)
+    _refuse_random_weights(str(folder), loading)
+    model.eval()
+    verify.verify(model, variant)
+    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant)
+
+
+def merged_checksum(folder: Path) -> str:
+    """sha256 of the merged weights that a quantized checkpoint says it was made from; '' where it does not say."""
+    file = folder / "provenance.json"
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return noted.get("merged_sha256") or ""
+
+
+def disk_mb(folder: Path) -> float:
+    """Megabytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / verify.MB

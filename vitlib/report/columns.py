@@ -1,0 +1,74 @@
+"""Heading, format and unit of the records' columns in tables: `tables.table(frame, columns.OF_VARIANTS)`.
+
+A table shows those columns that its frame has, in this order.
+"""
+
+import pandas as pd
+
+from vitlib.report.tables import Column
+from vitlib.study.variants import label
+
+OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
+    "variant": "variant",
+    "part": "part",
+    "batch": Column("batch size", ".0f"),
+    "profiled_batch": Column("batch size", ".0f"),
+    "right": "right",
+    "n": "pictures",
+    "top1": Column("Top-1 (%)", ".2f", 100),
+    ("top1_low", "top1_high"): Column("95 % interval", ".1f", 100),
+    "top5": Column("Top-5 (%)", ".2f", 100),
+    "f1_weighted": Column("F1", ".4f"),
+    "flips": Column("class changed", ".0f"),
+    "lost": "lost",
+    "gained": "gained",
+    "holm_p": Column("Holm p", ".3f"),
+    "logit_kl": Column("KL (nats)", ".1e"),
+    "verdict": "verdict",
+    "reference": "compared with",
+    "relative_error": Column("relative error of logits", ".1e"),
+    "agreement_with_reference": Column("same class (%)", ".2f", 100),
+    "model_mb": Column("weights (MB)", ",.1f"),
+    "held_mb": Column("with buffers (MB)", ",.1f"),
+    "disk_mb": Column("on disk (MB)", ",.1f"),
+    "peak_above_weights_mb": Column("peak of a pass (MB)", ",.1f"),
+    "peak_memory_mb": Column("weights + pass (MB)", ",.1f"),
+    "reserved_mb": Column("reserved (MB)", ",.1f"),
+    "prepare_s": Column("preparation (s)", ",.1f"),
+    "latency_p50_ms": Column("P50 (ms)", ",.2f"),
+    ("latency_low_ms", "latency_high_ms"): Column("95 % interval of P50", ",.2f"),
+    "latency_p95_ms": Column("P95 (ms)", ",.2f"),
+    "latency_p99_ms": Column("P99 (ms)", ",.2f"),
+    "times_baseline": Column("times faster than the baseline", ".2f"),
+    ("times_baseline_low", "times_baseline_high"): Column("95 % interval of that", ".2f"),
+    "against_baseline": "verdict on latency",
+    "throughput_img_s": Column("images/s", ",.0f"),
+    ("throughput_low_img_s", "throughput_high_img_s"): Column("95 % interval of images/s", ",.0f"),
+    "latency_note": "wall clock and GPU timer",
+    "cpu_latency_ms": Column("one picture on the CPU (ms)", ",.2f"),
+    "kernels_per_pass": Column("kernels per pass", ",.0f"),
+    "device_time_us": Column("device time (ms)", ",.3f", 1e-3),
+    "attention_device_time_us": Column("attention (ms)", ",.3f", 1e-3),
+    "unattributed_share": Column("not attributed (%)", ".2f", 100),
+    "attention_kernel": "attention kernel",
+    "tflop_s": Column("TFLOP/s", ",.3g"),
+    "ceiling_tflop_s": Column("peak TFLOP/s", ",.3g"),
+    "gb_s": Column("GB/s", ",.3g"),
+    "ceiling_gb_s": Column("peak GB/s", ",.3g"),
+    "bound": "limited by",
+    "share_of_floor": Column("of the possible (%)", ".0f", 100),
+    "reason": "not run because",
+}
+
+_COMPARED = (
+    "variant batch model_mb latency_p50_ms times_baseline throughput_img_s peak_memory_mb cpu_latency_ms top1 flips"
+)
+SUMMARY = {name: OF_VARIANTS[name] for name in (*_COMPARED.split(), "reason")}
+MEMORY = {name: OF_VARIANTS[name] for name in ("variant", "model_mb", "held_mb", "disk_mb")}
+MEMORY["times_smaller"] = Column("times smaller", ".1f")
+
+
+def with_reference(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that were compared with a reference, whose name becomes words."""
+    compared = frame.dropna(subset=["relative_error"])
+    return compared.assign(reference=compared["reference"].map(label))

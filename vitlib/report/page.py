@@ -1,0 +1,218 @@
+"""Pages: what of an executed notebook may be published, and its HTML without scripts. No torch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitlib.study import files, params
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+TEMPLATES = Path(__file__).parent / "templates"
+# The last defence: a browser runs no script that got into a page, and fetches nothing.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+# Kinds of output that a page shows; widgets and scripts would not work in it.
+SHOWN = ("text/html", "text/markdown", "text/latex", "text/plain", "image/png", "image/jpeg", "image/svg+xml")
+
+
+_PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[a-z0-9+/=]*", re.IGNORECASE)
+
+
+class PageError(RuntimeError):
+    """A notebook that cannot be read; the message names it."""
+
+
+def clean(source: str | bytes) -> str:
+    """`source` with its text, tables and pictures; no script, style, frame or form, nothing from elsewhere."""
+    import nh3
+
+    return nh3.clean(
+        source.decode() if isinstance(source, bytes) else str(source),
+        tags=nh3.ALLOWED_TAGS | {"progress"},
+        clean_content_tags={"iframe", "math", "noscript", "object", "script", "style", "svg", "template"},
+        attributes=nh3.ALLOWED_ATTRIBUTES | {"*": {"class", "id", "title"}, "progress": {"value", "max"}},
+        attribute_filter=_allowed,
+        url_schemes={"http", "https", "mailto", "data"},
+    )
+
+
+def _allowed(tag: str, name: str, value: str) -> str | None:
+    """`data:` addresses only as pictures, and pictures only from `data:` addresses."""
+    if tag == "img" and name == "src":
+        return value if _PICTURE.fullmatch(value) else None
+    scheme = re.sub(r"[\0-\x20]", "", value)  # browsers ignore control characters and spaces there
+    return None if name == "href" and scheme.lower().startswith("data:") else value
+
+
+def tidy(executed: NotebookNode) -> NotebookNode:
+    """`executed` fit to publish: progress bars in their last state, no widgets, no path of this machine."""
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    executed.cells = [cell for cell in executed.cells if "papermill-error-cell-tag" not in _tags(cell)]
+    executed.metadata.pop("widgets", None)
+    origin = executed.metadata.pop("papermill", {})
+    kept = {key: origin[key] for key in ("parameters", "start_time", "duration", "version") if key in origin}
+    executed.metadata["papermill"] = scrubbed(kept)
+    for cell in executed.cells:
+        if "injected-parameters" in _tags(cell):
+            cell.source = scrubbed(cell.source)
+        if cell.cell_type == "code":
+            widget = "application/vnd.jupyter.widget-view+json"
+            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", ())]
+    executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # the last state of a progress bar
+    for cell in executed.cells:
+        if cell.cell_type == "code":
+            tidied = [_tidy_output(output) for output in cell.outputs]
+            cell.outputs = [output for output in tidied if output.get("text", "-").strip()]  # no empty streams
+    return executed
+
+
+def _tags(cell: NotebookNode) -> Sequence[str]:
+    return cell.metadata.get("tags", ())
+
+
+def _tidy_output(output: NotebookNode) -> NotebookNode:
+    if output.output_type == "stream":
+        output.text = re.sub(r"\x1b\[\d*[A-DJK]", "", scrubbed(output.text))  # colours stay, cursor movements do not
+    elif output.output_type == "error":
+        output.evalue, output.traceback = scrubbed(output.evalue), scrubbed(output.traceback)
+    else:
+        for kind in output.data.keys() - {"image/png", "image/jpeg"}:
+            output.data[kind] = scrubbed(output.data[kind])
+    return output
+
+
+def scrubbed(value: Any) -> Any:
+    """`value` (text, or lists and mappings of it) with the project's root as `.` and the home folder as `~`.
+
+    Files of installed libraries start at the library's name.
+    """
+    if isinstance(value, str):
+        for pattern, short in _machine_paths(str(files.project_root()), str(Path.home())):
+            value = pattern.sub(short, value)
+        return value
+    if isinstance(value, Mapping):
+        return type(value)({key: scrubbed(item) for key, item in value.items()})
+    return [scrubbed(item) for item in value] if isinstance(value, list) else value
+
+
+@functools.cache
+def _machine_paths(root: str, home: str) -> list[tuple[re.Pattern[str], str]]:
+    """Patterns of this machine's folders; the root first, as it is often inside the home folder."""
+    # A colour code may precede a path, and its last letter must not count as part of a name.
+    before, after = r"(^|[^\w.~-]|\x1b\[[\d;]*m)", r"(?![\w-]|\.\w)"
+    kernel = rf"{re.escape(tempfile.gettempdir())}/ipykernel_\d+/\d+\.py"
+    library = r"/[\w./+-]*/(?:site|dist)-packages/"  # a warning names its file
+    pairs = [(folder, short) for folder, short in ((root, "."), (os.path.realpath(root), "."), (home, "~"))]
+    patterns = [
+        (re.compile(before + re.escape(folder) + after), rf"\g<1>{short}")
+        for folder, short in pairs
+        if len(Path(folder).parts) > 1  # a home of `/` would match every path
+    ]
+    return [(re.compile(kernel), "<cell>"), (re.compile(library), ""), *patterns]
+
+
+def display(path: Path) -> str:
+    """The path as a user would type it: relative to the project if it is inside."""
+    root = files.project_root()
+    return str(path.absolute().relative_to(root)) if path.absolute().is_relative_to(root) else str(path)
+
+
+def reports(folder: str | Path) -> list[tuple[str, str]]:
+    """The study's reports in order, each with its status: done, failed (if the newest run was) or missing."""
+    folder = Path(folder)
+    found = [*folder.glob("[0-9]*_*.html"), *(files.project_root() / "notebooks").glob("[0-9]*_*.ipynb")]
+    stems = {path.stem.removesuffix(".failed") for path in found}
+
+    def status(stem: str) -> str:
+        if (folder / f"{stem}.failed.html").exists():
+            return "failed"
+        return "done" if (folder / f"{stem}.html").exists() else "missing"
+
+    return [(stem, status(stem)) for stem in sorted(stems, key=lambda stem: (int(stem.partition("_")[0]), stem))]
+
+
+def write(executed: NotebookNode, ipynb: Path) -> None:
+    """Write notebook and page together: both are complete before either is renamed."""
+    import nbformat
+
+    page = ipynb.with_suffix(".html")
+    text = page_of(executed, page)
+    with files.atomic_path(ipynb) as notebook_file, files.atomic_path(page) as page_file:
+        notebook_file.write_text(nbformat.writes(executed) + "\n", encoding="utf-8")
+        page_file.write_text(text, encoding="utf-8")
+
+
+def read(path: Path) -> NotebookNode:
+    """The notebook at `path`; PageError if there is none."""
+    import nbformat
+
+    if not path.is_file():
+        raise PageError(f"there is no notebook {display(path)}")
+    try:
+        return nbformat.read(path, as_version=4)
+    except (nbformat.reader.NotJSONError, UnicodeDecodeError) as error:
+        raise PageError(f"{display(path)} is not a notebook: {files.first_line(error)[:300]}") from None
+
+
+def page_of(executed: NotebookNode, page: Path) -> str:
+    """The HTML text of `executed`, for the file `page` beside the study's other reports."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(
+        template_name="report",
+        extra_template_basedirs=[str(TEMPLATES)],
+        sanitize_html=True,
+        embed_images=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        filters={"clean_html": clean},
+        **dict.fromkeys(("mathjax_url", "require_js_url", "jupyter_widgets_base_url", "mermaid_js_url"), ""),
+    )
+    exporter.log.setLevel(logging.ERROR)
+    # A copied study may be in a folder of any name; the notebook's parameters say which study it is.
+    study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
+    siblings = list(dict.fromkeys([*(stem for stem, _ in reports(page.parent)), name]))
+    about = {"study": study, "name": name, "policy": POLICY, "siblings": siblings}
+    resources = {"metadata": {"name": f"{name} – {study}"}, "report": about}
+    text, _ = exporter.from_notebook_node(_shown(executed), resources)
+    return text.replace(' alt="No description has been provided for this image"', ' alt=""')
+
+
+def _study_of(executed: NotebookNode) -> str:
+    """The value of `study` that an executed notebook was given; '' without one that can name a study."""
+    found = None
+    for cell in executed.cells:
+        if {"parameters", "injected-parameters"} & {*_tags(cell)}:
+            found = params.assigned(cell.source).get("study", found)  # papermill's own cell comes second
+    name = str(getattr(found, "value", ""))
+    return name if re.fullmatch(files.STUDY_NAME, name) else ""
+
+
+def _shown(executed: NotebookNode) -> NotebookNode:
+    """A copy with what a page may hold: known kinds of output, integers as sizes of pictures."""
+    copy = deepcopy(executed)
+    copy.metadata = type(copy)(language_info={"name": "python", "pygments_lexer": "ipython3"})
+    for cell in copy.cells:
+        for output in cell.get("outputs", ()):
+            if "data" in output:
+                output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
+                output.metadata = {kind: _sizes(output.metadata.get(kind)) for kind in output.data}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+    return copy
+
+
+def _sizes(metadata: Any) -> dict[str, int]:
+    # The template writes them without quotes, so anything but an integer could become a second attribute.
+    sizes = metadata if isinstance(metadata, dict) else {}
+    return {key: sizes[key] for key in ("width", "height") if type(sizes.get(key)) is int}

@@ -1,0 +1,120 @@
+"""Tables and sentences of the reports, made from records. No torch.
+
+table(frame, {"variant": "variant", "top1": Column("Top-1 (%)", ".2f", 100),
+              ("top1_low", "top1_high"): Column("95 % interval", ".1f", 100)})
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Iterable, Mapping
+from numbers import Real
+from typing import NamedTuple
+
+import pandas as pd
+
+from vitlib.study import variants
+
+NO_BREAK = "\u00a0"  # keeps a figure and its interval on one line
+MISSING = "–"
+
+
+class Markdown(str):
+    """Text that a notebook renders as Markdown."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+class Column(NamedTuple):
+    """How a column is shown: heading, format specification ('' for text) and the factor that it is multiplied by."""
+
+    title: str
+    format: str = ""
+    scale: float = 1.0
+
+
+class Table:
+    """A table that a notebook renders. Cells are text, escaped in HTML; `numbers` are aligned to the right."""
+
+    def __init__(self, text: pd.DataFrame, numbers: Collection[str], index: bool) -> None:
+        self.text, self.numbers, self.index = text, set(numbers), index
+
+    def to_html(self) -> str:
+        """A `<table>` whose cells have the class `num` or `text`; no ids and no style sheet."""
+        # The class is for the pages' style sheet; JupyterLab has none, and aligns to the right by itself.
+        left, right = 'class="text" style="text-align: left"', 'class="num"'
+        kinds = [right if name in self.numbers else left for name in self.text]
+
+        def row(tag: str, label: object, cells: Iterable[object]) -> str:
+            first = f"<th>{_escaped(label)}</th>" if self.index else ""
+            made = (f"<{tag} {kind}>{_escaped(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+            return f"<tr>{first}{''.join(made)}</tr>"
+
+        head = row("th", self.text.index.name or "", self.text)
+        body = "\n".join(row("td", label, cells) for label, *cells in self.text.itertuples(name=None))
+        return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+    _repr_html_ = to_html
+
+    def __repr__(self) -> str:
+        """Text for a terminal; control characters are shown as escapes."""
+        shown = self.text.map(lambda text: text if text.isprintable() else repr(text)[1:-1])
+        for name in self.text.columns.difference(list(self.numbers)):
+            width = max(len(str(name)), *shown[name].str.len())
+            shown[name] = shown[name].str.ljust(width)
+            shown = shown.rename(columns={name: str(name).ljust(width)})
+        return "\n".join(line.rstrip() for line in shown.to_string(index=self.index).splitlines())
+
+
+def table(
+    frame: pd.DataFrame,
+    columns: Mapping[str | tuple[str, str], str | Column] | None = None,
+    *,
+    digits: int = 2,
+    index: bool = False,
+    none: str = "none",
+) -> Table | Markdown:
+    """A table to read: numbers rounded and grouped, a dash for what was not measured, `none` if there is no row.
+
+    `columns` chooses and orders what is shown; a key of two names is an interval, its lower and upper bound. Columns
+    that `frame` lacks and columns without any text are left out. Names of variants become words.
+    """
+    if frame.empty:
+        return Markdown(f"*{none}*")
+    text, numbers = {}, []
+    for key, about in (columns or {name: Column(name) for name in frame}).items():
+        about = about if isinstance(about, Column) else Column(about)
+        names = key if isinstance(key, tuple) else (key,)
+        if not set(names) <= set(frame):
+            continue
+        parts = [_cells(frame[name], about, digits) for name in names]
+        if any(parts[0]):
+            text[about.title] = [_interval(bounds) for bounds in zip(*parts, strict=True)] if about.format else parts[0]
+        if about.format or frame[names[0]].dtype.kind in "iuf":
+            numbers.append(about.title)
+    return Table(pd.DataFrame(text, index=frame.index), numbers, index)
+
+
+def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
+    """The values as text: names of variants in words, numbers grouped, whole ones without digits."""
+    if about.title == "variant":
+        return [variants.label(str(value)) for value in values]
+    whole = values.dtype.kind in "iuf" and (values.dropna() % 1 == 0).all()
+    form = about.format or f",.{0 if whole else digits}f"
+    return [_cell(value, form, about.scale) for value in values]
+
+
+def _cell(value: object, form: str, scale: float) -> str:
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return MISSING
+    return format(scale * value, form) if isinstance(value, Real) and not isinstance(value, bool) else str(value)
+
+
+def _interval(bounds: tuple[str, ...]) -> str:
+    """One figure, or an interval that does not break over lines."""
+    return (MISSING if set(bounds) == {MISSING} else " … ".join(bounds)).replace(" ", NO_BREAK)
+
+
+def _escaped(text: object) -> str:
+    return html.escape(str(text), quote=False)

@@ -1,0 +1,1 @@
+"""What a study is: parameters, variants, records and files. No torch."""

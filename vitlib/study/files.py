@@ -1,0 +1,158 @@
+"""Paths of the project, writes that are whole or not at all, and checksums. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # it becomes a folder, a link and a word of a command line
+_STALE_SECONDS = 3600  # a temporary sibling untouched this long belongs to a run that was killed
+
+
+def project_root() -> Path:
+    """Folder of the project: the nearest of the working directory and its parents with vitlib/ and params/.
+
+    Notebooks start in different folders (JupyterLab in notebooks/, papermill where it was called). Else the checkout
+    that this file is in, if it has `params/`; else the working directory, as on Colab with vitlib installed.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "vitlib").is_dir() and (folder / "params").is_dir():
+            return folder
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "params").is_dir() else here
+
+
+def study_folder(study: str, *, root: Path | str | None = None) -> Path:
+    """Folder of a study, `<root>/outputs/<study>`, which is not created. `root` defaults to the project's.
+
+    Raises ValueError unless the name is a STUDY_NAME.
+    """
+    if not isinstance(study, str) or not re.fullmatch(STUDY_NAME, study):
+        raise ValueError(
+            f"{study!r} cannot name a study: use letters, digits, '.', '_' or '-', a letter or digit first, "
+            "such as the name of a file in params/ without .yaml"
+        )
+    return Path(root or project_root()) / "outputs" / study
+
+
+def resolve(path: Path | str) -> Path:
+    """The path that a user means: `~` is their home, and a relative path is looked for from the project's root.
+
+    Not from the working directory: a parameter file must mean the same to JupyterLab, which starts in notebooks/.
+    """
+    return project_root() / Path(path).expanduser()  # joined to an absolute path, the root falls away
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary sibling to write a file or a folder to; it takes the place of `path` if the block succeeds.
+
+    On an error in the block it is removed and `path` is as before. A killed process leaves `path` as before and a
+    hidden sibling, which a later call removes an hour on. Contents are flushed to the disk before the rename. A file is
+    replaced in one step. A folder needs two (aside, then in place): killed just between them, the next call for that
+    path puts the old folder back. Parents are created; the suffix is kept, for writers that look at it.
+
+    Raises FileNotFoundError if the block wrote nothing there.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean_leftovers(target)
+    temporary = _sibling(target, "tmp")
+    try:
+        yield temporary
+        if not temporary.exists():
+            raise FileNotFoundError(f"nothing was written for {target.name}: write to the path that was given")
+        for written in (temporary, *(temporary.rglob("*") if temporary.is_dir() else ())):
+            _flush(written)
+        _replace(temporary, target)
+    except BaseException:  # a KeyboardInterrupt too must leave nothing behind
+        _remove(temporary)
+        raise
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{kind}-{uuid.uuid4().hex[:12]}-{target.name}")
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Rename onto target; a folder cannot be renamed onto, so the old one first steps aside."""
+    aside = _sibling(target, "old")
+    existed = (temporary.is_dir() or target.is_dir()) and os.path.lexists(target)
+    if existed:
+        os.replace(target, aside)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        if existed:
+            os.replace(aside, target)
+        raise
+    _flush(target.parent)
+    _remove(aside)
+
+
+def _clean_leftovers(target: Path) -> None:
+    """Put back a folder that stepped aside for a run killed in that moment; remove what killed runs left."""
+    pattern = re.compile(r"\.(tmp|old)-[0-9a-f]{12}-" + re.escape(target.name))
+    for leftover in sorted(file for file in target.parent.iterdir() if pattern.fullmatch(file.name)):
+        with suppress(FileNotFoundError):  # another process may clean up at the same time
+            if leftover.name.startswith(".old") and not target.exists():
+                os.replace(leftover, target)
+            elif leftover.name.startswith(".old") or time.time() - leftover.lstat().st_mtime > _STALE_SECONDS:
+                _remove(leftover)
+
+
+def _flush(path: Path) -> None:
+    """fsync of a file or folder; a file system that cannot do that for folders is left alone."""
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def short_path(path: Path) -> str:
+    """Folder and file, `records/variants.csv`: enough to find it, and no path of the machine."""
+    return "/".join(path.parts[-2:])
+
+
+def first_line(error: BaseException) -> str:
+    """What a note of a table says of an error: the first line of its message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def checksum(path: Path | str) -> str:
+    """SHA-256 of a file, or of a folder's manifest (each file's digest and relative name, sorted), as hex.
+
+    A folder's checksum does not depend on where it is, on dates, or on what interrupted writes left hidden in it.
+    Raises FileNotFoundError if there is nothing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        manifest = hashlib.sha256()
+        leftover = re.compile(r"\.(tmp|old)-[0-9a-f]{12}-")
+        found = [file for file in path.rglob("*") if file.is_file() and not leftover.match(file.name)]
+        for name, file in sorted((file.relative_to(path).as_posix(), file) for file in found):
+            manifest.update(f"{checksum(file)}  {name}\0".encode("utf-8", errors="surrogateescape"))
+        return manifest.hexdigest()
+    if not path.is_file():
+        raise FileNotFoundError(f"{short_path(path)} is missing: there is nothing to take a checksum of")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,176 @@
+"""Records: tidy tables and JSON files beside each report, their columns, and how they are written and read.
+
+Every plot and every sentence with a number is made from a record. Nothing written here names the machine or a folder of
+it. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vitlib.study.files import atomic_path, short_path
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "finetune": ("epoch", "train_loss", "valid_loss", "top1", "top5", "epoch_s", "images_per_s", "peak_vram_mb"),
+    "variants": (
+        *("variant", "weights", "attention", "execution", "status", "reason", "model_mb", "disk_mb", "batch"),
+        *("latency_mean_ms", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "throughput_img_s"),
+        *("peak_vram_mb", "cpu_latency_ms", "top1", "top5", "f1_weighted", "agreement_with_baseline"),
+        *("logit_kl", "device_time_us", "attention_device_time_us", "attention_kernel", "kernels_per_pass"),
+    ),
+    "accuracy": (
+        *("variant", "n", "right", "top1", "top1_low", "top1_high", "top5", "f1_weighted", "agreement_with_baseline"),
+        *("flips", "lost", "gained", "mcnemar_p", "holm_p", "difference", "difference_low", "difference_high"),
+        *("bootstrap_low", "bootstrap_high", "logit_kl", "logit_kl_low", "logit_kl_high", "verdict"),
+    ),
+    "latency": ("variant", "batch", "round", "sample", "latency_ms", "device_ms"),
+    "throughput": ("variant", "batch", "round", "throughput_img_s"),
+    "roofline": ("variant", "part", "gflop", "mb", "device_time_us", "tflop_s", "gb_s", "floor_us", "share_of_floor"),
+    "validity": ("check", "found", "required", "reached"),
+    "kernels": ("variant", "batch", "part", "operation", "kernel", "calls", "device_time_us"),
+    "ablation": (
+        *("bits", "kept", "top1", "top5", "loss", "logit_kl", "logit_kl_low", "logit_kl_high"),
+        *("flips", "discordant_pairs", "mcnemar_p", "holm_p"),
+    ),
+    "predictions": (
+        *("file", "status", "reason", "label", "label_name"),
+        *(f"{column}_{rank}" for rank in range(1, 6) for column in ("id", "name", "probability")),
+    ),
+    "claims": ("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
+}
+"""Columns that each record has at least, in this order; units are in the names."""
+
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "variants": (
+        *("gelu", "held_mb", "prepare_s", "rounds", "times_baseline", "times_baseline_low", "times_baseline_high"),
+        *("reference", "relative_error", "agreement_with_reference"),
+    ),
+}
+"""Columns that are written today and that records of earlier versions lack."""
+
+NOTEBOOKS: dict[str, str] = {
+    **dict.fromkeys(("finetune", "base"), "1_finetune"),
+    **dict.fromkeys(("variants", "accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
+    **dict.fromkeys(("kernels", "tuning", "environment"), "2_evaluate"),
+    "ablation": "3_ablation",
+    **dict.fromkeys(("predictions", "inference"), "4_inference"),
+    "claims": "5_claims",
+}
+"""The notebook that writes a record, for the message when it is missing."""
+
+# Columns read back as text, so that a class folder "01" or a label "1e3" does not come back as a number.
+_TEXT_COLUMNS = (
+    *("variant", "weights", "attention", "execution", "status", "reason", "attention_kernel"),
+    *("part", "operation", "kernel", "kept", "file", "label_name", "name_1", "name_2", "name_3", "name_4", "name_5"),
+    *("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
+)
+
+
+class MissingRecord(FileNotFoundError):
+    """A record that no notebook has written yet; the message names the notebook."""
+
+
+def write_table(frame: pd.DataFrame, path: Path | str) -> Path:
+    """Write a record as CSV, atomically: schema columns first and in order, then any others. Returns the path.
+
+    The schema is COLUMNS[name of the file]; another name has none. Floats keep 9 significant digits, which brings a
+    float32 back exactly and leaves counts whole; NaN is an empty field. A carriage return, and text that is not
+    Unicode (a file name may be any bytes), become backslash escapes.
+
+    Raises ValueError that names the schema columns that are missing, or columns that occur twice.
+    """
+    path = Path(path)
+    schema = COLUMNS.get(path.stem, ())
+    _require(path, frame, "give NaN for what was not measured")
+    if twice := sorted(set(frame.columns[frame.columns.duplicated()])):
+        raise ValueError(f"{path.name} has columns twice: {', '.join(map(str, twice))}")
+    ordered = frame[[*schema, *(column for column in frame.columns if column not in schema)]]
+    ordered = ordered.replace("\r", r"\\r", regex=True)  # the csv module leaves it unquoted, and readers end the row
+    with atomic_path(path) as temporary:
+        form = {"float_format": "%.9g", "lineterminator": "\n", "errors": "backslashreplace"}
+        ordered.to_csv(temporary, index=False, encoding="utf-8", **form)
+    return path
+
+
+def read_table(path: Path | str) -> pd.DataFrame:
+    """Read a record; an empty field is NaN, names and reasons stay text ("01", "None" and "NA" too).
+
+    Raises MissingRecord with the notebook to run, and ValueError for a file that is empty or of another version.
+    """
+    path = _existing(path)
+    text = dict.fromkeys(_TEXT_COLUMNS, "str")
+    try:
+        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=text, encoding="utf-8")
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{short_path(path)} is empty: {_advice(path, 'again')}") from None
+    _require(path, frame, _advice(path, "again"))
+    return frame
+
+
+def _require(path: Path, frame: pd.DataFrame, advice: str) -> None:
+    missing = [column for column in COLUMNS.get(path.stem, ()) if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{short_path(path)} lacks the columns {', '.join(missing)}: {advice}")
+
+
+def write_json(obj: Any, path: Path | str) -> Path:
+    """Write JSON, atomically, keys in the order given and NaN or infinity as null; returns the path.
+
+    Dataclasses, named tuples and numpy values are written as their plain equivalents, a path as its last name only.
+    Raises TypeError for any other object.
+    """
+    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    return Path(path)
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON record. Raises MissingRecord with the notebook to run, ValueError for what is not JSON."""
+    path = _existing(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{short_path(path)} is not JSON ({error}): {_advice(path, 'again')}") from None
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise MissingRecord(f"{short_path(path)} is missing: {_advice(path, 'first')}")
+    return path
+
+
+def _advice(path: Path, when: str) -> str:
+    return f"run {NOTEBOOKS.get(path.stem, 'the notebook that writes it')} {when}"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case None | str() | int():
+            return value
+        case Mapping():
+            return {str(key): _plain(entry) for key, entry in value.items()}
+        case tuple() if hasattr(value, "_asdict"):
+            return _plain(value._asdict())
+        case list() | tuple():
+            return [_plain(entry) for entry in value]
+        case np.ndarray() | np.generic():
+            return _plain(value.tolist())
+        case os.PathLike():
+            return Path(value).name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON: convert it to text or numbers first")

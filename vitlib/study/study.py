@@ -1,0 +1,104 @@
+"""A study: one parameter set and what belongs to it in `outputs/<name>/`: checkpoints, records and reports. No torch.
+
+No other code joins these paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from vitlib.study import files, params, records
+from vitlib.study.params import Parameters
+
+
+class StudyBusy(RuntimeError):
+    """Another process is running this study; the message says which."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A parameter set and the folder that its results go to."""
+
+    settings: Parameters
+    folder: Path
+
+    @classmethod
+    def open(cls, namespace: Mapping[str, Any]) -> Study:
+        """The study of a notebook: call it with `globals()`. ParameterError lists every fault of the parameters.
+
+        A notebook may assign the result to `study` and run the cell again.
+        """
+        study = namespace.get("study")
+        return cls.of(params.collect({**namespace, "study": study.name} if isinstance(study, Study) else namespace))
+
+    @classmethod
+    def of(cls, settings: Parameters) -> Study:
+        """The study of a checked parameter set, in the project's `outputs/`."""
+        return cls(settings, files.study_folder(settings.study))
+
+    @classmethod
+    def at(cls, folder: Path | str) -> Study:
+        """A study to read, in a folder of any name: its own parameters are in `records/environment.json`."""
+        return cls(Parameters(), Path(folder))
+
+    @property
+    def name(self) -> str:
+        return self.settings.study
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def checkpoint(self, name: str) -> Path:
+        """Folder of a checkpoint: merged, nf4 or int8."""
+        return self.checkpoints / name
+
+    def training(self, name: str) -> Path:
+        """Folder for the checkpoints of a training run that may be resumed."""
+        return self.folder / "training" / name
+
+    def record(self, name: str) -> Path:
+        """Path of a record. `variants` means `variants.csv`; a name with a suffix is taken as it is."""
+        return self.folder / "records" / (name if "." in name else f"{name}.csv")
+
+    def has(self, name: str) -> bool:
+        """Whether the record exists."""
+        return self.record(name).is_file()
+
+    def read(self, name: str) -> pd.DataFrame:
+        """A table. MissingRecord says which notebook writes it."""
+        return records.read_table(self.record(name))
+
+    def write(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        """Write a table, whole or not at all, and return it. ValueError where a column of its schema is missing."""
+        records.write_table(frame, self.record(name))
+        return frame
+
+    def read_json(self, name: str) -> Any:
+        """A JSON record, named with or without `.json`. MissingRecord says which notebook writes it."""
+        return records.read_json(self.record(name).with_suffix(".json"))
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a JSON record, named with or without `.json`, whole or not at all."""
+        return records.write_json(value, self.record(name).with_suffix(".json"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study for this process. StudyBusy where another process holds it.
+
+        The operating system releases the lock of a process that was killed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = FileLock(self.folder / ".lock").acquire(blocking=False)
+        except Timeout:
+            raise StudyBusy(f"another process is running study {self.name!r}: wait for it, or stop it") from None
+        with held:
+            yield
