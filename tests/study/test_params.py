@@ -81,7 +81,8 @@ def test_a_notebook_declares_the_parameters_printed_from_the_module_and_binds_no
 
 
 def test_every_parameter_is_read_somewhere():
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "vitlib").rglob("*.py")]
+    files = [*(ROOT / "vitlib").rglob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert NAMES - read == set()
 
