@@ -1,6 +1,6 @@
 """Train a network on decoded pictures with `transformers.Trainer`, and survive being killed.
 
-Pictures stay uint8 until they are on the device, where a batch is cropped, flipped and normalised. A training checkpoint
+Pictures stay uint8 until they are on the device, where a batch is cropped and normalised. A training checkpoint
 is valid only with a manifest of checksums: the Trainer would resume from an incomplete set of files without an error.
 On a GPU neither the host nor the device waits for the other in a step, and the blocks of long runs are compiled.
 """
