@@ -1,7 +1,5 @@
 """Who decodes a batch: Pillow in threads, or the GPU's JPEG decoder (nvJPEG through torchvision)."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections import Counter, deque
@@ -27,14 +25,11 @@ class DecoderUnavailable(RuntimeError):
 
 
 class Read(NamedTuple):
-    """What a thread made of a picture: it filled the row of the buffer, or left the `encoded` picture to the GPU.
+    """What a thread made of a picture: it filled the row of the buffer, or left the `encoded` picture to the GPU."""
 
-    `reason` says why it cannot be read ('' if it can), `by_pil` why Pillow decoded it where the GPU decodes.
-    """
-
-    reason: str = ""
+    reason: str = ""  # why it cannot be read
     encoded: torch.Tensor | None = None  # uint8 (bytes,): a plain JPEG file
-    by_pil: str = ""
+    by_pil: str = ""  # why Pillow decoded it where the GPU decodes
 
 
 class PilDecoder:
@@ -57,8 +52,7 @@ class PilDecoder:
     def batches(self, pictures: list[Picture], *, batch_size: int, workers: int) -> Iterator[Batch]:
         """All pictures in batches on the device, in order; close the iterator to stop the threads.
 
-        Threads fill every free buffer (batch_size, 3, h, w). A buffer is free again when the caller asks for the second
-        batch after its own.
+        Threads fill every free buffer; one is free again when the caller asks for the second batch after its own.
         """
         groups = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
         # A batch in the network and two pictures a thread ahead of it, but no more than there are.
@@ -91,7 +85,7 @@ class NvJpegDecoder(PilDecoder):
     """The GPU's JPEG decoder for plain JPEG files, Pillow in the threads for all others.
 
     Pixels differ a little from Pillow's: nvJPEG has its own inverse DCT and chroma upsampling, and the resize rounds
-    once (`Preprocess.resize_on_device`). Do not compare accuracies picture by picture with a run on Pillow.
+    once. Do not compare accuracies picture by picture with a run on Pillow.
     """
 
     name = "nvjpeg"
@@ -123,9 +117,8 @@ class NvJpegDecoder(PilDecoder):
     def on_device(self, pictures: list[Picture], buffer: torch.Tensor, results: list[Read]) -> torch.Tensor:
         """As Pillow's, with the plain JPEG files decoded and resized on the device, and waited for.
 
-        torchvision decodes on a stream of its own, which cannot be waited for in advance, into memory that the
-        caller's stream may still use. So nothing is pending on our stream when a batch begins, and its memory comes
-        from our stream alone.
+        torchvision decodes on a stream of its own, into memory that the caller's stream may still use. So the memory
+        comes from our stream alone, and nothing is pending on it when a batch begins.
         """
         with torch.cuda.stream(self.stream):  # None, on a CPU, changes nothing
             encoded = {row: result.encoded for row, result in enumerate(results) if result.encoded is not None}
@@ -155,9 +148,9 @@ class NvJpegDecoder(PilDecoder):
 
     def note(self) -> str:
         """What a reader must know about the pixels, with the reasons why Pillow decoded some pictures."""
-        others = "".join(f", {count} × {reason}" for reason, count in self.by_pil.most_common())
-        text = "Pictures were decoded by nvJPEG, whose pixels differ a little from Pillow's"
-        return f"{text}; by Pillow: {others[2:]}." if others else f"{text}."
+        others = ", ".join(f"{count} × {reason}" for reason, count in self.by_pil.most_common())
+        by_pil = f"; by Pillow: {others}" if others else ""
+        return f"Pictures were decoded by nvJPEG, whose pixels differ a little from Pillow's{by_pil}."
 
 
 def decode_on_device(encoded: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -183,16 +176,10 @@ def no_nvjpeg(preprocess: Preprocess, device: torch.device) -> str:
 
 
 def pick(name: str, preprocess: Preprocess, device: torch.device) -> PilDecoder:
-    """The decoder called pil, nvjpeg, or auto (nvJPEG where it works).
-
-    DecoderUnavailable for nvjpeg where it does not work, ValueError for an unknown name.
-    """
+    """The decoder called pil, nvjpeg (DecoderUnavailable where it cannot run), or auto (nvJPEG where it can)."""
     if name not in DECODERS:
         raise ValueError(f"unknown decoder {name!r}: known are {', '.join(DECODERS)}")
-    if name == "pil":
-        return PilDecoder(preprocess, device)
-    if not (reason := no_nvjpeg(preprocess, device)):
-        return NvJpegDecoder(preprocess, device)
-    if name == "nvjpeg":
+    reason = no_nvjpeg(preprocess, device) if name != "pil" else ""
+    if reason and name == "nvjpeg":
         raise DecoderUnavailable(f"decoder is 'nvjpeg', which cannot run: {reason}; set decoder to 'pil' or 'auto'")
-    return PilDecoder(preprocess, device, reason)
+    return PilDecoder(preprocess, device, reason) if reason or name == "pil" else NvJpegDecoder(preprocess, device)

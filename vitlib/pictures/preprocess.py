@@ -1,8 +1,7 @@
 """From a decoded picture to the tensor that a checkpoint expects.
 
-The settings are those of the checkpoint's own image processor; nothing here has a default size, mean or deviation. A
-picture is resized once, on the CPU; batches are cropped, flipped and normalised on their device. Training and
-evaluation share one resize and one normalisation by construction.
+The settings are those of the checkpoint's own image processor, shared by training and evaluation. A picture is resized
+once, on the CPU; batches are cropped, flipped and normalised on their device.
 """
 
 from collections.abc import Sequence
@@ -59,9 +58,7 @@ class Preprocess:
 
     def resize(self, image: Image.Image) -> Tensor:
         """uint8 tensor (3, height, width) of an RGB picture, resized as the checkpoint's processor does it."""
-        if (
-            self.processor.do_resize and not self._crops
-        ):  # the same PIL call without the processor's per-picture overhead
+        if self.processor.do_resize and not self._crops:  # the same PIL call without the processor's overhead
             resized = image.resize(self.side[::-1], resample=Image.Resampling(int(self.processor.resample)))
             return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)
         out = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
@@ -105,10 +102,9 @@ class Preprocess:
 def load(folder: str | Path, revision: str | None = None) -> Preprocess:
     """The preprocessing of a checkpoint folder or Hub id. PreprocessError where it has none."""
     if Path(folder).is_dir() and not (Path(folder) / "preprocessor_config.json").is_file():
-        raise PreprocessError(
-            f"the checkpoint {Path(folder).name!r} has no preprocessor_config.json: without it nobody knows how its "
-            "pictures were prepared. Save one with the checkpoint (AutoImageProcessor(...).save_pretrained(folder))."
-        )
+        lacks = f"the checkpoint {Path(folder).name!r} has no preprocessor_config.json"
+        advice = "Save one with the checkpoint (AutoImageProcessor(...).save_pretrained(folder))."
+        raise PreprocessError(f"{lacks}: nobody knows how its pictures were prepared. {advice}")
     try:
         return Preprocess(AutoImageProcessor.from_pretrained(folder, revision=revision, backend="pil"))
     except (OSError, ValueError) as error:
@@ -126,9 +122,9 @@ def augment(
     """Random views (n, 3, side, side) of a batch (n, 3, h, w) with values 0…255; float32 on the same device.
 
     Crops of `crop_area`…1 of the area with an aspect of ¾…4/3 (Szegedy et al. 2015, section 6), mirrored half the time
-    and turned by up to `rotation` degrees, in one resampling; what a turned crop takes from outside is reflected. Then
-    brightness, saturation and contrast change by a factor of 1 ± `jitter` each. Without `side` views have the batch's
-    size. Random numbers come from `generator`: with one of the CPU, a GPU and a CPU cut the same crops.
+    and turned by up to `rotation` degrees, in one resampling, reflected at the border. Then brightness, saturation
+    and contrast change by a factor of 1 ± `jitter` each. A `side` of 0 is the batch's. A generator of the CPU cuts the
+    same crops on every device.
     """
 
     def uniform(low: float, high: float) -> Tensor:

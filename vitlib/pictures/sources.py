@@ -1,8 +1,6 @@
 """Pictures from any source behind one interface: splits, labels, and what was skipped.
 
-A source gives `Dataset`: for each split a list of `Picture` with its class folder's name, and the display name of each
-class. Integer class ids never come from here once a checkpoint exists: `Labels` maps folder names to the ids that
-the checkpoint was trained with.
+A class is known by its folder's name. Integer ids come from a checkpoint's `Labels`, once there is a checkpoint.
 """
 
 from __future__ import annotations
@@ -72,23 +70,19 @@ class Labels:
 
     def ids(self, pictures: Iterable[Picture]) -> torch.Tensor:
         """int64 ids (n,) of the pictures' classes; −1 for an unlabelled one. DataError for an unknown class."""
-        known = {folder: number for number, folder in enumerate(self.folders)}
-        ids = []
-        for picture in pictures:
-            if picture.label is not None and picture.label not in known:
-                raise DataError(f"{picture.file}: the checkpoint knows no class {picture.label!r}")
-            ids.append(-1 if picture.label is None else known[picture.label])
-        return torch.tensor(ids, dtype=torch.int64)
+        known = {None: -1} | {folder: number for number, folder in enumerate(self.folders)}
+        pictures = list(pictures)
+        if odd := [picture for picture in pictures if picture.label not in known]:
+            raise DataError(f"{odd[0].file}: the checkpoint knows no class {odd[0].label!r}")
+        return torch.tensor([known[picture.label] for picture in pictures], dtype=torch.int64)
 
     def check(self, dataset: Dataset, split: str) -> None:
         """DataError unless `split` holds a picture of every class that the checkpoint knows, and no other class."""
         found = dataset.classes(split)
         if missing := _without(self.folders, found):
-            raise DataError(
-                f"split {split!r} has pictures of {len(found)} classes, the checkpoint knows {len(self.folders)}; "
-                f"missing: {missing}. Accuracy over a part of the classes is another number: complete the data, or "
-                "fine-tune on these classes first."
-            )
+            counts = f"split {split!r} has pictures of {len(found)} classes, the checkpoint knows {len(self.folders)}"
+            advice = "complete the data, or fine-tune on these classes first"
+            raise DataError(f"{counts}; missing: {missing}. Accuracy over a part is another number: {advice}.")
         if extra := _without(found, self.folders):
             raise DataError(f"split {split!r} has classes that the checkpoint does not know: {extra}")
 
@@ -98,10 +92,8 @@ def load(settings: Parameters) -> Dataset:
     kind, _, rest = settings.data_source.partition(":")
     if kind == "synthetic":
         dataset = from_synthetic(synthetic.TARGET_CLASSES, settings)
-    elif kind == "hub":
-        dataset = from_hub(rest, settings.max_megapixels)
-    elif kind == "torchvision":
-        dataset = from_torchvision(rest, settings.max_megapixels)
+    elif kind in ("hub", "torchvision"):
+        dataset = (from_hub if kind == "hub" else from_torchvision)(rest, settings.max_megapixels)
     else:
         dataset = from_folder(existing_folder(settings.data_source), settings.max_megapixels)
     check(dataset)
@@ -113,18 +105,14 @@ def check(dataset: Dataset) -> None:
     """DataError for a missing split, and where training and validation do not have the same classes."""
     for split in ("train", "valid"):
         if not dataset.splits.get(split):
-            raise DataError(
-                f"no split {split!r} with labelled pictures: make folders train/<class>/ and valid/<class>/"
-            )
+            raise DataError(f"no split {split!r} with pictures: make folders train/<class>/ and valid/<class>/")
     trained = dataset.classes("train")
     for split in dataset.splits:
         if unknown := _without(dataset.classes(split), trained):
             raise DataError(f"split {split!r} has classes without training pictures: {unknown}")
     if missing := _without(trained, dataset.classes("valid")):  # said now, not after hours of training
-        raise DataError(
-            f"split 'valid' has no picture of {missing}, which 'train' has: move some pictures of each class there, or "
-            "remove the class from 'train'"
-        )
+        advice = "move some pictures of each class there, or remove the class from 'train'"
+        raise DataError(f"split 'valid' has no picture of {missing}, which 'train' has: {advice}")
 
 
 def evenly(pictures: list[Picture], limit: int) -> list[Picture]:
@@ -154,12 +142,10 @@ def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
 
 def existing_folder(name: str) -> Path:
     """The folder of class folders called `name`, from the project's root. DataError where there is none."""
-    if not files.resolve(name).is_dir():
-        raise DataError(
-            f"there is no data folder {name!r} (looked from the project's root): put or link the pictures "
-            "there as train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
-        )
-    return files.resolve(name)
+    if not (folder := files.resolve(name)).is_dir():
+        advice = "put or link the pictures there as train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
+        raise DataError(f"there is no data folder {name!r} (looked from the project's root): {advice}")
+    return folder
 
 
 def check_source(settings: Parameters) -> None:
@@ -176,31 +162,24 @@ def from_folder(folder: Path, max_megapixels: float) -> Dataset:
         if root is None:
             continue
         found, faults = pictures_below(root, max_megapixels, folder)
-        splits[split] = []
-        for picture in found:
-            depth = picture.file.count("/")
-            if depth > 2:
-                faults.append((picture.file, "in a folder inside a class folder"))
-            elif depth == 1 and split != "test":
-                faults.append((picture.file, "not in a class folder"))
-            else:
-                splits[split].append(picture)
+        depths = {picture.file: picture.file.count("/") for picture in found}
+        faults += [(file, "in a folder inside a class folder") for file, depth in depths.items() if depth > 2]
+        faults += [(file, "not in a class folder") for file, depth in depths.items() if depth == 1 and split != "test"]
         skipped += [(file, split, reason) for file, reason in faults]
+        left_out = dict(faults)
+        splits[split] = [picture for picture in found if picture.file not in left_out]
         classes = {picture.label for picture in splits[split]}
         for empty in root.iterdir():
             if empty.is_dir() and not empty.name.startswith(".") and empty.name not in classes:
-                raise DataError(
-                    f"the class folder {empty.relative_to(folder)} holds no picture: add pictures or remove the folder "
-                    "(and the class from the other splits)"
-                )
+                advice = "add pictures or remove the folder (and the class from the other splits)"
+                raise DataError(f"the class folder {empty.relative_to(folder)} holds no picture: {advice}")
     return Dataset(splits, _read_names(folder), skipped)
 
 
 def walk(folder: Path) -> list[tuple[Path, str]]:
     """Every file below a folder, in natural order, with the reason why it is not worth opening ('' if it is).
 
-    Folders that are left out (hidden, unreadable, listed already) are named too. Links to folders are followed, after
-    all others, so that a folder that is reached twice keeps its own name.
+    So are folders that are left out. Links are followed last, so that a folder reached twice keeps its own name.
     """
     found, seen, folders, links = [], set(), [folder], []
     while folders or links:
@@ -223,22 +202,19 @@ def walk(folder: Path) -> list[tuple[Path, str]]:
     return sorted(found, key=lambda pair: [_natural(part) for part in pair[0].relative_to(folder).parts])
 
 
-def pictures_below(
-    folder: Path, max_megapixels: float, root: Path | None = None
-) -> tuple[list[Picture], list[tuple[str, str]]]:
+def pictures_below(folder: Path, max_megapixels: float, root: Path | None = None) -> tuple[list[Picture], list[tuple]]:
     """All pictures below a folder, flat or in class folders, and what is none (file, reason).
 
-    A picture's label is the folder that it is in, None for one directly in `folder`. Files are named by their path
-    below `root` (by default `folder`), in which bytes that are not Unicode text are escaped.
+    The label is the folder's name, None directly in `folder`. Files are named from `root` on (by default `folder`).
     """
     pictures, skipped = [], []
     for path, reason in walk(folder):
         file = path.relative_to(root or folder).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+        label = None if path.parent == folder else path.parent.name
+        opening = (partial(function, path, max_megapixels) for function in (open_picture, plain_jpeg))
         if reason:
             skipped.append((file, reason))
         else:
-            label = None if path.parent == folder else path.parent.name
-            opening = (partial(function, path, max_megapixels) for function in (open_picture, plain_jpeg))
             pictures.append(Picture(file, label, *opening))
     return pictures, skipped
 
@@ -279,9 +255,8 @@ def from_torchvision(folder: str, max_megapixels: float) -> Dataset:
     try:
         from torchvision.datasets import Flowers102
     except (ImportError, RuntimeError) as why:  # beside a CPU-only torch its import fails at run time
-        raise DataError(
-            f"`torchvision:…` needs a working torchvision ({files.first_line(why)}): use class folders"
-        ) from None
+        needs = f"a working torchvision ({files.first_line(why)})"
+        raise DataError(f"`torchvision:…` needs {needs}: use class folders") from None
     splits = {}
     for split, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
         table = Flowers102(files.resolve(folder or "data"), split=theirs, download=True)

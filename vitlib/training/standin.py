@@ -2,13 +2,10 @@
 
 The stand-in is a ViT trained fast from random initialisation on the study's own training split, in two stages: a long
 one on small pictures, where a step is cheap, and a short one at full size. Each has a budget in seconds that its
-learning rate follows, so a slower card ends on time with fewer epochs. Every picture is decoded once and kept on the
-device; augmentation, mixing and stochastic depth draw their random numbers there.
+learning rate follows, so a slower card ends on time with fewer epochs. Every picture stays decoded on the device.
 
     python -m vitlib.training.standin --data data/flowers102 --out outputs/flowers102/standin --workers 16
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -109,10 +106,7 @@ class StandIn:
 
 
 def demo_base(study: Study, device: torch.device) -> Path:
-    """The demo's base among the study's checkpoints: a small ViT that knows the generator's other flowers.
-
-    It is trained where a setting of it has changed.
-    """
+    """The demo's base, trained where a setting has changed: a small ViT that knows the generator's other flowers."""
     settings = study.settings
     keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
     settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(DEMO_RECIPE)}
@@ -120,8 +114,8 @@ def demo_base(study: Study, device: torch.device) -> Path:
     folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
     if (folder / "config.json").is_file():
         return folder
-    pictures = settings.model_copy(update={"pictures_per_class": DEMO_PICTURES})
-    drawn = sources.from_synthetic(synthetic.PRETRAIN_CLASSES, pictures)
+    many = settings.model_copy(update={"pictures_per_class": DEMO_PICTURES})
+    drawn = sources.from_synthetic(synthetic.PRETRAIN_CLASSES, many)
     pre, labels = preprocess.new(settings.image_size), sources.new_labels(drawn)
     set_seed(settings.seed)
     model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels)
@@ -135,13 +129,11 @@ def demo_base(study: Study, device: torch.device) -> Path:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a branch is left out for each picture with probability `rate`, else scaled up.
-
-    Huang et al. 2016. The rate is a tensor, so that blocks with different rates share one compilation.
-    """
+    """Stochastic depth (Huang et al. 2016): in training a picture's branch is left out with probability `rate`."""
 
     def __init__(self, rate: float, device: torch.device) -> None:
         super().__init__()
+        # A tensor: blocks with different rates share one compilation.
         self.register_buffer("rate", torch.tensor(rate, device=device), persistent=False)
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
@@ -160,10 +152,7 @@ def drop_paths(model: nn.Module, last: float) -> None:
 
 
 def at_side(model: nn.Module, settings: StandIn, side: int, labels: Labels) -> nn.Module:
-    """A network for pictures of `side` pixels that shares the weights of `model`, except the position embeddings.
-
-    They are interpolated over the grid of patches (Dosovitskiy et al. 2021, section 3.2), as transformers does it.
-    """
+    """`model` for pictures of `side` pixels: positions interpolated (Dosovitskiy et al. 2021, 3.2), the rest shared."""
     with torch.device("meta"):  # no second initialisation: every tensor comes from `model`
         resized = checkpoint.new(settings.architecture, image_size=side, labels=labels)
     state, embeddings = model.state_dict(), model.vit.embeddings
@@ -178,8 +167,7 @@ def mix(images: torch.Tensor, alpha: float, rng: np.random.Generator) -> tuple[t
     """Each picture (n, 3, h, w) mixed with its mirror position in the batch, and the share of its own that is left.
 
     Half the time blended (mixup, Zhang et al. 2018), else with a rectangle pasted in (cutmix, Yun et al. 2019). One
-    share from Beta(alpha, alpha) for each batch, drawn on the host: it reaches the device as an argument, without a
-    wait.
+    share from Beta(alpha, alpha) a batch; drawn on the host, it reaches the device as an argument, without a wait.
     """
     share = float(rng.beta(alpha, alpha))
     if rng.random() < 0.5:
@@ -235,11 +223,9 @@ def _loss(run: _Run, model: nn.Module, stage: Stage, rows: torch.Tensor) -> torc
     views, share = mix(views, MIX_ALPHA, run.rng) if stage.mixing else (views, 1.0)
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.is_cuda):  # weights and norms stay in fp32
         logits = model(pixel_values=run.pre.normalise(views)).logits.float()
-    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-    if stage.mixing:
-        other = nn.functional.cross_entropy(logits, labels.flip(0), label_smoothing=LABEL_SMOOTHING)
-        loss = share * loss + (1 - share) * other
-    return loss
+    loss = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+    own = loss(logits, labels)
+    return share * own + (1 - share) * loss(logits, labels.flip(0)) if stage.mixing else own
 
 
 def _train_stage(run: _Run, model: nn.Module, stage: Stage) -> list[dict[str, float]]:
@@ -247,8 +233,8 @@ def _train_stage(run: _Run, model: nn.Module, stage: Stage) -> list[dict[str, fl
     parameters, update, log = list(model.parameters()), optimizer(model), []
     rows = batches(len(run.train.labels), stage.batch_size, run.generator)
     if run.train.labels.is_cuda:  # compile and fill the allocator before the clock starts; weights stay as they are
+        first = torch.arange(stage.batch_size, device=run.train.labels.device) % len(run.train.labels)
         for _ in range(2):
-            first = torch.arange(stage.batch_size, device=run.train.labels.device) % len(run.train.labels)
             _loss(run, model, stage, first).backward()
             model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
@@ -295,18 +281,16 @@ def evaluate(model: nn.Module, examples: Examples, pre: Preprocess, batch_size: 
 def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.device) -> pd.DataFrame:
     """Train both stages, write `folder`/stage1, /stage2 and /history.csv, and return the history.
 
-    Both checkpoints are complete, in float32, for pictures of `stage2_side`. That of stage 1, with interpolated
-    positions, is a base to fine-tune. A row is about `log_seconds` of training: stage, side, step, epoch, seconds,
-    images_per_s, loss, learning_rate; the last row of each stage has top1 and top5 (shares of the validation split at
-    the stage's side). Raises DataError, StandInError. Unreadable pictures join `dataset.skipped`.
+    Both checkpoints are complete, in float32, for pictures of `stage2_side`. A row is about `log_seconds` of training;
+    the last of each stage has top1 and top5 of the validation split at its side. Raises DataError, StandInError.
     """
     sources.check(dataset)
     checkpoint.quiet_libraries()
     labels, (first, second) = sources.new_labels(dataset), settings.stages()
 
     def examples(split: str, side: int) -> Examples:
-        pictures = sources.decode_splits(dataset, (split,), preprocess.new(side), settings.workers)[split]
-        return Examples.of(pictures, labels)
+        decoded = sources.decode_splits(dataset, (split,), preprocess.new(side), settings.workers)
+        return Examples.of(decoded[split], labels)
 
     on_device = examples("train", settings.decode_side).to(device)
     valid = {side: examples("valid", side) for side in {first.side, second.side}}
@@ -339,9 +323,8 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line; one line on standard error and code 1 where that is impossible."""
     show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m vitlib.training.standin", None, __doc__.split("\n\n")[0], formatter_class=show
-    )
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser("python -m vitlib.training.standin", None, about, formatter_class=show)
     parser.add_argument("--data", required=True, help="folder with train/<class>/ and valid/<class>/")
     parser.add_argument("--out", required=True, type=Path, help="folder for stage1/, stage2/ and history.csv")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes the GPU")

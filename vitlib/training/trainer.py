@@ -1,11 +1,8 @@
 """Train a network on decoded pictures with `transformers.Trainer`, and survive being killed.
 
-Pictures stay uint8 until they are on the device, where a batch is cropped, flipped and normalised by the checkpoint's
-own preprocessing. A training checkpoint is valid only with a manifest that holds the checksum of each of its files: the
-Trainer writes several files one after the other and would resume from an incomplete set without an error.
-
-On a GPU neither the host nor the device waits for the other in a step: the pictures are on the device, what is drawn on
-the host is copied without a wait, and the blocks of long runs are compiled before the clock of the first epoch starts.
+Pictures stay uint8 until they are on the device, where a batch is cropped and normalised. A training checkpoint
+is valid only with a manifest of checksums: the Trainer would resume from an incomplete set of files without an error.
+On a GPU neither the host nor the device waits for the other in a step, and the blocks of long runs are compiled.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -79,7 +77,6 @@ class Examples:
         return cls(decoded.pixels, labels.ids(decoded.pictures))
 
     def to(self, device: torch.device) -> Examples:
-        """Both tensors on `device`."""
         return Examples(self.pixels.to(device), self.labels.to(device))
 
 
@@ -90,8 +87,7 @@ class ResumeError(ValueError):
 class _Rows(torch.utils.data.Dataset):
     """Row numbers only: a batch is gathered in one indexing operation instead of picture by picture.
 
-    With `full` every batch has that many pictures: the last is filled up with copies whose label is PADDING. Each
-    picture counts once an epoch, in the same mean as in a shorter batch, and no other shape needs compiling.
+    With `full` the last batch is filled up to that size with copies labelled PADDING: no other shape needs compiling.
     """
 
     def __init__(self, examples: Examples, full: int = 0) -> None:
@@ -118,16 +114,12 @@ class _Rows(torch.utils.data.Dataset):
 class ImageTrainer(Trainer):
     """The Trainer over uint8 pictures, with augmentation on the device and checksums in its training checkpoints."""
 
-    def __init__(
-        self, *args: object, pre: Preprocess, recipe: Recipe, identity: dict, compiled: bool, **kwargs: object
-    ) -> None:
+    def __init__(self, *args, pre: Preprocess, recipe: Recipe, identity: dict, compiled: bool, **kwargs) -> None:
         super().__init__(*args, data_collator=_Rows.collate, compute_metrics=_metrics, **kwargs)
         self.pre, self.recipe, self.identity, self.compiled = pre, recipe, identity, compiled
         self.add_callback(_EpochClock(self))
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: object
-    ) -> torch.Tensor | tuple:
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_) -> torch.Tensor | tuple:
         """Cross entropy of a batch; augmented while training, smoothed only then."""
         pixels, labels = inputs["pixels"], inputs["labels"]
         if model.training:  # a resumed run cuts the same crops as an uninterrupted one
@@ -141,10 +133,8 @@ class ImageTrainer(Trainer):
     def warm_up(self) -> float:
         """Compile the blocks on a first batch and see that it fits; seconds of compilation (0.0 without it).
 
-        Weights and random streams stay as they are. Where the compiler fails (Triton needs a C compiler, for one),
-        "auto" prints it and trains without. Where memory does not suffice, activations are recomputed in the backward
-        pass, which costs time and changes no gradient; MemoryError where that does not suffice either. The optimizer's
-        state is allocated later; it is small except for the method "full".
+        Where the compiler fails (Triton needs a C compiler, for one), "auto" prints it and trains without. Where memory
+        does not suffice, activations are recomputed, which changes no gradient; MemoryError where that does not help.
         """
         if not (self.compiled or self.args.device.type == "cuda"):
             return 0.0
@@ -209,10 +199,7 @@ def _metrics(found: EvalPrediction) -> dict[str, float]:
 
 
 class _EpochClock(TrainerCallback):
-    """Puts seconds, images per second and peak memory of each epoch into the log history, and shows a progress bar.
-
-    The seconds are those of the steps: compiling comes before the first, saving and validating after the last.
-    """
+    """Puts speed (of the steps alone) and peak memory of each epoch into the log history, and shows a progress bar."""
 
     def __init__(self, trainer: ImageTrainer) -> None:
         self.trainer, self.pictures = trainer, len(trainer.train_dataset)
@@ -230,8 +217,8 @@ class _EpochClock(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
-        row = {"epoch": state.epoch, "compile_s": self.compile_s}
-        row["recomputed"] = self.trainer.model.is_activation_checkpointing
+        recomputed = self.trainer.model.is_activation_checkpointing
+        row = {"epoch": state.epoch, "compile_s": self.compile_s, "recomputed": recomputed}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             row["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -252,11 +239,9 @@ def train(
 ) -> pd.DataFrame:  # fmt: skip
     """Train `model` in place on `examples['train']`, validate each epoch on `['valid']`, and return a row an epoch.
 
-    `folder` receives the training checkpoints of the last two epochs; with `resume` training continues from the newest
-    undamaged one. Columns: those of `records/finetune.csv`, `compile_s` (seconds before an epoch) and `recomputed`
-    (whether activations were recomputed, see `ImageTrainer.warm_up`). `about` holds further settings that identify a
-    run. Afterwards the model computes in fp32 again, on `device`. ResumeError where the folder holds a run of another
-    recipe, other settings, other data or other initial weights.
+    `folder` receives the training checkpoints of the last two epochs; `resume` continues from the newest undamaged one,
+    or raises ResumeError where it is of another recipe, data, initial weights, or settings `about` the run. Columns:
+    see `_history`. Afterwards the model computes in fp32 again, on `device`.
     """
     set_seed(recipe.seed)
     compiled = compiles(recipe, model, len(examples["train"].labels), device)
@@ -296,8 +281,8 @@ def compiles(recipe: Recipe, model: nn.Module, pictures: int, device: torch.devi
 def compiled_blocks(model: nn.Module, backend: str | None) -> Iterator[None]:
     """Run the transformer blocks compiled by `backend`, for one shape, in this context; None changes nothing.
 
-    One compilation serves all blocks, so they must be alike: where blocks are trained, the first one's input requires a
-    gradient, as all others' do. Attention takes no mask, see `attention.attend`.
+    One compilation serves all blocks, so where blocks are trained the first one's input requires a gradient, as all
+    others' do. Attention takes no mask, see `attention.attend`.
     """
     if backend is None:
         yield
@@ -333,7 +318,7 @@ def uncompile(model: nn.Module) -> None:
 
 
 def identity_of(
-    model: nn.Module, examples: Mapping[str, Examples], recipe: Recipe, about: Mapping[str, object]
+    model: nn.Module, examples: Mapping[str, Examples], recipe: Recipe, about: Mapping
 ) -> dict[str, object]:
     """What makes a training run this one: its settings, and checksums of its pictures and initial weights."""
     data, weights = hashlib.sha256(), hashlib.sha256()
@@ -370,23 +355,18 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bo
 
 
 def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Path | None:
-    """The newest training checkpoint whose files all match its manifest; damaged ones are named and not used.
-
-    None where there is none. ResumeError where it was written by a run with another recipe or other data.
-    """
+    """The newest undamaged training checkpoint, or None. ResumeError where a run of another identity wrote it."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)) if folder.is_dir() else [])):
         if fault := damage(path):
             print(f"{path.name} is damaged and not used ({fault})")
             continue
-        written_for = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["identity"]
+        theirs = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["identity"]
         own = json.loads(json.dumps(identity))
-        if written_for != own:
-            changed = [key for key in own if written_for.get(key) != own[key]]
-            changes = [f"{key} {str(written_for.get(key))[:12]} → {str(own[key])[:12]}" for key in changed]
-            raise ResumeError(
-                f"{path.name} was written with other settings ({', '.join(changes) or 'other keys'}): "
-                "set them back, or set resume to false to start again"
-            )
+        if theirs != own:
+            changed = [(key, theirs.get(key), own[key]) for key in own if theirs.get(key) != own[key]]
+            changes = [f"{key} {str(before)[:12]} → {str(now)[:12]}" for key, before, now in changed]
+            others, advice = ", ".join(changes) or "other keys", "set them back, or set resume to false to start again"
+            raise ResumeError(f"{path.name} was written with other settings ({others}): {advice}")
         print(f"resuming from {path.name}")
         return path
     return None
@@ -398,12 +378,9 @@ def damage(checkpoint: Path) -> str:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest: saving was interrupted"
-    for name, checksum in listed.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if files.checksum(checkpoint / name) != checksum:
-            return f"{name} was changed"
-    return ""
+    missing = (f"{name} is missing" for name in listed if not (checkpoint / name).is_file())
+    changed = (f"{name} was changed" for name, known in listed.items() if files.checksum(checkpoint / name) != known)
+    return next(chain(missing, changed), "")
 
 
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
