@@ -79,10 +79,7 @@ open = Study.open
 
 
 def prepare(study: Study, dataset: Dataset | None = None) -> Subject:
-    """The merged checkpoint in FP16, the format that bitsandbytes' int8 product takes, and the validation pictures.
-
-    They are those of `dataset`, by default the study's own.
-    """
+    """The merged checkpoint in FP16, for bitsandbytes' int8 product, and the pictures (default: the study's)."""
     checkpoint.quiet_libraries()
     settings, dataset = study.settings, dataset or sources.load(study.settings)
     loaded = checkpoint.load(study.checkpoints, Variant("fp16"), checkpoint.pick_device(settings.device))
@@ -118,9 +115,8 @@ State = tuple[torch.Tensor, list[Configuration]]  # activations (n, tokens, hidd
 class Exchange:
     """The blocks and the classifier of a network, a quantized twin of each, and passes that choose between them.
 
-    The activations of several configurations are concatenated into calls of at most TOGETHER pictures. LLM.int8() finds
-    its outliers in the whole batch and would give other outputs for a concatenated one: int8 blocks run one by one.
-    `block_runs` counts the evaluations of a block for a batch of pictures.
+    Several configurations run in calls of at most TOGETHER pictures, but one by one in int8 blocks, as LLM.int8() finds
+    its outliers in the whole batch. `block_runs` counts the evaluations of a block for a batch of pictures.
     """
 
     def __init__(self, model: nn.Module, bits: int) -> None:
@@ -156,10 +152,7 @@ class Exchange:
 
 
 def measure(study: Study, subject: Subject) -> tuple[dict[tuple[int, str], torch.Tensor], float]:
-    """float32 logits (n, classes) on the CPU by (bits, kept), and the share of all block evaluations that was needed.
-
-    On a GPU a product over more rows may round differently in its last bit.
-    """
+    """float32 logits (n, classes) on the CPU by (bits, kept), and the share of all block evaluations that it took."""
     loaded, wanted = subject.loaded, configurations(len(subject.blocks))
     found, needed, full = {}, 0, 0
     for bits in study.settings.ablation_bits:
@@ -177,9 +170,8 @@ def measure(study: Study, subject: Subject) -> tuple[dict[tuple[int, str], torch
 def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:
     """A row a configuration, written to `records/ablation.csv`.
 
-    `logit_kl` is the mean KL divergence of the probabilities from those with everything kept, in nats, with a bootstrap
-    interval over pictures. Flips, discordant pairs and McNemar's p compare with nothing kept at the same bits; Holm's p
-    adjusts for all configurations of these bits.
+    `logit_kl` is the mean KL divergence from everything kept, in nats, with a bootstrap interval over pictures. Flips,
+    discordant pairs and McNemar's p compare with nothing kept; Holm's p adjusts for all configurations of these bits.
     """
     labels, rows = subject.labels.numpy(), []
     for (bits, kept), values in logits.items():
@@ -213,9 +205,8 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
 def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:
     """Whether other pictures would rank the blocks in the same order, by KL and by accuracy; `records/reliability.csv`.
 
-    Split-half rank correlations over random halves of the pictures, with the number of splits in which accuracy ranks
-    nothing. `fewest_pictures` must all change in one direction for a difference of accuracy to be significant after
-    Holm's adjustment for all configurations; `smallest_points` is their share in percent, NaN if there are fewer.
+    `fewest_pictures` must all change in one direction for a difference of accuracy to be significant after Holm's
+    adjustment for all configurations; `smallest_points` is their share in percent, NaN if there are fewer.
     """
     labels, rows, blocks = subject.labels.numpy(), [], range(len(subject.blocks))
     needed = stats.fewest_significant(len(configurations(len(blocks))) - 1)

@@ -38,10 +38,7 @@ def status(bench: Bench) -> pd.DataFrame:
 
 
 def tuning(study: Study, bench: Bench) -> pd.DataFrame:
-    """`benchmark.chosen` of what was timed to choose the kernels of fused variants; all of it to `records/tuning.csv`.
-
-    Empty where the study has no fused variant; there is no record then.
-    """
+    """The kernels of fused variants, all that were timed in `records/tuning.csv`; empty, without record, if none."""
     frame = engine.tunings(bench.engines, "variant")
     return benchmark.chosen(frame if frame.empty else study.write("tuning", frame))
 
@@ -56,26 +53,24 @@ def outputs(study: Study, bench: Bench) -> dict[str, torch.Tensor]:
     pixels, size = bench.valid.pixels, study.settings.eval_batch_size
     found = {name: engine.logits(each, pixels, size) for name, each in bench.engines.items()}
     with files.atomic_path(study.record("logits.npz")) as path, path.open("wb") as file:
-        np.savez_compressed(file, labels=bench.labels.ids(bench.valid.pictures).numpy(), **_arrays(found))
+        arrays = {name: values.numpy() for name, values in found.items()}
+        np.savez_compressed(file, labels=bench.labels.ids(bench.valid.pictures).numpy(), **arrays)
     return found
-
-
-def _arrays(logits: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: values.numpy() for name, values in logits.items()}
 
 
 def accuracy(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """`benchmark.accuracy` of the logits of `outputs`; written to `records/accuracy.csv`."""
-    labels, how = bench.labels.ids(bench.valid.pictures), study.settings.model_dump(include={"margin", "seed"})
-    return study.write("accuracy", benchmark.accuracy(_arrays(logits), labels.numpy(), bench.baseline, **how))
+    labels = bench.labels.ids(bench.valid.pictures).numpy()
+    arrays = {name: values.numpy() for name, values in logits.items()}
+    how = {"margin": study.settings.margin, "seed": study.settings.seed}
+    return study.write("accuracy", benchmark.accuracy(arrays, labels, bench.baseline, **how))
 
 
 def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """Outputs of each variant against those of the eager network with the same weights, a row a batch size.
 
-    Columns: variant, batch, reference, relative_error (of the logits), agreement_with_reference (share of pictures
-    with the same class). Fused variants and CUDA graphs have kernels of their own for each batch size; the others are
-    compared at the evaluation's. Missing where the reference is the variant itself or did not run.
+    Fused variants and CUDA graphs have kernels of their own for each batch size; the others are compared at the
+    evaluation's. NaN where the reference is the variant itself or did not run.
     """
     rows = []
     for variant in bench.ran():
@@ -102,10 +97,7 @@ class Measured(NamedTuple):
 
 
 def measure(study: Study, bench: Bench) -> Measured:
-    """Latency and throughput of every variant and batch size, all measured in turns in random order.
-
-    Writes every sample to `records/latency.csv` and every round to `records/throughput.csv`.
-    """
+    """Latency and throughput of all variants and batch sizes, in turns in random order; the samples go to records."""
     settings = study.settings
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
     calls = {(n, size): bench.calls(run, size) for n, run in bench.engines.items() for size in settings.batch_sizes}
@@ -128,11 +120,9 @@ def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
 
 
 def cpu_latency(study: Study, bench: Bench) -> pd.DataFrame:
-    """Median latency of one picture on this machine's CPU in `cpu_latency_ms`, for variants without a CUDA graph.
-
-    On a machine with a GPU only for unquantized ones: bitsandbytes takes seconds per picture for ViT-L/16 on a CPU.
-    """
+    """Median latency of one picture on this machine's CPU in `cpu_latency_ms`, for variants without a CUDA graph."""
     cpu, cuda = torch.device("cpu"), bench.device.type == "cuda"
+    # Beside a GPU only unquantized ones: bitsandbytes takes seconds per picture for ViT-L/16 on a CPU.
     chosen = [v for v in bench.ran() if not v.graphed and not (v.quantized and cuda)]
     engines, _ = engines_of(chosen if study.settings.cpu_samples else [], bench.checkpoints, cpu, (1,))
     calls = {name: bench.calls(runner, 1) for name, runner in engines.items()}
@@ -144,10 +134,9 @@ def cpu_latency(study: Study, bench: Bench) -> pd.DataFrame:
 def memory(study: Study, bench: Bench) -> pd.DataFrame:
     """Weights in memory and on disk, and the peak of a forward pass, in MB, a row a variant and batch size.
 
-    `held_mb` is `model_mb`, the weights, with the buffers for dequantized weights. `peak_above_weights_mb` is what a
-    pass allocates at its peak and `peak_memory_mb` the sum with the weights; `peak_vram_mb` is that sum on a GPU, and
-    `reserved_mb` what the caching allocator must get from the driver for it. The activations that a CUDA graph holds
-    from capture on count as the pass's. `prepare_s` is the time to transform, tune and capture.
+    `held_mb` is `model_mb` with the buffers for dequantized weights, `peak_above_weights_mb` what a pass allocates at
+    its peak (with what a CUDA graph holds from capture on), `peak_memory_mb` the sum with the weights, `reserved_mb`
+    what the caching allocator must get for it. `prepare_s` is the time to transform, tune and capture.
     """
     rows, cuda = [], bench.device.type == "cuda"
     for name, runner in bench.engines.items():
@@ -173,10 +162,9 @@ class Profiled(NamedTuple):
 
 
 def device_time(study: Study, bench: Bench) -> Profiled:
-    """Profile one pass of every variant; `refused` has those whose kernels contradict their name (see `verify`).
+    """Profile a pass of every variant, for `records/kernels.csv` and `records/traces/`; refuse by `verify`.
 
-    The kernels are written to `records/kernels.csv`, a Chrome trace of each variant to `records/traces/`. A CUDA graph
-    has no module ranges, so its network is profiled launched kernel by kernel.
+    A CUDA graph has no module ranges, so its network is profiled launched kernel by kernel.
     """
     size, frames, rows, refused = study.settings.profile_batch_size, [], [], {}
     for variant in bench.ran():
@@ -202,13 +190,9 @@ def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> p
     peak, frames = roofline.ceilings(bench.device), []
     for variant in bench.ran():
         loaded = bench.engines[variant.name].loaded
-        counted = roofline.work(
-            loaded.model.config,
-            study.settings.profile_batch_size,
-            bytes_per_weight=verify.encoder_bytes_per_weight(loaded.model),
-            bytes_per_value=loaded.dtype.itemsize,
-            class_token_only=variant.fused,
-        )
+        sizes = {"bytes_per_weight": verify.encoder_bytes_per_weight(loaded.model)}
+        sizes |= {"bytes_per_value": loaded.dtype.itemsize, "class_token_only": variant.fused}
+        counted = roofline.work(loaded.model.config, study.settings.profile_batch_size, **sizes)
         times, dtype = profile.by_part(kernels[kernels["variant"] == variant.name]), str(loaded.dtype)[len("torch.") :]
         frame = roofline.achieved(counted, times, peak, dtype, linears=variant.format.product or dtype)
         frame["share_of_time"] = times / times.sum()
@@ -221,35 +205,28 @@ def validity(study: Study, bench: Bench, measured: Measured, totals: pd.DataFram
     throttled = "; ".join(measured.clocks.get("throttle_reasons") or []) or "no"
     ran = f"{len(bench.engines)}, {len(bench.reasons)}"
     facts = {"variants run, refused with a reason": ran, "clocks throttled while measuring": throttled}
-    errors = {
-        "largest share of device time not attributed": (totals["unattributed_share"].max(), verify.ATTRIBUTION_LIMIT),
-        "error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025),
-        "error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02),
-    }
-    checks = benchmark.validity(measured.latencies, bench.baseline, facts=facts, errors=errors)
-    return study.write("validity", checks)
+    share = totals["unattributed_share"].max()
+    errors = {"largest share of device time not attributed": (share, verify.ATTRIBUTION_LIMIT)}
+    errors |= {"error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025)}
+    errors |= {"error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02)}
+    return study.write("validity", benchmark.validity(measured.latencies, bench.baseline, facts=facts, errors=errors))
 
 
-def variants_table(
-    study: Study, bench: Bench, *measured: pd.DataFrame, clocks: dict[str, object] | None = None
-) -> pd.DataFrame:
+def variants_table(study: Study, bench: Bench, *measured: pd.DataFrame, clocks: dict | None = None) -> pd.DataFrame:
     """All measurements in one table, a row a variant and batch size; written to `records/variants.csv`.
 
     `measured` are tables by variant, or by variant and batch: what does not depend on the batch size repeats. A variant
     that did not run has one row with its reason. `records/environment.json` gets hardware, versions, parameters,
     checksums and the GPU's `clocks`.
     """
-    facts = pd.DataFrame(
-        [(v.name, v.weights, v.attention, v.execution, v.gelu, bench.reasons.get(v.name, "")) for v in bench.variants],
-        columns=["variant", "weights", "attention", "execution", "gelu", "reason"],
-    )
-    facts.insert(5, "status", ["ok" if name in bench.engines else "not run" for name in facts["variant"]])
+    rows = [(v.name, v.weights, v.attention, v.execution, v.gelu) for v in bench.variants]
+    facts = pd.DataFrame(rows, columns=["variant", "weights", "attention", "execution", "gelu"])
+    facts["status"] = ["ok" if name in bench.engines else "not run" for name in facts["variant"]]
+    facts["reason"] = [bench.reasons.get(name, "") for name in facts["variant"]]
     table = functools.reduce(lambda left, right: left.merge(right, how="left"), measured, facts)
-    environment = provenance.environment(
-        parameters=used_by(study.settings, "2_evaluate"),
-        seeds={"study": study.settings.seed},
-        checksums={"weights": files.checksum(study.checkpoint("merged")), "data": bench.data_checksum()},
-    )
+    sums = {"weights": files.checksum(study.checkpoint("merged")), "data": bench.data_checksum()}
+    used, seeds = used_by(study.settings, "2_evaluate"), {"study": study.settings.seed}
+    environment = provenance.environment(parameters=used, seeds=seeds, checksums=sums)
     study.write_json("environment", environment | {"while_measuring": clocks or {}})
     return study.write("variants", table)
 
@@ -268,17 +245,12 @@ def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
 
 
 def _quality(rows: pd.DataFrame) -> str:
-    n, most, changed = int(rows["n"].iloc[0]), str(rows["flips"].idxmax()), int(rows["flips"].max())
-    flips = (
-        f"{changed} of {n} pictures change class with {label(most)}, the most"
-        if changed
-        else "no picture changes class"
-    )
+    n, worst, most = int(rows["n"].iloc[0]), str(rows["flips"].idxmax()), int(rows["flips"].max())
+    flips = f"{most} of {n} pictures change class with {label(worst)}, the most" if most else "no picture changes class"
     names = {verdict: ", ".join(map(label, own)) for verdict, own in rows.groupby("verdict").groups.items()}
-    different, unknown = names.get("different"), names.get("not shown")
-    if different:
+    if different := names.get("different"):
         said = f"differs from the baseline's for {different}"
-    elif unknown:
+    elif unknown := names.get("not shown"):
         said = f"is not shown to differ, but {n} pictures do not exclude a relevant loss for {unknown}"
     else:
         said = "of every variant is non-inferior to the baseline's"

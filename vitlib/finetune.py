@@ -109,17 +109,11 @@ def examples(decoded: dict[str, Decoded], base: Base, count: int) -> tuple[list[
 def describe(base: Base) -> pd.DataFrame:
     """What is fine-tuned: origin, size and shape of the base."""
     config = base.model.config
-    facts = {
-        "base": f"{base.origin['base']} {base.origin.get('revision', '')[:10]}".strip(),
-        "blocks": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "patch": config.patch_size,
-        "pixels": " × ".join(map(str, base.preprocess.side)),
-        "parameters (M)": round(sum(quantize.parameter_count(p) for p in base.model.parameters()) / 1e6, 2),
-        "new classes": len(base.labels.names),
-    }
-    return pd.DataFrame([facts])
+    count = sum(quantize.parameter_count(p) for p in base.model.parameters())
+    facts = {"base": f"{base.origin['base']} {base.origin.get('revision', '')[:10]}".strip()}
+    facts |= {"blocks": config.num_hidden_layers, "width": config.hidden_size, "heads": config.num_attention_heads}
+    facts |= {"patch": config.patch_size, "pixels": " × ".join(map(str, base.preprocess.side))}
+    return pd.DataFrame([facts | {"parameters (M)": round(count / 1e6, 2), "new classes": len(base.labels.names)}])
 
 
 def introduce(study: Study, base: Base) -> Markdown:
@@ -130,10 +124,8 @@ def introduce(study: Study, base: Base) -> Markdown:
     study.write_json("base", about)
     text = origin.sentence(about)
     if settings.base_model == "pretrain" and settings.data_source != "synthetic":
-        text += (
-            "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** Expect "
-            "low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
-        )
+        text += "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** "
+        text += "Expect low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
     if settings.base_model == "random" and settings.method != "full":
         text += f"\n\n**The method `{settings.method}` leaves random weights frozen.** Set `method` to `full`."
     return Markdown(text)
@@ -142,9 +134,8 @@ def introduce(study: Study, base: Base) -> Markdown:
 def make_trainable(study: Study, base: Base) -> nn.Module:
     """The model with the parameters of `method` trainable, always including the head.
 
-    Training in bf16 rounds the frozen weights once, here: these rounded weights are trained, validated and merged.
-    Without dropout the adapters are added into the weights, which then keep fp32 (`adapters.SummedLinear`). Adapters,
-    the head, and everything of the method "full" stay in fp32. AdapterError where a linear gets no adapter.
+    Training in bf16 rounds the frozen weights once, here; what is trained stays in fp32, as do all weights where
+    adapters without dropout are added into them (`adapters.SummedLinear`). AdapterError where a linear gets no adapter.
     """
     settings, model = study.settings, base.model
     if settings.method in ("lora", "qlora"):
@@ -181,14 +172,10 @@ def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded
 
 
 def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:
-    """The fine-tuned network in FP16, without adapters: they are added to the weights that they were trained on.
-
-    Frozen weights in bf16 become fp32 first, which changes no value, so the sum is rounded once. FinetuneError where
-    the logits of the merged network differ from those of the trained one on random pictures.
-    """
+    """The fine-tuned network in FP16 with the adapters added; FinetuneError where random pictures get other logits."""
     method = study.settings.method
     if method != "qlora":
-        model = model.float()
+        model = model.float()  # changes no value of frozen bf16 weights, and the sum is rounded once
     draw = torch.Generator().manual_seed(study.settings.seed)
     pixels = torch.randint(0, 256, (8, 3, *base.preprocess.side), generator=draw).to(base.device)
     with torch.no_grad():
@@ -225,9 +212,8 @@ def save_checkpoints(study: Study, merged: nn.Module, base: Base, history: pd.Da
 def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: Decoded) -> pd.DataFrame:
     """Load each saved checkpoint again and compare it with the model in memory; a row each.
 
-    `from_merged` is ‖found − merged‖ / ‖merged‖ of the logits of all pictures of `valid`: the cost of quantization;
-    `top1` and `same_class` cover the same pictures. `reload_difference` is that norm over the first 64, against the
-    network that the file was saved from (a quantized one is quantized again). FinetuneError where it exceeds rounding.
+    `from_merged`, the cost of quantization, is ‖found − merged‖ / ‖merged‖ of all logits. `reload_difference` compares
+    the first 64 with the network that was saved (quantized again); FinetuneError where it exceeds rounding.
     """
     rows, truth = [], base.labels.ids(valid.pictures).numpy()
     memory = checkpoint.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
@@ -270,20 +256,17 @@ def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded:
 
 def _overfits(history: pd.DataFrame) -> str:
     """A sentence where the validation loss has risen by more than a tenth since its minimum, else ''."""
-    lowest = history.loc[history["valid_loss"].idxmin()]
-    if history["valid_loss"].iloc[-1] <= 1.1 * lowest["valid_loss"]:
-        return ""
-    return f" The network overfits: its validation loss was lowest in epoch {lowest['epoch']:.0f} and rose afterwards."
+    loss, epoch = history["valid_loss"], history["epoch"].loc[history["valid_loss"].idxmin()]
+    said = f" The network overfits: its validation loss was lowest in epoch {epoch:.0f} and rose afterwards."
+    return said if loss.iloc[-1] > 1.1 * loss.min() else ""
 
 
 def _copies(kinds: pd.Series) -> str:
     if kinds.empty:
         return "No picture appears in both training and validation."
     exact, near = (kinds == "exact").sum(), (kinds == "near").sum()
-    return (
-        f"**Training and validation share pictures** ({exact} exact and {near} near copies), so the accuracy may be "
-        "too high by up to their share."
-    )
+    said = f"**Training and validation share pictures** ({exact} exact and {near} near copies), so the accuracy may "
+    return said + "be too high by up to their share."
 
 
 def _quantized(reloaded: pd.DataFrame) -> str:

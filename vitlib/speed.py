@@ -13,13 +13,11 @@ from vitlib.study.study import Study
 from vitlib.study.variants import find, label
 
 open = Study.open
-Key = tuple[str, str, str, str]  # weights, attention, execution, gelu
 
 
 def variants(study: Study) -> pd.DataFrame:
     """The rows of `records/variants.csv` that ran. A record of an earlier version has the checkpoint's GELU only."""
-    table = study.read("variants")
-    table = table[table["status"] == "ok"].astype({"batch": int})
+    table = study.read("variants").query("status == 'ok'").astype({"batch": int})
     return table if "gelu" in table else table.assign(gelu="checkpoint")
 
 
@@ -31,11 +29,7 @@ def conditions(study: Study) -> pd.DataFrame:
 
 
 def overview(study: Study) -> pd.DataFrame:
-    """The results as the README shows them, a row a variant, all cells text.
-
-    Columns: variant, weights (MB), batch size n (ms) for each, images/s at the largest, Top-1 (%), class changed. Where
-    buffers are known, weights are "164.7 + 48".
-    """
+    """The results as the README shows them, a row a variant, all text; weights with their buffers are "164.7 + 48"."""
     rows = []
     for name, own in variants(study).groupby("variant", sort=False):
         first, last = own.sort_values("batch").iloc[[0, -1]].to_dict("records")
@@ -62,11 +56,7 @@ def _three(value: float) -> str:
 
 
 def ladder(study: Study) -> pd.DataFrame:
-    """A row a variant, each below the variant to which it adds one technique; the baseline is first.
-
-    Columns: variant, technique, added to, and for each batch size the median latency and how many times faster the
-    technique makes it (`stats.times_faster`, with its interval).
-    """
+    """A row a variant, below the one to which it adds a technique, and how many times faster the technique makes it."""
     table, latencies = variants(study), study.read("latency")
     rows = []
     for name, technique, before in _climbed(table):
@@ -106,17 +96,16 @@ def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     return above("")
 
 
-def _before(key: Key) -> Iterator[tuple[str, Key]]:
-    """What may be one technique less than `key`, most specific first; only what was measured counts."""
+def _before(key: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What may be one technique less than `key` = (weights, attention, execution, GELU), most specific first."""
     weights, attention, execution, gelu = key
     if gelu != "checkpoint":
         yield f"GELU in its {gelu} form", (weights, attention, execution, "checkpoint")
-    plain = {"fused-graph": "graph", "fused": "eager"}.get(execution)
-    if plain:
+    if plain := {"fused-graph": "graph", "fused": "eager"}.get(execution):
         yield "fused kernels", (weights, "sdpa", plain, "checkpoint")
     elif attention != "sdpa":
-        words = "FlashAttention-2" if attention == "flash_attention_2" else "attention"
-        yield words, (weights, "sdpa", execution, gelu)
+        name = "FlashAttention-2" if attention == "flash_attention_2" else "attention"
+        yield name, (weights, "sdpa", execution, gelu)
     if execution == "graph":
         yield "CUDA graph", (weights, attention, "eager", gelu)
     for wider in {"fp32": (), "fp16": ("fp32",)}.get(weights, ("fp16", "fp32")):
@@ -152,10 +141,7 @@ def chosen(study: Study) -> pd.DataFrame:
 
 
 def agreement(study: Study) -> pd.DataFrame:
-    """The outputs of each variant against the eager network with the same weights, at the batch size with the worst.
-
-    Empty where the record was written by a version that did not compare them.
-    """
+    """Worst outputs of each variant against the eager network with the same weights; empty for records without them."""
     table = variants(study)
     if "relative_error" not in table:
         return pd.DataFrame()

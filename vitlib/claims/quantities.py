@@ -63,10 +63,9 @@ def bounded(value: float, low: float, high: float) -> Figure:
 
 
 def require(study: Study, *, gpu: bool = False, weights: bool = False, training: bool = False) -> None:
-    """Missing unless the network is the original's, and unless what is compared can be.
+    """Missing unless the network (without a checkpoint: the size of its weights) is the original's.
 
-    `gpu`: the study ran on one. `weights`: it fine-tuned the same base and evaluated as many pictures. `training`: the
-    baseline is good enough for quantization to cost something. Without a checkpoint, the size of fp32 weights decides.
+    `gpu`: and it ran on one. `weights`: with the same base and as many pictures. `training`: the baseline is good.
     """
     wanted, file = content()["network"], study.checkpoint("merged") / "config.json"
     if file.is_file():
@@ -111,10 +110,9 @@ def cell(study: Study, variant: str, column: str, batch: int = 1) -> Figure:
 
 def _ablated(study: Study, bits: int) -> pd.DataFrame:
     """The rows of the ablation with these bits, by what is kept."""
-    rows = study.read("ablation").set_index("kept")
-    if not (rows["bits"] == bits).any():
+    if (rows := study.read("ablation").query("bits == @bits")).empty:
         raise Missing(f"there is no ablation at {bits} bits")
-    return rows[rows["bits"] == bits]
+    return rows.set_index("kept")
 
 
 class _Kind(BaseModel, extra="forbid", frozen=True):
@@ -215,10 +213,7 @@ class Gain(_Kind):
 
 
 class Sensitivity(_Kind):
-    """KL of blocks that are quantized alone, divided by the mean over all blocks or by the largest of the others.
-
-    Not the KL that keeping a block removes: there the errors of the other blocks remain and may cancel.
-    """
+    """KL of blocks quantized alone (only there no other errors cancel), by the mean of all or the largest other."""
 
     kind: Literal["sensitivity"]
     bits: int

@@ -45,10 +45,9 @@ class SplitHalf(NamedTuple):
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % bounds of a proportion `right / n` by the score interval; NaN for n = 0.
+    """95 % bounds of a proportion `right / n` by the score interval; NaN for n = 0. ValueError unless 0 <= right <= n.
 
     It keeps its coverage near 100 % accuracy (Wilson, JASA 22, 1927; method 3 of Newcombe, Statist. Med. 17, 1998).
-    ValueError unless 0 <= right <= n.
     """
     if not 0 <= right <= n:
         raise ValueError(f"wilson needs 0 <= right <= n, got right={right}, n={n}")
@@ -142,8 +141,8 @@ def verdict(*, difference: Interval, p_adjusted: float, margin: float) -> str:
     2. "non-inferior" if the interval's lower bound is above -margin.
     3. "not shown" otherwise: no difference was found, nor was a relevant loss excluded. NaN ends here.
 
-    An interval of width zero is no evidence: the bootstrap gives it when no pair is discordant. A 95 % interval makes
-    rule 2 a one-sided test at 2.5 %, not adjusted for the number of rows. ValueError unless margin > 0.
+    An interval of width zero is no evidence. A 95 % interval makes rule 2 a one-sided test at 2.5 %, not adjusted for
+    the number of rows. ValueError unless margin > 0.
     """
     if not margin > 0:
         raise ValueError(f"margin must be a positive number in the unit of the difference, got {margin}")
@@ -158,9 +157,8 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval (95 %) of `statistic(*paired, axis=)` of per-image values, each (n_images,).
 
-    All arrays are resampled together: resampling an image resamples both models. One value has no spread to resample:
-    its bounds are NaN, and so is everything for no value or a NaN. ValueError unless one-dimensional.
-    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    All arrays are resampled together. Bounds are NaN for one value, and all for no value or a NaN. ValueError unless
+    one-dimensional. Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     arrays = tuple(np.asarray(values, dtype=np.float64) for values in paired)
     if any(values.ndim != 1 for values in arrays):
@@ -178,11 +176,9 @@ def paired_bootstrap(
 def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, seed: int = 0) -> SplitHalf:
     """How well a ranking of blocks repeats itself on other images; input (n_blocks, n_images).
 
-    The images are split at random `repeats` times; blocks are ranked by their mean in either half, and the
-    Spearman correlations of the two rankings are averaged. A half has half the images, so `corrected` is
-    the Spearman–Brown estimate for all of them (Brit. J. Psychol. 3, 1910), written 2 r / (1 + |r|) so that
-    it stays in [-1, 1] for a negative r as well. A half in which all blocks tie ranks nothing: such splits are
-    left out of the mean and counted. NaN if no split is left. ValueError for fewer than two blocks or two images.
+    The mean Spearman correlation of the blocks' means in the two halves of `repeats` random splits. `corrected` is the
+    Spearman–Brown estimate for all images (Brit. J. Psychol. 3, 1910), 2 r / (1 + |r|) to stay in [-1, 1]. Splits with
+    a half in which all blocks tie are left out and counted. NaN if none is left; ValueError below two blocks or images.
     """
     values = np.asarray(per_image_values, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2:
@@ -203,10 +199,9 @@ def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, s
 def samples_needed(q: float) -> int:
     """Samples below which the q-th percentile (q in percent) is not reported: 64 for P90, 130 for P95, 662 for P99.
 
-    The smallest n at which at least two samples are beyond the true percentile with 99 % probability, whatever the
-    distribution: 1 - n q^(n-1) + (n-1) q^n >= 0.99. The second-largest sample then bounds the percentile from above,
-    so that it need not rest on one outlier (Wilks, Ann. Math. Statist. 12, 1941). Below the median the other tail
-    counts. The median needs one sample, by decision. ValueError unless 0 < q < 100.
+    The smallest n at which at least two samples are beyond the true percentile with 99 % probability, so that it need
+    not rest on one outlier: 1 - n q^(n-1) + (n-1) q^n >= 0.99 (Wilks, Ann. Math. Statist. 12, 1941). Below the median
+    the other tail counts. The median needs one sample, by decision. ValueError unless 0 < q < 100.
     """
     if not 0 < q < 100:
         raise ValueError(f"a percentile must be between 0 and 100, got {q}")
@@ -227,8 +222,8 @@ def percentile(samples: ArrayLike, q: float) -> float:
 def median_interval(samples_by_round: Sequence[ArrayLike]) -> Interval:
     """Median of the rounds' medians, in the samples' unit, with its 95 % bootstrap interval over rounds.
 
-    Samples of one round share its clock, its temperature and its neighbours, so rounds are resampled: single samples
-    would give too narrow an interval. Bounds are NaN for a single round. ValueError if a round is empty.
+    Samples of a round share its clock, temperature and neighbours: resampled alone, the interval would be too narrow.
+    Bounds are NaN for a single round. ValueError if a round is empty.
     """
     return paired_bootstrap(_round_medians(samples_by_round), statistic=np.median)
 
@@ -236,9 +231,8 @@ def median_interval(samples_by_round: Sequence[ArrayLike]) -> Interval:
 def times_faster(baseline_by_round: Sequence[ArrayLike], variant_by_round: Sequence[ArrayLike]) -> Interval:
     """How many times faster a variant is than the baseline: the ratio of their median latencies, above 1 if faster.
 
-    Both inputs hold the latencies of each round, in any unit; round i of both was measured side by side. The estimate
-    is the ratio of the medians of `median_interval`; its 95 % interval resamples rounds, both sides together. Bounds
-    are NaN for a single round. ValueError if the numbers of rounds differ or a latency is not positive and finite.
+    Both inputs hold the latencies of each round; round i of both was measured side by side. The 95 % interval resamples
+    rounds, both sides together; NaN for one round. ValueError for unequal rounds or latencies not positive and finite.
     """
 
     def ratio(before: NDArray, after: NDArray, axis: int) -> NDArray:
@@ -250,9 +244,8 @@ def times_faster(baseline_by_round: Sequence[ArrayLike], variant_by_round: Seque
 def hodges_lehmann(values: ArrayLike) -> Interval:
     """Robust location of values, shape (n,), and the 95 % interval that the signed-rank test does not reject.
 
-    The estimate is the median of the n (n + 1) / 2 averages of pairs, and the bounds are two of those
-    averages, by the normal approximation of the signed-rank distribution; infinite when n is too small for
-    any bound. Source: Hodges & Lehmann, Ann. Math. Statist. 34, 1963.
+    The estimate is the median of the n (n + 1) / 2 averages of pairs, and the bounds are two of them, by the normal
+    approximation; infinite when n is too small for any. Source: Hodges & Lehmann, Ann. Math. Statist. 34, 1963.
     """
     x = np.asarray(values, dtype=np.float64)
     n = len(x)
@@ -267,20 +260,17 @@ def hodges_lehmann(values: ArrayLike) -> Interval:
 def same_or_slower(baseline_rounds: Sequence[ArrayLike], variant_rounds: Sequence[ArrayLike]) -> str:
     """The verdict on two latencies: "same", "slower", "faster", "not shown" or TOO_FEW_ROUNDS.
 
-    Both inputs hold the latencies of each round, any unit, round i of both measured side by side: drift of clock and
-    temperature is then common to both and leaves the ratio of the rounds' medians. Over rounds, Wilcoxon's signed-rank
-    test of the log ratios (Biometrics Bull. 1, 1945) gives p, and the Hodges–Lehmann estimate with its interval gives
-    the size; neither is moved by a few outlying rounds. Differences of 2 % (the tolerance) must be found:
+    Round i of both was measured side by side, so that drift of clock and temperature leaves the ratio of their medians.
+    Over rounds, Wilcoxon's signed-rank test of the log ratios (Biometrics Bull. 1, 1945) gives p and Hodges–Lehmann the
+    size, both robust to outlying rounds. Differences of 2 % (the tolerance) must be found:
 
     - "slower" / "faster": p < 0.01 and the estimate beyond half the tolerance, where the two errors balance.
     - "same": otherwise, if the interval excludes the tolerance on both sides.
     - "not shown": too noisy for either. Measure more rounds.
     - TOO_FEW_ROUNDS: below MINIMUM_ROUNDS, where no difference of any size could be significant.
 
-    With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples
-    call A/A the same and a 2 % slowdown slower in 99 of 100 runs; 12 rounds find the slowdown in 87, and with
-    one sample a round it takes 40 rounds. tests/test_stats.py simulates the first of these. ValueError as in
-    `times_faster`.
+    With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples call A/A
+    the same and a 2 % slowdown slower in 99 of 100 runs (12 rounds: in 87). ValueError as in `times_faster`.
     """
     before, after = _latencies(baseline_rounds, variant_rounds)
     if len(before) < MINIMUM_ROUNDS:
@@ -334,9 +324,8 @@ def flips(baseline_pred: ArrayLike, variant_pred: ArrayLike) -> int:
 def topk_right(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> NDArray[np.bool_]:
     """Whether the label is among the k largest logits; (n, classes) and (n,) in, (n,) out.
 
-    Ties go to the lower class index, as argmax does, so a model that answers a constant is right for one class and not
-    for all. A row with NaN is wrong: it names no class. k beyond the number of classes is always right. ValueError if
-    shapes or labels do not fit, or k < 1.
+    Ties go to the lower class index, as argmax does. A row with NaN is wrong: it names no class. k beyond the number of
+    classes is always right. ValueError if shapes or labels do not fit, or k < 1.
     """
     scores, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or k < 1:

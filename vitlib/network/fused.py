@@ -30,10 +30,7 @@ _GELU |= {"gelu": "erf", "gelu_python": "erf"}
 
 
 class AddNorm(nn.Module):
-    """The sum of `x` and `residual` (M, H), and its layer norm by `norm`, in one kernel where there is one.
-
-    Where only one layer with 8-bit inputs, `reader`, reads the norm, the same kernel quantizes the rows for it.
-    """
+    """`x` + `residual` (M, H) and its layer norm, in one kernel that also quantizes if `reader` alone reads it."""
 
     part = "norm"
 
@@ -85,10 +82,7 @@ class Embedding(nn.Module):
 
 
 class ScaledDotProduct(Tuned):
-    """`attention.attend`, or this project's kernel where it is faster.
-
-    Takes query (n, rows, heads, width), key and value (n, tokens, heads, width), as views of one product.
-    """
+    """The faster kernel for query (n, rows, heads, width), key and value (n, tokens, heads, width), strided views."""
 
     part = "scaled dot product"  # the profiler's name of the attention function
 
@@ -189,20 +183,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP. Takes the residual stream and its norm, and returns both for the block after it.
-
-    `following` is the norm after this block, and `reader` the one layer that reads it, if there is only one. The last
-    block continues with the class token alone.
-    """
+    """Attention and MLP, from the residual stream and its norm to both after it; the last keeps the class token."""
 
     part = "residual"
 
-    def __init__(
-        self, source: nn.Module, attention: nn.Module, mlp: MLP, following: nn.LayerNorm, reader: Linear | None
-    ) -> None:
+    def __init__(self, middle: nn.LayerNorm, attention: nn.Module, mlp: MLP, following: AddNorm) -> None:
         super().__init__()
         self.attention, self.mlp = attention, mlp
-        self.middle_norm, self.following_norm = AddNorm(source.layernorm_after, mlp.first), AddNorm(following, reader)
+        self.middle_norm, self.following_norm = AddNorm(middle, mlp.first), following
 
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = self.attention(normed, count)
@@ -227,11 +215,10 @@ class Maker(NamedTuple):
 
 
 class FusedViT(nn.Module):
-    """`network(pixel_values) -> logits` (n, classes) of a transformers ViT, from its own tensors.
+    """`network(pixel_values) -> logits` (n, classes) of a transformers ViT, for evaluation only.
 
-    Tensors that keep their layout are shared with that network, those of query, key and value are copied into one.
-    `kind` is the class of the encoder's linears, `gelu` what the MLPs compute in their product ("erf", "tanh", or None
-    for another activation). Evaluation only.
+    It shares that network's tensors, but copies query, key and value into one. `kind` is the class of the encoder's
+    linears, `gelu` what the MLPs compute in their product ("erf", "tanh", or None for another activation).
     """
 
     def __init__(self, model: nn.Module, *, kind: str, gelu: str | None) -> None:
@@ -259,10 +246,7 @@ class FusedViT(nn.Module):
         return self.classifier(normed)
 
     def put_side_by_side(self) -> None:
-        """Move the quantized weights of each block together, where that lets one kernel dequantize them (`blocks`).
-
-        Call it before anything is captured. Weights shared with the network it was made from are copied.
-        """
+        """Copy each block's quantized weights together, for one kernel (`blocks`); before anything is captured."""
         linears = [[module for module in block.modules() if isinstance(module, Linear)] for block in self.blocks]
         if all(map(can_run, linears)):
             self.block_weights = [BlockWeights(own) for own in linears]
@@ -279,14 +263,14 @@ def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
     # The norm before the last attention has two readers, the last norm only the classifier: neither quantizes.
     readers = [*(core.qkv for core in cores[1:-1]), None, None]
     for layer, core, following, reader in zip(vit.layers, cores, norms_after, readers[-len(cores) :], strict=True):
-        yield Block(layer, core, MLP(layer.mlp, gelu, make, only_class=layer is last), following, reader)
+        mlp = MLP(layer.mlp, gelu, make, only_class=layer is last)
+        yield Block(layer.layernorm_after, core, mlp, AddNorm(following, reader))
 
 
 def fuse(model: nn.Module, variant: Variant) -> FusedViT:
-    """The network that `variant` asks for, from the plain one that holds its weights and has not run yet on a CPU.
+    """The network of `variant` from the plain one, which has not run yet on a CPU and is not changed.
 
-    `model` is not changed; while both exist, the query, key and value weights are in memory twice. ValueError where the
-    network cannot be fused or its stored format is not that of the variant.
+    ValueError where the network cannot be fused or its stored format is not that of the variant.
     """
     if not hasattr(model, "vit"):
         raise ValueError(f"a {type(model).__name__} cannot be fused: it must be a ViTForImageClassification")

@@ -33,10 +33,7 @@ def gelu_of(values: torch.Tensor, gelu: str | None) -> torch.Tensor:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> torch.Tensor:
-    """GELU(x weightᵀ + bias), with bias and tanh GELU in the product's epilogue where there is one.
-
-    The epilogue of cuBLASLt computes the tanh form, that of the CPU the exact one.
-    """
+    """GELU(x weightᵀ + bias), in the product's epilogue where it has the form: cuBLASLt's tanh, the CPU's exact."""
     if bias is not None and gelu == ("tanh" if x.is_cuda else "erf"):
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
     return gelu_of(F.linear(x, weight, bias), gelu)
@@ -64,10 +61,9 @@ class Step(nn.Module):
 
 
 class Linear(Tuned):
-    """What all formats share: sizes, bias, and the implementation by number of rows.
+    """What all formats share. Made from `layers` of the class `source`, with their outputs side by side.
 
-    A format's layer is made from `layers`, of its class `source`, and has their outputs side by side. The tensors of a
-    single layer are shared with it, those of several are copied into one.
+    The tensors of a single layer are shared with it, those of several are copied into one.
     """
 
     source: type[nn.Linear] = nn.Linear
@@ -88,8 +84,7 @@ class Linear(Tuned):
         return x, self.usual_gelu
 
     def alike(self) -> tuple:
-        sizes = self.out_features, self.in_features, self.rows_per_picture
-        return type(self), *sizes, self.usual_gelu, self.norm_quantizes
+        return type(self), self.shape, self.rows_per_picture, self.usual_gelu, self.norm_quantizes
 
     def forward(self, x: torch.Tensor | Quantized, gelu: str | None = None) -> torch.Tensor:
         if self.prepared is not None:
@@ -141,10 +136,9 @@ class WeightOnly(Linear):
 
 
 class NF4(WeightOnly):
-    """Packed 4-bit codes (N·K/2 bytes) with a scale for each 64 of them (Dettmers et al. 2023, section 3), row by row.
+    """Packed 4-bit codes (N·K/2 bytes), row by row, a scale for each 64 of them (Dettmers et al. 2023, section 3).
 
-    The checkpoint's scales are quantized too (double quantization); they are expanded to fp32 here. Where this
-    project's kernels run, the codes are in their order instead of bitsandbytes'.
+    The checkpoint quantizes the scales too: they are fp32 here. The codes have the order of the kernels that run.
     """
 
     source = bnb.nn.Linear4bit
@@ -201,8 +195,7 @@ class Int8WeightOnly(Int8, WeightOnly):
         if use_kernels(self.rows.device):
             dequantize.dequantize_int8(self.rows.view(-1), self.scales, out.view(-1))
             return out
-        # One pass: int8 times fp32 is computed in fp32 and rounded once, into the output.
-        return torch.mul(self.rows, self.scales[:, None], out=out)
+        return torch.mul(self.rows, self.scales[:, None], out=out)  # computed in fp32 and rounded once
 
 
 class EightBit(Rows):
@@ -272,8 +265,7 @@ class FP8(EightBit):
         self.answer = _scaled_product(weight.device, weight.dtype) if sizes_fit else None
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
-        found = {} if self.answer is None else {"library": FP8.library}
-        found |= {"dequantize": EightBit.dequantize}
+        found = ({"library": FP8.library} if self.answer else {}) | {"dequantize": EightBit.dequantize}
         return found | ({"fused": EightBit.fused} if use_kernels(self.rows.device, fp8=True) else {})
 
     def library(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:

@@ -46,19 +46,15 @@ SMALLEST = Config(32, 32, 64, 1, 4, 2)
 
 
 def configs(m: int, n: int, k: int, shared_bytes: int = 227 * 1024, processors: int = 132) -> list[Config]:
-    """Configurations worth timing for a (m, k) × (n, k)ᵀ product, the most promising first; the first is the default.
+    """Configurations worth timing for a (m, k) × (n, k)ᵀ product, the default first; device sizes are Hopper's.
 
-    `shared_bytes` is what one program may use and `processors` how many the device has (defaults: Hopper). Where a
-    product has few tiles the sum is split in up to 8 parts, so that every processor gets one.
+    Where a product has few tiles the sum is split in up to 8 parts, so that every processor gets one.
     """
     found = []
     for config in FOR_FEW_ROWS if m <= FEW_ROWS else FOR_MANY_ROWS:
         tiles, split = math.ceil(m / config.bm) * math.ceil(n / config.bn), config.split_k or 1
-        while (
-            not config.split_k
-            and tiles * split * 2 <= processors * 1.25
-            and split * 2 <= min(8, math.ceil(k / config.bk))
-        ):
+        most = 1 if config.split_k else min(8, math.ceil(k / config.bk), processors * 1.25 / tiles)
+        while split * 2 <= most:
             split *= 2
         found += [config._replace(split_k=split)] if config.shared_bytes <= shared_bytes else []
     return list(dict.fromkeys(found)) or [SMALLEST]
@@ -173,17 +169,13 @@ def check_codes(dtype: torch.dtype) -> None:
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """(q (M, K) int8 or float8_e4m3fn, scale (M,) fp32), x ≈ q · scale: symmetric, each row by its largest value.
-
-    Rows longer than 4096 take the plain form. ValueError for another `dtype` or a strided x.
-    """
+    """(q (M, K) int8 or float8_e4m3fn, scale (M,) fp32), x ≈ q · scale, each row by its largest value. x contiguous."""
     check_matrix("x", x, dtypes=FLOATS)
     check_codes(dtype)
     if missing_for(dtype, x.device) or x.shape[1] > ROW_LIMIT:
         return plain_quantize(x.float(), dtype)
     m, k = x.shape
-    q = torch.empty(m, k, dtype=dtype, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    q, scale = x.new_empty(m, k, dtype=dtype), x.new_empty(m, dtype=torch.float32)
     with torch.cuda.device_of(x):
         sizes = k, triton.next_power_of_2(k)
         _quantize_kernel[(m,)](x, q, scale, *sizes, LIMITS[dtype], dtype == torch.int8, num_warps=4)
@@ -239,11 +231,7 @@ def linear_8bit(
 def _reduced(partials: Tensor, bias: Tensor | None, gelu: str | None, dtype: torch.dtype) -> Tensor:
     """(M, N) of `dtype`: the sum over parts (S, M, N) fp32, plus `bias` (N,), through GELU where asked."""
     split, m, n = partials.shape
-    out = torch.empty(m, n, dtype=dtype, device=partials.device)
-    block = min(1024, triton.next_power_of_2(n))
-    _reduce_kernel[(m, math.ceil(n / block))](
-        *(partials, out if bias is None else bias, out, m, n),
-        **{"SPLIT": split, "BN": block, "BIAS": bias is not None, "GELU": gelu or ""},
-        num_warps=4,
-    )
+    out, block = partials.new_empty(m, n, dtype=dtype), min(1024, triton.next_power_of_2(n))
+    sizes = {"SPLIT": split, "BN": block, "BIAS": bias is not None, "GELU": gelu or "", "num_warps": 4}
+    _reduce_kernel[(m, math.ceil(n / block))](partials, out if bias is None else bias, out, m, n, **sizes)
     return out
