@@ -55,7 +55,7 @@ def smoke():
     shutil.rmtree(folder, ignore_errors=True)  # what an earlier run left must not pass for what this one wrote
     for notebook in NOTEBOOKS:
         chosen = params.load(ROOT / "params" / "smoke.yaml")
-        run.execute(notebook, parameters=chosen, folder=folder, progress=False)
+        run.execute(notebook, parameters=chosen, folder=folder)
     index.write(folder)
     return folder
 
