@@ -45,3 +45,9 @@ def test_the_map_names_every_module():
 
 def test_its_notebooks_are_those_of_a_study():
     assert re.findall(r"^\| `(\d_\w+)`", README, re.M) == list(run.params.NOTEBOOKS)
+
+
+def test_the_gallerys_records_have_todays_columns():
+    names = [path.stem for path in (GALLERY.folder / "records").glob("*.csv")]
+    assert {"variants", "accuracy", "latency", "ablation", "predictions"} <= set(names)
+    assert all(len(GALLERY.read(name)) for name in names)  # raises where a column of the schema is missing

@@ -1,5 +1,6 @@
 """Page 6 from the records alone: a study of today, and one that an earlier version wrote."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -139,3 +140,10 @@ def test_every_record_of_the_gallery_is_readable_today(tmp_path):
 def test_without_records_the_notebook_to_run_is_named(tmp_path):
     with pytest.raises(records.MissingRecord, match="2_evaluate"):
         speed.ladder(Study.at(tmp_path))
+
+
+def test_the_headlines_factors_are_those_of_the_ladder():
+    study = Study.at(GALLERY)
+    ladder = speed.ladder(study).to_string()
+    factors = re.findall(r"([\d.]+)×", speed.headline(study))
+    assert len(factors) >= 8 and all(f" {factor}\u00a0(" in ladder for factor in factors)

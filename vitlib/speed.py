@@ -176,20 +176,21 @@ def headline(study: Study) -> Markdown:
         times = table[table["batch"] == batch].set_index("variant")["latency_p50_ms"]
         small = times.reindex(quantized).dropna()
         fastest = {"the fastest": times.idxmin()}
-        fastest |= {"the fastest quantized one": small.idxmin()} if len(small) else {}
+        if len(small) and small.idxmin() != times.idxmin():
+            fastest["the fastest quantized one"] = small.idxmin()
         for words, name in fastest.items():
             rounds = [benchmark.rounds_of(latencies, each, batch) for each in (baseline, name)]
             said = benchmark.in_words(stats.times_faster(*rounds), stats.same_or_slower(*rounds), len(rounds[1]))
-            path = _path(climbed, name, times)
+            path = _path(latencies, climbed, name, batch)
             lines.append(f"**Batch size {batch}**: {words} is {label(name)}, {_three(times[name])} ms, {said}.{path}")
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
-def _path(climbed: dict[str, tuple[str, str]], name: str, times: pd.Series) -> str:
+def _path(latencies: pd.DataFrame, climbed: dict[str, tuple[str, str]], name: str, batch: int) -> str:
     """The techniques that lead from the baseline to `name`, each with its factor; '' for the baseline."""
     steps, (technique, before) = [], climbed[name]
     while before:
-        factor = times.get(before, np.nan) / times.get(name, np.nan)
-        steps.insert(0, technique if np.isnan(factor) else f"{technique} {_three(factor)}×")
+        factor = _factor(latencies, before, name, batch).split(NO_BREAK)[0]
+        steps.insert(0, technique if factor == MISSING else f"{technique} {factor}×")
         name, (technique, before) = before, climbed[before]
     return f" Step by step: {', '.join(steps)}." if steps else ""
