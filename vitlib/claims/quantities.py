@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 from pydantic import AfterValidator, BaseModel, Field
 
-from vitlib.measure import stats
+from vitlib.measure import benchmark, stats
 from vitlib.study import records
 from vitlib.study.study import Study
 from vitlib.study.variants import find, label
@@ -144,16 +144,16 @@ class Faster(_Kind):
     batch: int = 0  # 0: every batch size that was measured
 
     def measure(self, study: Study) -> Measurement:
+        """Factors by batch size, or by variant at the batch size that the claim names."""
         require(study, gpu=True)
-        calls, found = study.read("latency").groupby(["variant", "batch"]), {}
-        rounds = {key: [part for _, part in own.groupby("round")["latency_ms"]] for key, own in calls}
+        latencies, found = study.read("latency"), {}
         for name in self.variants:
             measured = rows_of(study, name).index.intersection(rows_of(study, self.baseline).index)
             if self.batch and self.batch not in measured:
                 raise Missing(f"{label(name)} was not measured at batch size {self.batch}")
             for batch in [self.batch] if self.batch else measured:
-                ratio = stats.times_faster(rounds[self.baseline, batch], rounds[name, batch])
-                found[name if self.batch else f"batch {batch}"] = bounded(*ratio)
+                rounds = (benchmark.rounds_of(latencies, each, batch) for each in (self.baseline, name))
+                found[name if self.batch else f"batch {batch}"] = bounded(*stats.times_faster(*rounds))
         return found
 
 
@@ -164,6 +164,7 @@ class Points(_Kind):
     variants: Names
 
     def measure(self, study: Study) -> Measurement:
+        """Points by variant."""
         require(study, training=True)
         rows = study.read("accuracy").set_index("variant")
         if absent := {"fp32-sdpa", *self.variants} - set(rows.index[rows["top1"].notna()]):
@@ -221,6 +222,7 @@ class Sensitivity(_Kind):
     against: Literal["mean", "others"] = "mean"
 
     def measure(self, study: Study) -> Measurement:
+        """The KL of the blocks that the claim names, against the others."""
         require(study, training=True)
         kl = _ablated(study, self.bits)["logit_kl"].filter(like="all but block ")
         if kl.empty:
