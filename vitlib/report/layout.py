@@ -101,7 +101,8 @@ def plain(markdown: str) -> str:
     """One line of Markdown as plain text: no marks of lists, emphasis, code or links."""
     text = re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "", markdown)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return re.sub(r"(?<!\\)[*`]|\\(?=[^\w\s])", "", text).strip()
+    text = re.sub(r"\\([^\w\s]|_)|[*`]", lambda found: found[1] or "", text)
+    return html.unescape(text).strip()
 
 
 def with_contents(page: str) -> str:

@@ -7,6 +7,7 @@ table(frame, {"variant": "variant", "top1": Column("Top-1 (%)", ".2f", 100),
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import NamedTuple
@@ -24,6 +25,11 @@ class Markdown(str):
 
     def _repr_markdown_(self) -> str:
         return str(self)
+
+
+def text(name: object) -> str:
+    """A name of a class or a file for a sentence in Markdown, in which nothing of it counts as markup."""
+    return re.sub(r"[\\`*_{}\[\]()<>#|$~&!:@^=]", lambda found: f"&#{ord(found[0])};", " ".join(str(name).split()))
 
 
 class Column(NamedTuple):
