@@ -1,4 +1,4 @@
-"""What the index shows of a page: its title, finding, date and a small picture, taken from its HTML. No torch."""
+"""What an index shows of a page: its title, finding, date and a small picture, taken from its HTML. No torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import html
 import io
 import re
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_META = r'<meta name="{}" content="([^"]*)"'
-_ANSWER = re.compile(r'<section class="answer">(.*?)</section>', re.DOTALL)
-_IMAGE = re.compile(r"<img\b[^>]*>")
-_DATA = re.compile(r'\bsrc="data:image/(svg\+xml|png|jpeg|webp);base64,([^"]*)"')
-_ALT = re.compile(r'\balt="([^"]*)"')
+_DATA = re.compile(r"data:image/(svg\+xml|png|jpeg|webp);base64,(.*)", re.DOTALL)
 PHOTOGRAPHS, SIDE = 4, 160  # photographs in a card, and the side in pixels that they are scaled down to
 
 
@@ -26,58 +23,66 @@ class Thumbnail(NamedTuple):
     drawn: bool
 
 
+class _Head(HTMLParser):
+    """The title of a page, the contents of its `<meta>` by name, and the attributes of the images in its answer."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.meta, self.images = dict[str, str](), list[dict[str, str]]()
+        head, _, body = text.partition("</head>")
+        title = re.search(r"<title>(.*?)</title>", head, re.DOTALL)
+        self.title = html.unescape(title[1]).rpartition(" – ")[0] if title else ""  # without the study's name
+        answer = re.search(r'<section class="answer">.*?</section>', body, re.DOTALL)
+        self.feed(head + (answer[0] if answer else ""))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        if tag == "meta":
+            self.meta[values.get("name", "")] = values.get("content", "")
+        elif tag == "img":
+            self.images.append(values)
+
+
 def card(folder: Path, stem: str, status: str) -> dict[str, Any]:
-    """What the index shows of one report: title, finding, pictures, status, date and links."""
+    """What an index shows of one report: title, finding, pictures, status, date and links."""
     good, failed = folder / f"{stem}.html", folder / f"{stem}.failed.html"
     shown = failed if status == "failed" else good
     number, _, name = stem.partition("_")
-    made: dict[str, Any] = {"title": f"{number} · {name.replace('_', ' ')}", "status": status, "finding": ""}
-    text = read(shown)
-    if text:
-        title = _found(r"<title>(.*?)</title>", text).rpartition(" – ")[0]
-        made |= {"href": shown.name, "date": date(shown, text), "thumbnails": thumbnails(text)}
-        made |= {"title": f"{number} · {title}"} if title and title not in (stem, shown.stem) else {}
-        made |= {"finding": _found(_META.format("description"), text)}
-        notebook = shown.with_suffix(".ipynb")
-        made |= {"notebook": notebook.name} if notebook.is_file() else {}
-    if shown == failed and (last := read(good)):
-        made |= {"last_good": good.name, "last_good_date": date(good, last)}
+    made: dict[str, Any] = {"stem": stem, "status": status, "finding": "", "date": "", "thumbnails": []}
+    made["title"] = f"{number} · {name.replace('_', ' ')}"
+    if (text := read(shown)) is not None:
+        head = _Head(text)
+        made |= {"href": shown.name, "date": _date(shown, head), "thumbnails": _thumbnails(head.images)}
+        made |= {"title": f"{number} · {head.title}"} if head.title not in ("", stem, shown.stem) else {}
+        made |= {"finding": head.meta.get("description", "")}
+        made |= {"notebook": f"{shown.stem}.ipynb"} if shown.with_suffix(".ipynb").is_file() else {}
+    if shown == failed and (text := read(good)) is not None:
+        made |= {"last_good": good.name, "last_good_date": _date(good, _Head(text))}
     return made
 
 
-def read(page: Path) -> str:
-    """The text of a page; '' where there is none (another process may have removed it)."""
+def read(page: Path) -> str | None:
+    """The text of a page; None where there is none (another process may have removed it)."""
     try:
         return page.read_text(encoding="utf-8")
     except OSError:
-        return ""
+        return None
 
 
-def date(page: Path, text: str) -> str:
+def _date(page: Path, head: _Head) -> str:
     """When the notebook ran, to the minute; for a page of an earlier version, when its file was written."""
-    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(page.stat().st_mtime))
-    return _found(_META.format("date"), text) or written
+    return head.meta.get("date") or time.strftime("%Y-%m-%d %H:%M", time.localtime(page.stat().st_mtime))
 
 
-def _found(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    return html.unescape(found[1]) if found else ""
-
-
-def thumbnails(text: str) -> list[Thumbnail]:
-    """The first figure of the page's answer as it is, or its first photographs, scaled down; none without an answer."""
-    answer = _ANSWER.search(text)
+def _thumbnails(images: list[dict[str, str]]) -> list[Thumbnail]:
+    """The first figure of an answer as it is, or its first photographs, scaled down."""
     made: list[Thumbnail] = []
-    for image in _IMAGE.findall(answer[1]) if answer else ():
-        data = _DATA.search(image)
-        if not data:
-            continue
-        alt = html.unescape((_ALT.search(image) or ("", ""))[1])
-        if data[1] == "svg+xml":
-            return made or [Thumbnail(f"data:image/svg+xml;base64,{data[2]}", alt, True)]
-        made.append(Thumbnail(_small(base64.b64decode(data[2])), alt, False))
-        if len(made) == PHOTOGRAPHS:
-            break
+    for image in images:
+        data, alt = _DATA.fullmatch(image.get("src", "")), image.get("alt", "")
+        if data and data[1] == "svg+xml":
+            return made or [Thumbnail(data[0], alt, True)]
+        if data and len(made) < PHOTOGRAPHS:
+            made.append(Thumbnail(_small(base64.b64decode(data[2])), alt, False))
     return made
 
 
@@ -92,5 +97,4 @@ def _small(picture: bytes) -> str:
 
 def drawing(path: Path) -> str:
     """The `data:` address of an SVG file; '' where there is none."""
-    text = read(path)
-    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}" if text else ""
+    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}" if (text := read(path)) else ""

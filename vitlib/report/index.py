@@ -38,6 +38,7 @@ _MEANINGS = {
     "claims.csv": "claims of the original study, each with its verdict",
     "preprocessing.csv": "what the wrong preprocessing costs",
 }
+_PARTS = ("parameters", "hardware")
 _TRACE = "profiler trace of one forward pass; opens in ui.perfetto.dev"
 _BASES = {  # kind of base, see `origin`
     "random": "trained from random weights",
@@ -55,7 +56,7 @@ def write(folder: str | Path) -> Path:
     made = _environment(study)
     name, all_studies = _name(study, made), overview(study.folder)
     shown = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
-    about, facts = _about(study, name, made, shown), provenance.facts(made)
+    about, facts = _about(study, made, shown), provenance.facts(made)
     # A published study is found through its repository: there, no page of all studies is beside it.
     beside = all_studies is not None and all_studies.parent == study.folder.absolute().parent
     target = _written(
@@ -96,7 +97,7 @@ def _write_overview(target: Path) -> None:
         name = _name(study, made)
         href = f"{folder.relative_to(target.parent).as_posix()}/index.html"
         where = f"{name} (gallery)" if folder.parent != target.parent else name
-        shown.append(_about(study, name, made, done) | {"name": where, "href": href, "date": _last(done)})
+        shown.append(_about(study, made, done) | {"name": where, "href": href, "date": _last(done)})
     shown.sort(key=lambda study: study["date"], reverse=True)
     _written(target, "studies.html.j2", title="Studies: vitlib", description=_ABOUT, studies=shown)
 
@@ -159,32 +160,31 @@ def _name(study: Study, made: Any) -> str:
     return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
 
 
-def _about(study: Study, name: str, made: Any, shown: list[dict[str, Any]]) -> dict[str, str]:
+def _about(study: Study, made: Any, shown: list[dict[str, Any]]) -> dict[str, str]:
     """What the study is, its main finding, and its hero figure with a text; '' for what is not known."""
-    by_stem = {card.get("href", "").partition(".")[0]: card for card in shown}
-    evaluated = by_stem.get("2_evaluate", {})
-    said = [card["finding"] for card in (evaluated, *shown) if card.get("finding")]
-    drawn = [image.alt for image in evaluated.get("thumbnails", ()) if image.drawn and image.alt]
+    first = sorted(shown, key=lambda card: card["stem"] != "2_evaluate")  # the main result comes first
+    said = [card["finding"] for card in first if card["finding"]]
+    drawn = [image.alt for image in first[0]["thumbnails"] if image.drawn and image.alt] if first else []
     about = {"sentence": _sentence(study, made), "finding": said[0] if said else ""}
     return about | {"hero": cards.drawing(study.folder / HERO), "hero_alt": (drawn or [_HERO_ALT])[0]}
 
 
 def _sentence(study: Study, made: Any) -> str:
     """Base, data and hardware of the study in one sentence."""
-    base, parameters, hardware = origin.of_study(study.folder), *(
-        provenance.part(made, key) for key in ("parameters", "hardware")
-    )
+    base, (parameters, hardware) = origin.of_study(study.folder), (provenance.part(made, key) for key in _PARTS)
     kind = _BASES.get(str(base.get("kind")), "").format(base=Path(str(base.get("base", ""))).name)
-    source = str(parameters.get("data_source", ""))
-    data = {"": "", "synthetic": "synthetic flowers"}.get(source, f"the pictures of {source.partition(':')[2] or source}")
-    gpus = [gpu.get("name", "") for gpu in hardware.get("gpus") or ()]
-    machine = f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else "".join(gpus) or hardware.get("cpu") or ""
-    said = ["A Vision Transformer", kind, f"on {data}" if data else "", f"; measured on {machine}" if machine else ""]
-    return " ".join(filter(None, said)).replace(" ;", ",") + "."
+    source, names = str(parameters.get("data_source", "")), [gpu.get("name", "") for gpu in hardware.get("gpus") or ()]
+    data = "synthetic flowers" if source == "synthetic" else f"the pictures of {source.partition(':')[2] or source}"
+    gpus = f"{len(names) if len(names) > 1 else 'one'} {names[0]}" if names else ""
+    machine = gpus or (f"the CPU ({hardware['cpu']})" if hardware.get("cpu") else "")
+    count = len(parameters.get("variants") or ())
+    said = f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer"
+    said += f" {kind}" * bool(kind) + f" on {data}" * bool(source)
+    return said + f", measured on {machine}." * bool(machine)
 
 
 def _last(shown: list[dict[str, Any]]) -> str:
-    return max((card["date"] for card in shown if card.get("date")), default="")
+    return max((card["date"] for card in shown), default="")
 
 
 def _files(study: Study) -> list[tuple[str, str]]:
