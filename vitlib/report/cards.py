@@ -7,11 +7,13 @@ import html
 import io
 import re
 import time
+import urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _DATA = re.compile(r"data:image/(svg\+xml|png|jpeg|webp);base64,(.*)", re.DOTALL)
+_UNQUOTED = " ='/:;,()-.{}*!?+@$"  # characters that may stay in an address inside double quotes
 PHOTOGRAPHS, SIDE = 4, 160  # photographs in a card, and the side in pixels that they are scaled down to
 
 
@@ -80,7 +82,7 @@ def _thumbnails(images: list[dict[str, str]]) -> list[Thumbnail]:
     for image in images:
         data, alt = _DATA.fullmatch(image.get("src", "")), image.get("alt", "")
         if data and data[1] == "svg+xml":
-            return made or [Thumbnail(data[0], alt, True)]
+            return made or [Thumbnail(_figure(base64.b64decode(data[2]).decode()), alt, True)]
         if data and len(made) < PHOTOGRAPHS:
             made.append(Thumbnail(_small(base64.b64decode(data[2])), alt, False))
     return made
@@ -97,4 +99,12 @@ def _small(picture: bytes) -> str:
 
 def drawing(path: Path) -> str:
     """The `data:` address of an SVG file; '' where there is none."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}" if (text := read(path)) else ""
+    return _figure(text) if (text := read(path)) else ""
+
+
+def _figure(svg: str) -> str:
+    """The `data:` address of a figure: without layout of its text, coordinates to 0.1 pt; it holds no `"`, `<` or `&`."""
+    svg = re.sub(r"scale\([^)]*\)|(?<=\d\.\d)\d+", lambda found: found[0] if "s" in found[0] else "", svg)
+    svg = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", svg[max(svg.find("<svg"), 0) :]))
+    svg = svg if "'" in svg else svg.replace('"', "'")
+    return f"data:image/svg+xml,{urllib.parse.quote(svg, safe=_UNQUOTED)}"

@@ -137,7 +137,7 @@ def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]
     columns: dict[str, str | Column] = {
         "variant": "variant",
         "top1": Column("Top-1 (%)", ".1f", 100),
-        "agreement_with_baseline": Column("same class as the baseline (%)", ".1f", 100),
+        "agreement_with_baseline": Column("same class (%)", ".1f", 100),
         "model_mb": Column("MB", ",.1f", best="low", bar=True),
     }
     for batch in speed:
@@ -179,7 +179,7 @@ def _sentence(study: Study, made: Any) -> str:
     machine = gpus or (f"the CPU ({hardware['cpu']})" if hardware.get("cpu") else "")
     count = len(parameters.get("variants") or ())
     said = f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer"
-    said += f" {kind}" * bool(kind) + f" on {data}" * bool(source)
+    said += f", {kind}" * bool(kind) + f" on {data}" * bool(source)
     return said + f", measured on {machine}." * bool(machine)
 
 
