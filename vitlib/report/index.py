@@ -39,7 +39,6 @@ _MEANINGS = {
     "preprocessing.csv": "what the wrong preprocessing costs",
 }
 _PARTS = ("parameters", "hardware")
-_TRACE = "profiler trace of one forward pass; opens in ui.perfetto.dev"
 _BASES = {  # kind of base, see `origin`
     "random": "trained from random weights",
     "generator": "pretrained on synthetic flowers and fine-tuned",
@@ -72,7 +71,10 @@ def write(folder: str | Path) -> Path:
         facts=_facts(study, name, made, shown),
         table="" if frame.empty else page.linked(tables.table(frame, columns).to_html()),
         note=note,
-        files=_files(study),
+        files=[(path.relative_to(study.folder).as_posix(), _meaning(path)) for path in _files(study, ".")],
+        traces=[
+            (path.relative_to(study.folder).as_posix(), path.name.partition(".")[0]) for path in _files(study, "traces")
+        ],
         made=" · ".join(facts[key] for key in ("hardware", "software", "commit") if facts.get(key)),
     )
     if all_studies is not None:
@@ -179,6 +181,8 @@ def _sentence(study: Study, made: Any) -> str:
     machine = gpus or (f"the CPU ({hardware['cpu']})" if hardware.get("cpu") else "")
     count = len(parameters.get("variants") or ())
     said = f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer"
+    if source == "synthetic" and base.get("kind") == "generator":
+        kind = "pretrained and fine-tuned"
     said += f", {kind}" * bool(kind) + f" on {data}" * bool(source)
     return said + f", measured on {machine}." * bool(machine)
 
@@ -187,15 +191,11 @@ def _last(shown: list[dict[str, Any]]) -> str:
     return max((card["date"] for card in shown), default="")
 
 
-def _files(study: Study) -> list[tuple[str, str]]:
-    """Path and meaning of each file of the study's records."""
-    found = sorted(path for path in study.record("x").parent.rglob("[!.]*.*") if path.is_file())
-    return [(path.relative_to(study.folder).as_posix(), _meaning(path)) for path in found]
+def _files(study: Study, below: str) -> list[Path]:
+    return sorted(path for path in (study.record("x").parent / below).glob("[!.]*.*") if path.is_file())
 
 
 def _meaning(path: Path) -> str:
-    if path.parent.name == "traces":
-        return _TRACE
     writer = records.NOTEBOOKS.get(path.stem)
     return _MEANINGS.get(path.name, f"written by notebook {writer[0]}" if writer else "")
 

@@ -241,8 +241,10 @@ def _shown(executed: NotebookNode) -> NotebookNode:
             if "data" in output:
                 output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
                 output.metadata = {kind: _sizes(output.metadata.get(kind)) for kind in output.data}
+            elif output.get("name") == "stderr":  # a reader of the page needs no progress bars
+                output.text = re.sub(r".*\d%\|.*\n?", "", output.text)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+            cell.outputs = [output for output in cell.outputs if output.get("data", output.get("text", "-").strip())]
     return copy
 
 
