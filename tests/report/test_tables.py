@@ -2,8 +2,12 @@
 
 import numpy as np
 import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from vitlib.report.tables import Column, Markdown, table
+from vitlib.report import page
+from vitlib.report.tables import Column, Markdown, table, text
 
 FRAME = pd.DataFrame(
     {
@@ -23,20 +27,63 @@ def test_columns_choose_scale_and_name_what_is_shown():
         "top1": Column("Top-1 (%)", ".1f", 100),
         ("low", "high"): Column("95 %", ".1f", 100),
     }
-    page = table(FRAME, columns).to_html()
-    assert "FP32 · SDPA" in page and "NF4 · fused · CUDA graph" in page
-    assert ">79.5<" in page and "76.5\u00a0…\u00a082.1" in page and page.count(">–<") == 2
-    assert "1,234" not in page
+    made = table(FRAME, columns).to_html()
+    assert "FP32 · SDPA" in made and "NF4 · fused · CUDA graph" in made
+    assert ">79.5<" in made and "76.5\u00a0…\u00a082.1" in made and made.count(">–<") == 2
+    assert "1,234" not in made
 
 
 def test_without_columns_everything_is_shown_but_empty_text():
-    page = table(FRAME).to_html()
-    assert ">1,234<" in page and "note" not in page
+    made = table(FRAME).to_html()
+    assert ">1,234<" in made and "note" not in made
 
 
 def test_markup_in_names_is_shown_as_text():
-    page = table(pd.DataFrame({"file": ["<img src=x onerror=alert(1)>", "<!-- a"]})).to_html()
-    assert "<img" not in page and "&lt;img" in page and "&lt;!-- a" in page
+    made = table(pd.DataFrame({"file": ["<img src=x onerror=alert(1)>", "<!-- a"]})).to_html()
+    assert "<img" not in made and "&lt;img" in made and "&lt;!-- a" in made
+
+
+NAMES = (
+    *(
+        "*x*",
+        "<b>bold</b>",
+        "$a$",
+        "a|b",
+        "_x_",
+        "`c`",
+        "[a](b)",
+        "![a](b)",
+        r"\(a\)",
+        r"\\(a\\)",
+        r"\*",
+        "&amp;",
+        "&#42;",
+    ),
+    *(
+        "# no",
+        "~~s~~",
+        "https://e.example/x",
+        "<!-- a",
+        "$$a$$",
+        r"\begin{x}",
+        "- a",
+        "1. b",
+        "x\ny",
+        "<script>1</script>",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_sentences_are_shown_as_they_are(name, tmp_path):
+    """In cells and in outputs; the finding of the page has them too."""
+    sentence = f"- The class {text(name)} and **{text(name)}** end."
+    shown = new_output("display_data", data={"text/markdown": sentence})
+    cells = [new_markdown_cell(sentence), new_code_cell("1", outputs=[shown], metadata={"tags": ["summary"]})]
+    soup = BeautifulSoup(page.page_of(new_notebook(cells=cells), tmp_path / "1_x.html"), "html.parser")
+    expected = "The class {0} and {0} end.".format(name.replace("\n", " "))
+    assert [item.get_text() for item in soup.select("main li")] == [expected] * 2
+    assert soup.select_one('meta[name="description"]')["content"] == expected
 
 
 def test_an_empty_table_says_so():
