@@ -75,8 +75,8 @@ def test_a_copied_study_keeps_its_name_and_says_what_its_base_is(study):
     assert "seed = 0" in text and "image_size" not in text  # of synthetic pictures, and these are none
     assert "no pretrained network. It was trained here" in text
     assert soup.select_one(".lead").get_text() == (
-        "A Vision Transformer, fine-tuned from a stand-in for pretrained weights on the pictures of data/flowers, "
-        "measured on the CPU (<i>CPU</i>)."
+        "A Vision Transformer, fine-tuned from a stand-in for pretrained weights, evaluated on data/flowers, "
+        "measured on <i>CPU</i>."
     )
     assert soup.footer.get_text().startswith("no CUDA device") and soup.title.get_text().startswith("Study h200: ")
 
@@ -122,7 +122,7 @@ def test_a_card_has_the_finding_and_the_picture_of_its_page(study):
     assert soup.select_one('meta[name="description"]')["content"] == 'NF4 is "7.3 times" faster.'
     assert [link["href"] for link in second("a")] == [*["2_evaluate.html"] * 2, "2_evaluate.ipynb"]
     assert second.img["alt"] == "Two <points>" and "scale(0.015625)" in second.img["src"]
-    assert second.img["src"].startswith("data:image/svg+xml,%3Csvg viewBox='0 0 9 9'%3E%3Cpath d='M 1.2 2'")
+    assert second.img["src"].startswith("data:image/svg+xml,%3Csvg viewBox='0 0 9 9'%3E%3Cpath d='M 1.23 2'")
     assert [image["alt"] for image in first("img")] == ["a 'rose' \"x\""] * 4
     small = Image.open(io.BytesIO(base64.b64decode(first.img["src"].partition(",")[2])))
     assert small.format == "WEBP" and max(small.size) == 160

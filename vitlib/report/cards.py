@@ -103,8 +103,8 @@ def drawing(path: Path) -> str:
 
 
 def _figure(svg: str) -> str:
-    """The `data:` address of a figure, coordinates to 0.1 pt; none of its characters ends an attribute in quotes."""
-    svg = re.sub(r"scale\([^)]*\)|(?<=\d\.\d)\d+", lambda found: found[0] if "s" in found[0] else "", svg)
+    """The `data:` address of a figure, coordinates to 0.01 pt; none of its characters ends an attribute in quotes."""
+    svg = re.sub(r"scale\([^)]*\)|(?<=\d\.\d\d)\d+", lambda found: found[0] if "s" in found[0] else "", svg)
     svg = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", svg[max(svg.find("<svg"), 0) :]))
     svg = svg if "'" in svg else svg.replace('"', "'")
     return f"data:image/svg+xml,{urllib.parse.quote(svg, safe=_UNQUOTED)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,15 @@ import pandas as pd
 
 from vitlib.report import cards, page, sorting, tables
 from vitlib.report.tables import Column
-from vitlib.study import files, origin, provenance, records
+from vitlib.study import files, origin, provenance
 from vitlib.study.study import Study
 
 HERO = "hero.svg"  # notebook 2 writes it into the study's folder
 _HERO_ALT = "Milliseconds at batch size 1 against size in MB, a point a variant."
 _ABOUT = "How small and how fast a Vision Transformer can be made, and what that costs in accuracy: one card a study."
-_MEANINGS = {
-    "base.json": "the network that was fine-tuned",
-    "finetune.csv": "loss and accuracy by epoch",
-    "standin.csv": "training of the stand-in for pretrained weights",
-    "environment.json": "hardware, versions, parameters and checksums",
-    "variants.csv": "size, latency and accuracy, a row a variant and batch size",
-    "accuracy.csv": "Top-1 with intervals and paired tests, a row a variant",
-    "latency.csv": "every timed call",
-    "throughput.csv": "images per second in each round",
-    "kernels.csv": "device time of each kernel",
-    "roofline.csv": "rates reached, beside the peaks measured",
-    "validity.csv": "checks of the measurement",
-    "tuning.csv": "kernel configurations that were timed",
-    "logits.npz": "outputs for each validation picture, an array (pictures × classes) a variant; open with numpy.load",
-    "ablation.csv": "accuracy with parts kept in 16 bits",
-    "reliability.csv": "whether other pictures rank the blocks alike",
-    "predictions.csv": "the five most likely classes of each file",
-    "inference.json": "variant, decoder and speed of notebook 4",
-    "claims.csv": "claims of the original study, each with its verdict",
-    "preprocessing.csv": "what the wrong preprocessing costs",
-}
-_PARTS = ("parameters", "hardware")
 _BASES = {  # kind of base, see `origin`
     "random": "trained from random weights",
-    "generator": "pretrained on synthetic flowers and fine-tuned",
+    "generator": "pretrained and fine-tuned by notebook 1",
     "stand-in": "fine-tuned from a stand-in for pretrained weights",
     "hub": "fine-tuned from {base}",
     "folder": "fine-tuned from {base}",
@@ -55,29 +34,26 @@ def write(folder: str | Path) -> Path:
     made = _environment(study)
     name, all_studies = _name(study, made), overview(study.folder)
     shown = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
-    about, facts = _about(study, made, shown), provenance.facts(made)
+    about = _about(study, made, shown)
     # A published study is found through its repository: there, no page of all studies is beside it.
-    beside = all_studies is not None and all_studies.parent == study.folder.absolute().parent
+    beside = all_studies and all_studies.parent == study.folder.absolute().parent
     target = _written(
         study.folder / "index.html",
         "index.html.j2",
         title=f"Study {name}: how small and how fast a Vision Transformer can be made",
         description=about["finding"] or about["sentence"],
         study=name,
-        **{key: about[key] for key in ("sentence", "hero", "hero_alt")},
-        overview=f"../{all_studies.name}" if beside else "",
+        about=about,
+        overview="../index.html" if beside else "",
         readme=(study.folder / "README.md").is_file(),
         cards=shown,
         facts=_facts(study, name, made, shown),
         table="" if frame.empty else page.linked(tables.table(frame, columns).to_html()),
         note=note,
-        files=[(path.relative_to(study.folder).as_posix(), _meaning(path)) for path in _files(study, ".")],
-        traces=[
-            (path.relative_to(study.folder).as_posix(), path.name.partition(".")[0]) for path in _files(study, "traces")
-        ],
-        made=" · ".join(facts[key] for key in ("hardware", "software", "commit") if facts.get(key)),
+        files=_files(study, "."),
+        traces=_files(study, "traces"),
     )
-    if all_studies is not None:
+    if all_studies:
         _write_overview(all_studies)
     return target
 
@@ -90,16 +66,14 @@ def overview(folder: str | Path) -> Path | None:
 
 def _write_overview(target: Path) -> None:
     shown = []
-    for folder in sorted([*target.parent.glob("*/"), *target.parent.glob("gallery/*/")]):
-        done = [cards.card(folder, stem, status) for stem, status in page.reports(folder) if status == "done"]
-        if not done or not (folder / "index.html").is_file():  # no report yet, or no study
-            continue
-        study = Study.at(folder)
-        made = _environment(study)
-        name = _name(study, made)
-        href = f"{folder.relative_to(target.parent).as_posix()}/index.html"
-        where = f"{name} (gallery)" if folder.parent != target.parent else name
-        shown.append(_about(study, made, done) | {"name": where, "href": href, "date": _last(done)})
+    for folder in [*target.parent.glob("*/"), *target.parent.glob("gallery/*/")]:
+        with suppress(FileNotFoundError):  # a study may be removed meanwhile
+            done = [cards.card(folder, stem, status) for stem, status in page.reports(folder) if status == "done"]
+            if done and (folder / "index.html").is_file():
+                made = _environment(study := Study.at(folder))
+                name = _name(study, made) + " (gallery)" * (folder.parent != target.parent)
+                about = {"name": name, "href": f"{folder.relative_to(target.parent).as_posix()}/index.html"}
+                shown.append(_about(study, made, done) | about | {"date": _last(done)})
     shown.sort(key=lambda study: study["date"], reverse=True)
     _written(target, "studies.html.j2", title="Studies: vitlib", description=_ABOUT, studies=shown)
 
@@ -173,31 +147,26 @@ def _about(study: Study, made: Any, shown: list[dict[str, Any]]) -> dict[str, st
 
 def _sentence(study: Study, made: Any) -> str:
     """Base, data and hardware of the study in one sentence."""
-    base, (parameters, hardware) = origin.of_study(study.folder), (provenance.part(made, key) for key in _PARTS)
-    kind = _BASES.get(str(base.get("kind")), "").format(base=Path(str(base.get("base", ""))).name)
-    source, names = str(parameters.get("data_source", "")), [gpu.get("name", "") for gpu in hardware.get("gpus") or ()]
-    data = "synthetic flowers" if source == "synthetic" else f"the pictures of {source.partition(':')[2] or source}"
-    gpus = f"{len(names) if len(names) > 1 else 'one'} {names[0]}" if names else ""
-    machine = gpus or (f"the CPU ({hardware['cpu']})" if hardware.get("cpu") else "")
-    count = len(parameters.get("variants") or ())
-    said = f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer"
-    if source == "synthetic" and base.get("kind") == "generator":
-        kind = "pretrained and fine-tuned"
-    said += f", {kind}" * bool(kind) + f" on {data}" * bool(source)
-    return said + f", measured on {machine}." * bool(machine)
+    base, parameters = origin.of_study(study.folder), provenance.part(made, "parameters")
+    kind, source = str(base.get("kind", "")), str(parameters.get("data_source", ""))
+    count, hardware = len(parameters.get("variants", ())), provenance.part(made, "hardware")
+    machine = provenance.facts(made)["hardware"].split(", ")[0] if hardware.get("gpus") else hardware.get("cpu")
+    words = [
+        f"{count} variants of a Vision Transformer" if count else "A Vision Transformer",
+        _BASES.get(kind, "").format(base=Path(base.get("base", "")).name),
+        f"evaluated on {'synthetic flowers' if source == 'synthetic' else source}" if source else "",
+        f"measured on {machine}" if machine else "",
+    ]
+    return ", ".join(filter(None, words)) + "."
 
 
 def _last(shown: list[dict[str, Any]]) -> str:
     return max((card["date"] for card in shown), default="")
 
 
-def _files(study: Study, below: str) -> list[Path]:
-    return sorted(path for path in (study.record("x").parent / below).glob("[!.]*.*") if path.is_file())
-
-
-def _meaning(path: Path) -> str:
-    writer = records.NOTEBOOKS.get(path.stem)
-    return _MEANINGS.get(path.name, f"written by notebook {writer[0]}" if writer else "")
+def _files(study: Study, below: str) -> list[str]:
+    found = (path for path in (study.record("x").parent / below).glob("[!.]*.*") if path.is_file())
+    return sorted(path.relative_to(study.folder).as_posix() for path in found)
 
 
 def _facts(study: Study, name: str, made: Any, shown: list[dict[str, Any]]) -> Mapping[str, str]:
