@@ -123,7 +123,7 @@ tables.table(memories, columns.OF_VARIANTS)
 
 # %%
 references = evaluate.against_reference(study, bench, logits)
-cpu = evaluate.cpu_latency(study, bench)
+cpu = evaluate.cpu_latency(study, bench, measured.latencies)
 found = (measured.speed, memories, quality, references, profiled.totals, cpu)
 table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
 tables.table(table, columns.SUMMARY)

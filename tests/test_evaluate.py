@@ -92,7 +92,7 @@ def table(study, bench, measured, profiled):
         evaluate.memory(study, bench),
         evaluate.against_reference(study, bench, logits),
         evaluate.accuracy(study, bench, logits),
-        evaluate.cpu_latency(study, bench),
+        evaluate.cpu_latency(study, bench, measured.latencies),
         profiled.totals,
         clocks=measured.clocks,
     )

@@ -69,7 +69,7 @@ def accuracy(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> 
 def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """Outputs of each variant against those of the eager network with the same weights, a row a batch size.
 
-    Fused variants and CUDA graphs have kernels of their own for each batch size; the others are compared at the
+    On a GPU, fused variants and CUDA graphs have kernels of their own for each batch size; all else is compared at the
     evaluation's. NaN where the reference is the variant itself or did not run.
     """
     rows = []
@@ -79,7 +79,7 @@ def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Ten
             error = agreement = np.nan
             if reference in logits and reference != variant.name:
                 own, expected = logits[variant.name], logits[reference]
-                if variant.fused or variant.graphed:
+                if (variant.fused or variant.graphed) and bench.device.type == "cuda":
                     own = engine.logits(bench.engines[variant.name], bench.valid.pixels, size)
                 error = relative_error(own, expected)
                 error = np.inf if np.isnan(error) else error  # missing means not measured
@@ -119,15 +119,20 @@ def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
     return frame.sort_values("variant", key=lambda names: names.map(variants.index), kind="stable", ignore_index=True)
 
 
-def cpu_latency(study: Study, bench: Bench) -> pd.DataFrame:
-    """Median latency of one picture on this machine's CPU in `cpu_latency_ms`, for variants without a CUDA graph."""
+def cpu_latency(study: Study, bench: Bench, latencies: pd.DataFrame) -> pd.DataFrame:
+    """Median latency of one picture on this machine's CPU in `cpu_latency_ms`, for variants without a CUDA graph.
+
+    On a CPU it is among the `latencies` of `measure`, where that has batch size 1.
+    """
     cpu, cuda = torch.device("cpu"), bench.device.type == "cuda"
-    # Beside a GPU only unquantized ones: bitsandbytes takes seconds per picture for ViT-L/16 on a CPU.
-    chosen = [v for v in bench.ran() if not v.graphed and not (v.quantized and cuda)]
-    engines, _ = engines_of(chosen if study.settings.cpu_samples else [], bench.checkpoints, cpu, (1,))
-    calls = {name: bench.calls(runner, 1) for name, runner in engines.items()}
-    budget = timing.Budget(rounds=2, samples=study.settings.cpu_samples, seconds=5.0)
-    samples = timing.latency(calls, cpu, budget, study.settings.seed).rename(columns={"candidate": "variant"})
+    samples = latencies[(latencies["batch"] == 1) & (not cuda)]
+    if samples.empty:
+        # Beside a GPU only unquantized ones: bitsandbytes takes seconds per picture for ViT-L/16 on a CPU.
+        chosen = [v for v in bench.ran() if not v.graphed and not (v.quantized and cuda)]
+        engines, _ = engines_of(chosen if study.settings.cpu_samples else [], bench.checkpoints, cpu, (1,))
+        calls = {name: bench.calls(runner, 1) for name, runner in engines.items()}
+        budget = timing.Budget(rounds=2, samples=study.settings.cpu_samples, seconds=5.0)
+        samples = timing.latency(calls, cpu, budget, study.settings.seed).rename(columns={"candidate": "variant"})
     return samples.groupby("variant", sort=False)["latency_ms"].median().rename("cpu_latency_ms").reset_index()
 
 

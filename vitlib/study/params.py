@@ -54,7 +54,7 @@ class Parameters(BaseModel):
     image_size: int = _field(
         48, "side in pixels of synthetic pictures and of a base that is not loaded", ge=16, le=1024
     )
-    pretrain_epochs: int = _field(10, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
+    pretrain_epochs: int = _field(7, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
     method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
     lora_rank: int = _field(8, "rank r of the adapters", 1, ge=1, le=1024)
     lora_alpha: int = _field(32, "adapters are scaled by lora_alpha / lora_rank", 1, ge=1)
