@@ -198,14 +198,17 @@ def trained(study: Study, table: pd.DataFrame) -> Markdown:
 
 
 def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded]) -> pd.DataFrame:
-    """Fine-tune in place; returns and writes `records/finetune.csv`, returned without a Top-5 of at most 5 classes."""
+    """Fine-tune in place; returns and writes `records/finetune.csv`, returned without what was not measured.
+
+    Top-5 of at most five classes, which is always 100 %, is left out too.
+    """
     names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
     about = {name: getattr(study.settings, name) for name in names}
     where = {"folder": study.training("finetune"), "device": base.device, "resume": study.settings.resume}
     examples, recipe = {s: Examples.of(decoded[s], base.labels) for s in ("train", "valid")}, Recipe.of(study.settings)
     history = trainer.train(model, examples, pre=base.preprocess, recipe=recipe, about=about, **where)
-    written = study.write("finetune", history)
-    return written if len(base.labels.names) > TOP else written.drop(columns="top5")
+    shown = study.write("finetune", history).dropna(axis="columns", how="all")
+    return shown if len(base.labels.names) > TOP else shown.drop(columns="top5")
 
 
 def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:

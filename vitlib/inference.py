@@ -243,8 +243,8 @@ def mistakes(
         return Markdown("The classes of these pictures are not known, so mistakes cannot be found."), _EMPTY
     if wrong.empty:
         return Markdown(f"No mistake: the classes of all {len(known):,} pictures are predicted correctly."), _EMPTY
-    shown, sure = wrong.head(count), (wrong["probability_1"] > 0.9).sum()
-    paired = shown["id_1"].isin(examples["id_1"]).all()
+    shown, sure = wrong.head(count), int((wrong["probability_1"] > 0.9).sum()) or "none"
+    paired = bool(shown["id_1"].isin(examples["id_1"]).all())
     found = {"images": [], "titles": [], "right": [], "columns": 4 if paired else 0}
     for position, row in shown.iterrows():
         beside = examples[examples["id_1"] == row["id_1"]].index[:paired]
@@ -288,10 +288,10 @@ def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdo
     differ = (ids[0] != ids[1]).nonzero().flatten()
     if not len(differ):
         return Markdown(f"NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."), _EMPTY
-    differ = differ[best.sum(dim=0)[differ].argsort(descending=True, stable=True)]
+    differ = differ[best.sum(dim=0)[differ].argsort(descending=True, stable=True)].tolist()
     right = ids.numpy() == truth
     found = {"images": [], "titles": [], "right": []}
-    for at in differ[:count].tolist():
+    for at in differ[:count]:
         told = [f"{who}: {labels.names[ids[k, at]]} {100 * best[k, at]:.0f} %" for k, who in enumerate(("FP32", "NF4"))]
         found["images"].append(_look(valid.pictures[at]))
         found["titles"].append(" · ".join([*told, f"is {labels.names[truth[at]]}"]))
