@@ -107,7 +107,7 @@ tables.table(inference.sample(frame), inference.PREDICTIONS)
 # Hidden and empty files are not opened. Others turn out to be no picture, or damaged, when they are read.
 
 # %%
-tables.table(inference.faults(frame), inference.FAULTS, none="every file could be used")
+tables.table(frame[frame["status"] == "skipped"], inference.FAULTS, none="every file could be used")
 
 # %% [markdown] tags=["summary"]
 # ## Summary

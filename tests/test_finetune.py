@@ -164,7 +164,7 @@ def test_headline_starts_with_the_accuracy_and_says_what_overfits(base, trained)
     assert text.startswith(first) and len(first) < 160
     assert "8 pictures ran at about 1,200 images/s" in text and "changed Top-1 by 1 picture." in text
     assert "best epoch was 2 with 100.0 %" in text
-    assert "overfits after epoch 2**: the validation loss rose from 0.50 to 0.60, while the training loss" in text
+    assert "overfits after epoch 2**: validation loss rose from 0.50 to 0.60, while training loss" in text
     assert "No picture appears in both" in text
     assert "NF4 takes 4.0 times and INT8 2.0 times less memory than FP16; 1 and 0 of 4 pictures change" in text
 

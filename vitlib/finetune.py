@@ -46,18 +46,13 @@ RELOADED = {
     "same_class": Column("same class (%)", ".2f", 100),
 }
 TOP = 5
-METHODS = {  # name and what it trains, in words
-    "lora": (
-        "LoRA",
-        "LoRA adds to each weight matrix *W* of attention and MLP a product *BA* of rank *r*, scaled by α / r (Hu et "
-        "al. 2021), and trains these adapters; *W* stays frozen.",
-    ),
-    "qlora": (
-        "QLoRA",
-        "QLoRA stores the frozen weights in NF4 and trains LoRA adapters beside them (Dettmers et al. 2023).",
-    ),
-    "full": ("Training all weights", "All weights are trained; there are no adapters."),
-    "head": ("Training the head alone", "The encoder stays frozen, and there are no adapters."),
+METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "Training all weights", "head": "Training the head alone"}
+TRAINED = {
+    "lora": "LoRA adds to each weight matrix *W* of attention and MLP a product *BA* of rank *r*, scaled by α / r, and "
+    "trains these adapters (Hu et al. 2021); *W* stays frozen.",
+    "qlora": "QLoRA stores the frozen weights in NF4 and trains LoRA adapters beside them (Dettmers et al. 2023).",
+    "full": "All weights are trained; there are no adapters.",
+    "head": "The encoder stays frozen, and there are no adapters.",
 }
 # ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
 MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
@@ -193,7 +188,7 @@ def trained(study: Study, table: pd.DataFrame) -> Markdown:
     """What `method` trains and how many of the parameters in `parameter_table` these are."""
     count, every = table["trainable"].sum(), table.to_numpy().sum()
     share = f"{100 * count / every:.2g} %" if count < every else "all"
-    said = f"{METHODS[study.settings.method][1]} The new head starts from random weights and is always trained."
+    said = f"{TRAINED[study.settings.method]} The new head starts from random weights and is always trained."
     return Markdown(f"{said} {count:,} parameters are trained, {share} of the network.")
 
 
@@ -284,7 +279,7 @@ def headline(
     (low, high), rate = stats.wilson(round(merged * valid), valid), history["images_per_s"].median()
     epochs, trained = _count(last["epoch"], "epoch"), _count(len(decoded["train"].pictures), "picture")
     first = (
-        f"{METHODS[study.settings.method][0]} reaches **{100 * merged:.1f} % Top-1** on {valid:,} validation pictures "
+        f"{METHODS[study.settings.method]} reaches **{100 * merged:.1f} % Top-1** on {valid:,} validation pictures "
         f"of {len(base.labels.names)} classes after {epochs}. The 95 % interval is {100 * low:.1f} … {100 * high:.1f} "
         f"%. Training on {trained} ran at about {float(f'{rate:.2g}'):,g} images/s on the {device}."
     )
@@ -309,31 +304,29 @@ def overfits_after(history: pd.DataFrame) -> int | None:
 
     It does where that loss has risen by a tenth, or by a hundredth while the training loss has halved.
     """
-    curves = history.set_index("epoch")
-    lowest, last = curves["valid_loss"].idxmin(), curves.iloc[-1]
-    rise, fall = last[["valid_loss", "train_loss"]] / curves.loc[lowest, ["valid_loss", "train_loss"]]
+    curves = history.set_index("epoch")[["valid_loss", "train_loss"]]
+    lowest = curves["valid_loss"].idxmin()
+    rise, fall = curves.iloc[-1] / curves.loc[lowest]
     return int(lowest) if rise > 1.1 or (rise > 1.01 and fall < 0.5) else None
 
 
 def _overfits(history: pd.DataFrame) -> str:
     """A sentence where the network overfits, else ''."""
-    if (epoch := overfits_after(history)) is None:
+    epoch, curves = overfits_after(history), history.set_index("epoch")[["valid_loss", "train_loss"]]
+    if epoch is None:
         return ""
-    curves = history.set_index("epoch")
-    (lowest, train), (valid, fell) = curves.loc[[epoch, curves.index[-1]], ["valid_loss", "train_loss"]].to_numpy()
-    trend = f", while the training loss went from {train:.2f} to {fell:.2f}"
-    return f"**It overfits after epoch {epoch}**: the validation loss rose from {lowest:.2f} to {valid:.2f}{trend}. "
+    valid, train = (f"from {curves.loc[epoch, name]:.2f} to {curves[name].iloc[-1]:.2f}" for name in curves)
+    return f"**It overfits after epoch {epoch}**: validation loss rose {valid}, while training loss went {train}. "
 
 
 def _copies(found: pd.DataFrame, valid: int) -> str:
     """What copies between training and validation mean for the accuracy; `valid` pictures were tested."""
     if found.empty:
         return "No picture appears in both training and validation."
-    exact, near = (found["kind"] == "exact").sum(), (found["kind"] == "near").sum()
-    count = found["file"].nunique()
+    count, exact = found["file"].nunique(), (found["kind"] == "exact").sum()
     return (
-        f"**Training and validation share {_count(count, 'picture')}** ({exact} exact and {near} near copies): "
-        f"the network is tested on what it was trained on, and Top-1 may be too high by at most "
+        f"**Training and validation share {_count(count, 'picture')}** ({exact} exact and {len(found) - exact} near "
+        "copies): the network is tested on what it was trained on, and Top-1 may be too high by at most "
         f"{100 * count / valid:.1f} points."
     )
 

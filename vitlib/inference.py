@@ -19,15 +19,17 @@ from vitlib.network import attention, checkpoint, stream, verify
 from vitlib.network.engine import Engine
 from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Picture
-from vitlib.report.tables import Markdown
+from vitlib.report.tables import Column, Markdown
 from vitlib.study import files, origin, records, variants
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 
 TOP = 5
-PREDICTIONS = {"file": "file", "label_name": "class"} | {f"guess_{rank}": f"prediction {rank}" for rank in (1, 2, 3)}
+PREDICTIONS = {"file": "file", "label_name": "class", "name_1": "prediction"}
+PREDICTIONS |= {"probability_1": Column("probability (%)", ".1f", 100), "name_2": "second", "name_3": "third"}
 FAULTS = {"file": "file", "reason": "reason"}
-_EMPTY = {"images": [], "titles": []}
+NOT_KNOWN = Markdown("The classes of these pictures are not known, so mistakes cannot be found.")
+NOT_COMPARED = Markdown("NF4 and FP32 are not compared: notebook 2 has no outputs for these pictures.")
 
 
 class OtherPictures(ValueError):
@@ -182,40 +184,31 @@ def _rows(passed: stream.Passed, labels: sources.Labels) -> pd.DataFrame:
 
 
 def sample(frame: pd.DataFrame, rows: int = 8) -> pd.DataFrame:
-    """Pictures spread over the files, with the three best names and their probabilities as `guess_1` … `guess_3`."""
-    shown = frame[frame["status"] == "ok"]
-    shown = shown.iloc[_chosen(len(shown), rows)].copy()
-    for rank in (1, 2, 3):
-        pairs = zip(shown[f"name_{rank}"], shown[f"probability_{rank}"], strict=True)
-        shown[f"guess_{rank}"] = ["" if pd.isna(p) else f"{name} ({100 * p:.1f} %)" for name, p in pairs]
-    return shown
+    """Pictures spread over the files."""
+    read = frame[frame["status"] == "ok"]
+    return read.iloc[_chosen(len(read), rows)]
 
 
-def faults(frame: pd.DataFrame, rows: int = 20) -> pd.DataFrame:
-    """The first files that were skipped."""
-    return frame[frame["status"] == "skipped"].head(rows)
+def grid(frame: pd.DataFrame, passed: stream.Passed, count: int) -> dict[str, object]:
+    """Pictures spread over the files, with the prediction and whether it is right, for `plots.picture_grid`."""
+    shown = []
+    for row in frame.iloc[_chosen(len(passed.pictures), count)].itertuples():  # the readable pictures come first
+        right = row.name_1 == row.label_name if row.label_name else None
+        shown.append((passed.pictures[row.Index], _guess(row, right is False), right))
+    return _looks(shown)
 
 
-def grid(frame: pd.DataFrame, passed: stream.Passed, count: int) -> dict[str, list]:
-    """Pictures spread over the files, for `plots.picture_grid`: uint8 images (h, w, 3), titles, and which are right."""
-    found, chosen = {"images": [], "titles": [], "right": []}, _chosen(len(passed.pictures), count)
-    for position, row in zip(chosen, frame.iloc[chosen].to_dict("records"), strict=True):  # readable ones come first
-        right = row["name_1"] == row["label_name"] if row["label_name"] else None
-        found["images"].append(_look(passed.pictures[position]))
-        found["titles"].append(_guess(row) + (f"; is {row['label_name']}" if right is False else ""))
-        found["right"].append(right)
-    return found
+def _guess(row: tuple, wrong: bool = True) -> str:
+    return f"{row.name_1} {100 * row.probability_1:.0f} %" + (f"; is {row.label_name}" if wrong else "")
 
 
-def _guess(row: dict) -> str:
-    return f"{row['name_1']} {100 * row['probability_1']:.0f} %"
-
-
-def _look(picture: Picture) -> np.ndarray:
-    """uint8 (h, w, 3) of a picture, read again because no pixels are kept, at most 320 pixels wide and high."""
-    image = picture.open()
-    image.thumbnail((320, 320))
-    return np.asarray(image)
+def _looks(shown: Sequence[tuple[Picture, str, bool | None]] = (), columns: int = 0) -> dict[str, object]:
+    """What `plots.picture_grid` takes. Pictures are read again, as no pixels are kept, to at most 320 × 320 pixels."""
+    images, (pictures, titles, right) = [], zip(*shown, strict=True) if shown else ((), (), ())
+    for image in (picture.open() for picture in pictures):
+        image.thumbnail((320, 320))
+        images.append(np.asarray(image))
+    return {"images": images, "titles": titles, "right": right, "columns": columns}
 
 
 def _chosen(total: int, count: int) -> list[int]:
@@ -231,76 +224,67 @@ def _known(frame: pd.DataFrame, labels: sources.Labels) -> pd.DataFrame:
 
 def mistakes(
     frame: pd.DataFrame, passed: stream.Passed, predictor: Predictor, count: int = 10
-) -> tuple[Markdown, dict[str, list]]:
+) -> tuple[Markdown, dict[str, object]]:
     """How many pictures are classified wrongly, and the most confident of them for `plots.picture_grid`.
 
     Beside each is the best right example of the class that was predicted, where all of these classes have one.
     """
     known = _known(frame[frame["status"] == "ok"], predictor.engine.loaded.labels)
     known = known.sort_values("probability_1", ascending=False, kind="stable")
-    wrong, examples = known[~known["right"]], known[known["right"]].drop_duplicates("id_1")
-    if known.empty:
-        return Markdown("The classes of these pictures are not known, so mistakes cannot be found."), _EMPTY
+    wrong, example = known[~known["right"]], known[known["right"]].drop_duplicates("id_1").reset_index()
     if wrong.empty:
-        return Markdown(f"No mistake: the classes of all {len(known):,} pictures are predicted correctly."), _EMPTY
-    shown, sure = wrong.head(count), int((wrong["probability_1"] > 0.9).sum()) or "none"
-    paired = bool(shown["id_1"].isin(examples["id_1"]).all())
-    found = {"images": [], "titles": [], "right": [], "columns": 4 if paired else 0}
-    for position, row in shown.iterrows():
-        beside = examples[examples["id_1"] == row["id_1"]].index[:paired]
-        found["images"] += [_look(passed.pictures[each]) for each in (position, *beside)]
-        found["titles"] += [
-            f"{_guess(row)}; is {row['label_name']}",
-            *(f"for comparison: {row['name_1']}" for _ in beside),
-        ]
-        found["right"] += [False, *(None for _ in beside)]
-    most = wrong.iloc[0]
+        none = f"No mistake: the classes of all {len(known):,} pictures are predicted correctly."
+        return Markdown(none) if len(known) else NOT_KNOWN, _looks()
+    example, shown = example.set_index("id_1")["index"], []
+    paired = bool(wrong["id_1"].head(count).isin(example.index).all())
+    for row in wrong.head(count).itertuples():
+        shown.append((passed.pictures[row.Index], _guess(row), False))
+        if paired:
+            shown.append((passed.pictures[example[row.id_1]], f"for comparison: {row.name_1}", None))
+    most, sure = wrong.iloc[0], int((wrong["probability_1"] > 0.9).sum()) or "none"
     return Markdown(
         f"**{len(wrong):,} of {len(known):,} pictures are misclassified**, {sure} of them with a probability above "
         f"90 %. The most confident mistake calls {_text(most['label_name'])} {_text(most['name_1'])} "
         f"({100 * most['probability_1']:.1f} %)."
-    ), found
+    ), _looks(shown, 4 if paired else 0)
 
 
-def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdown, dict[str, list]]:
+def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdown, dict[str, object]]:
     """Where NF4 and FP32 choose different classes in notebook 2's logits, and pictures for `plots.picture_grid`.
 
     A sentence without pictures where there is no such record, or where it is not of the study's validation pictures as
     they are now: same pixels, names and labels.
     """
-    settings = study.settings
-    own = not (settings.pictures or settings.checkpoints_of not in ("", study.name))
-    if not (own and study.has("logits.npz") and study.has("environment.json")):
-        return Markdown("NF4 and FP32 are not compared: notebook 2 has no outputs for these pictures."), _EMPTY
+    settings, loaded = study.settings, predictor.engine.loaded
+    other = settings.pictures or settings.checkpoints_of not in ("", study.name)
+    if other or not (study.has("logits.npz") and study.has("environment.json")):
+        return NOT_COMPARED, _looks()
     with np.load(study.record("logits.npz")) as stored:
-        ran = [variants.VARIANTS[name] for name in stored.files if name in variants.VARIANTS]
-        pair = [next((one.name for one in ran if one.weights == weights), "") for weights in ("fp32", "nf4")]
-        if not all(pair):
-            return Markdown("NF4 and FP32 are not compared: notebook 2 did not run both."), _EMPTY
-        truth, logits = stored["labels"], torch.from_numpy(np.stack([stored[name] for name in pair]))
-    labels, dataset = predictor.engine.loaded.labels, sources.load(settings)
-    valid = sources.decode_splits(dataset, ["valid"], predictor.engine.loaded.preprocess, settings.workers)["valid"]
-    same = decode.checksum(valid) == study.read_json("environment")["checksums"].get("data")
-    if not (same and np.array_equal(labels.ids(valid.pictures), truth)):
+        ran = {variants.VARIANTS[name].weights: name for name in reversed(stored.files) if name in variants.VARIANTS}
+        if not {"fp32", "nf4"} <= ran.keys():
+            return Markdown("NF4 and FP32 are not compared: notebook 2 did not run both."), _looks()
+        truth, logits = stored["labels"], torch.from_numpy(np.stack([stored[ran["fp32"]], stored[ran["nf4"]]]))
+    found = sources.load(settings).splits["valid"]
+    decoded = decode.decode(found, loaded.preprocess, workers=settings.workers, what="valid")
+    valid, known = decoded.pictures, study.read_json("environment")["checksums"].get("data")
+    if decode.checksum(decoded) != known or not np.array_equal(loaded.labels.ids(valid), truth):
         said = "**The validation pictures are not those that notebook 2 classified**, so none is shown: run it again."
-        return Markdown(said), _EMPTY
-    best, ids = logits.softmax(dim=2).max(dim=2)
-    differ = (ids[0] != ids[1]).nonzero().flatten()
+        return Markdown(said), _looks()
+    best, ids = (values.numpy() for values in logits.softmax(dim=2).max(dim=2))
+    order = np.argsort(-best.sum(axis=0), kind="stable")
+    differ, right, names, shown = order[(ids[0] != ids[1])[order]], ids == truth, loaded.labels.names, []
     if not len(differ):
-        return Markdown(f"NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."), _EMPTY
-    differ = differ[best.sum(dim=0)[differ].argsort(descending=True, stable=True)].tolist()
-    right = ids.numpy() == truth
-    found = {"images": [], "titles": [], "right": []}
+        return Markdown(f"NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."), _looks()
     for at in differ[:count]:
-        told = [f"{who}: {labels.names[ids[k, at]]} {100 * best[k, at]:.0f} %" for k, who in enumerate(("FP32", "NF4"))]
-        found["images"].append(_look(valid.pictures[at]))
-        found["titles"].append(" · ".join([*told, f"is {labels.names[truth[at]]}"]))
-        found["right"].append(bool(right[1, at]) if right[:, at].any() else None)
+        told = [f"{who}: {names[ids[k, at]]} {100 * best[k, at]:.0f} %" for k, who in enumerate(("FP32", "NF4"))]
+        title = " · ".join([*told, f"is {names[truth[at]]}"])
+        shown.append((valid[at], title, bool(right[1, at]) if right[:, at].any() else None))
     first, second = right[:, differ].sum(axis=1)
+    neither = len(differ) - first - second
     return Markdown(
         f"NF4 and FP32 choose different classes for **{len(differ)} of {len(truth):,}** validation pictures: FP32 is "
-        f"right in {first}, NF4 in {second}, neither in {len(differ) - first - second}."
-    ), found
+        f"right in {first}, NF4 in {second}{f', neither in {neither}' if neither else ''}."
+    ), _looks(shown)
 
 
 def headline(
@@ -322,14 +306,15 @@ def headline(
         first += f" Top-5 is {100 * known['right_5'].mean():.1f} %." * (len(labels.names) > TOP)
         first += f" The class of {len(read) - n:,} more pictures is not known." * (n < len(read))
     place = "GPU" if predictor.engine.loaded.device.type == "cuda" else "CPU"
-    speed = f"About {float(f'{rate:.2g}'):,g} images/s are read and classified on the {place}. {note}".strip()
-    lines = [first, *said, speed, _skipped(frame), _drawn(predictor, study.settings.pictures)]
+    speed = f"About {float(f'{rate:.2g}'):,g} images/s are read and classified on the {place}. {note} {_skipped(frame)}"
+    told = [one for one in said if one not in (NOT_KNOWN, NOT_COMPARED)]
+    lines = [first, _drawn(predictor, study.settings.pictures), *told, speed.strip()]
     return Markdown("\n".join(f"- {line}" for line in lines if line))
 
 
 def _skipped(frame: pd.DataFrame) -> str:
     """How many files were skipped and why, naming the first three; '' without one."""
-    rows = faults(frame, len(frame))
+    rows = frame[frame["status"] == "skipped"]
     named = "; ".join(f"{_text(row.file)} ({_text(row.reason)})" for row in rows.head(3).itertuples())
     return f"{len(rows)} of {len(frame):,} files were skipped: {named}{' …' * (len(rows) > 3)}." if len(rows) else ""
 
