@@ -152,7 +152,7 @@ def test_the_most_confident_mistakes_come_first_each_beside_an_example(predicted
     told = _told(frame, [(0.1, 0.8, 0.1), (0.1, 0.9, 0.0), (0.1, 0.95, 0.0), (0.2, 0.5, 0.3)])
     said, wrong = inference.mistakes(told, passed, predictor)
     assert "**2 of 4 pictures are misclassified**, 1 of them with a probability above 90 %" in said
-    assert r"calls pink primrose globe thistle (95.0 %)" in said
+    assert "mistake, pink primrose is called globe thistle (95.0 %)" in said
     assert list(wrong["titles"]) == [
         *("globe thistle 95 %; is pink primrose", "for comparison: globe thistle"),
         *("globe thistle 80 %; is hard-leaved pocket orchid", "for comparison: globe thistle"),

@@ -244,7 +244,7 @@ def mistakes(
     most, sure = wrong.iloc[0], int((wrong["probability_1"] > 0.9).sum()) or "none"
     return Markdown(
         f"**{len(wrong):,} of {len(known):,} pictures are misclassified**, {sure} of them with a probability above "
-        f"90 %. The most confident mistake calls {_text(most['label_name'])} {_text(most['name_1'])} "
+        f"90 %. In the most confident mistake, {_text(most['label_name'])} is called {_text(most['name_1'])} "
         f"({100 * most['probability_1']:.1f} %)."
     ), _looks(shown, 4 if paired else 0)
 
