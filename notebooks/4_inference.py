@@ -66,9 +66,9 @@ plots.picture_grid(**wrong)
 # %% [markdown]
 # ## Where NF4 and FP32 disagree
 #
-# Pictures whose class changes when the weights are quantized to four bits, the most confident ones first, from the
-# outputs that notebook 2 recorded for the validation pictures. A green caption means that NF4 is right, a red one that
-# FP32 is right.
+# Pictures whose class changes when the weights are quantized to four bits, from the outputs that notebook 2 recorded for
+# the validation pictures. Those that one format classifies correctly come first: a green caption means that NF4 does, a
+# red one that FP32 does.
 
 # %%
 parted

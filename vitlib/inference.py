@@ -19,7 +19,7 @@ from vitlib.network import attention, checkpoint, stream, verify
 from vitlib.network.engine import Engine
 from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Picture
-from vitlib.report.tables import Column, Markdown
+from vitlib.report.tables import NO_BREAK, Column, Markdown
 from vitlib.study import files, origin, records, variants
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
@@ -199,7 +199,7 @@ def grid(frame: pd.DataFrame, passed: stream.Passed, count: int) -> dict[str, ob
 
 
 def _guess(row: tuple, wrong: bool = True) -> str:
-    return f"{row.name_1} {100 * row.probability_1:.0f} %" + (f"; is {row.label_name}" if wrong else "")
+    return f"{row.name_1} {100 * row.probability_1:.0f}{NO_BREAK}%" + (f"; is {row.label_name}" if wrong else "")
 
 
 def _looks(shown: Sequence[tuple[Picture, str, bool | None]] = (), columns: int = 0) -> dict[str, object]:
@@ -268,15 +268,18 @@ def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdo
     decoded = decode.decode(found, loaded.preprocess, workers=settings.workers, what="valid")
     valid, known = decoded.pictures, study.read_json("environment")["checksums"].get("data")
     if decode.checksum(decoded) != known or not np.array_equal(loaded.labels.ids(valid), truth):
-        said = "**The validation pictures are not those that notebook 2 classified**, so none is shown: run it again."
-        return Markdown(said), _looks()
+        said = "The validation pictures as read here are not those that notebook 2 classified, so none is shown."
+        return Markdown(f"**{said}** Run notebook 2 again."), _looks()
     best, ids = (values.numpy() for values in logits.softmax(dim=2).max(dim=2))
-    order = np.argsort(-best.sum(axis=0), kind="stable")
-    differ, right, names, shown = order[(ids[0] != ids[1])[order]], ids == truth, loaded.labels.names, []
+    right, names, shown = ids == truth, loaded.labels.names, []
+    order = np.lexsort((-best.sum(axis=0), ~right.any(axis=0)))  # those that one of them gets right come first
+    differ = order[(ids[0] != ids[1])[order]]
     if not len(differ):
         return Markdown(f"NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."), _looks()
     for at in differ[:count]:
-        told = [f"{who}: {names[ids[k, at]]} {100 * best[k, at]:.0f} %" for k, who in enumerate(("FP32", "NF4"))]
+        told = [
+            f"{who}: {names[ids[k, at]]} {100 * best[k, at]:.0f}{NO_BREAK}%" for k, who in enumerate(("FP32", "NF4"))
+        ]
         title = " · ".join([*told, f"is {names[truth[at]]}"])
         shown.append((valid[at], title, bool(right[1, at]) if right[:, at].any() else None))
     first, second = right[:, differ].sum(axis=1)
