@@ -97,7 +97,7 @@ tables.table(history, finetune.HISTORY)
 # %% [markdown] tags=["details"]
 # ## Trainable and frozen parameters
 #
-# The head is always trained: adapters cannot make up for a random head.
+# The head is new and therefore always trained, with every method.
 
 # %%
 tables.table(parameters, index=True)
