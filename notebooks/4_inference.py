@@ -66,9 +66,9 @@ plots.picture_grid(**wrong)
 # %% [markdown]
 # ## Where NF4 and FP32 disagree
 #
-# Pictures whose class changes when the weights are quantized to four bits, from the outputs that notebook 2 recorded for
-# the validation pictures. Those that one format classifies correctly come first: a green caption means that NF4 does, a
-# red one that FP32 does.
+# Pictures whose class changes when the weights are quantized to four bits, from the outputs that notebook 2 recorded
+# for the validation pictures. Those that one format classifies correctly come first: a green caption means that NF4
+# does, a red one that FP32 does.
 
 # %%
 parted
