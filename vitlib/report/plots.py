@@ -76,7 +76,7 @@ class Pictures:
         return f'<div class="{kind}" style="{style}">{"".join(made)}</div>'
 
     def __repr__(self) -> str:
-        return "; ".join(self.captions)
+        return f"{len(self.captions)} pictures: {'; '.join(self.captions)}"
 
 
 def _figure(rows: int = 1, columns: int = 1, *, width: float = 8.0, height: float = 4.5, **grid: object) -> Figure:
@@ -116,10 +116,12 @@ def _around(rows: pd.DataFrame, column: str, scale: float = 1.0) -> np.ndarray:
     return scale * np.array([rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column]])
 
 
-def picture_grid(images: Sequence[np.ndarray], titles: Sequence[str], *, right: Sequence[bool | None] = ()) -> Pictures:
-    """uint8 pictures (h, w, 3) with a caption each: green if `right` is true, red if false."""
+def picture_grid(
+    images: Sequence[np.ndarray], titles: Sequence[str], *, right: Sequence[bool | None] = (), columns: int = 0
+) -> Pictures:
+    """uint8 pictures (h, w, 3) with a caption each: green if `right` is true, red if false. 0 columns: as fit."""
     marks = list(right) or [None] * len(images)
-    return Pictures([_data_address(image) for image in images], titles, marks)
+    return Pictures([_data_address(image) for image in images], titles, marks, columns)
 
 
 def _data_address(image: np.ndarray) -> str:
@@ -133,21 +135,31 @@ def _data_address(image: np.ndarray) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def learning_curves(history: pd.DataFrame) -> Plot:
-    """Loss in training and validation, and Top-1 and Top-5 in validation, by epoch."""
+def learning_curves(history: pd.DataFrame, overfits_after: int | None = None) -> Plot:
+    """Loss in training and validation, and the accuracies in validation that `history` has (Top-1, Top-5), by epoch.
+
+    The epoch `overfits_after` is marked as the one with the lowest validation loss.
+    """
     figure = _figure(1, 2, width=10, height=3.8)
     left, right = figure.axes
     curves = history.set_index("epoch")
     left.plot(curves["train_loss"], marker="o", label="training (augmented)", color=_BLUE)
     left.plot(curves["valid_loss"], marker="o", label="validation", color=_ORANGE)
-    right.plot(100 * curves["top1"], marker="o", label="Top-1", color=_ORANGE)
-    right.plot(100 * curves["top5"], marker="o", label="Top-5", color=_GREY)
+    for name, label, colour in (("top1", "Top-1", _ORANGE), ("top5", "Top-5", _GREY)):
+        if name in curves:
+            right.plot(100 * curves[name], marker="o", label=label, color=colour)
     left.set(xlabel="epoch", ylabel="cross entropy (nats)", title="Loss")
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy")
+    loss, top1 = curves["valid_loss"], 100 * curves["top1"]
+    said = f"Validation loss goes from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}"
+    if overfits_after is not None:
+        lowest = f"lowest validation loss: {loss[overfits_after]:.2f}, epoch {overfits_after}"
+        left.axvline(overfits_after, color=_GREY, linestyle=":", label=lowest)
+        said += f" (lowest {loss[overfits_after]:.2f} after epoch {overfits_after}: it overfits)"
     for axis in figure.axes:
         axis.legend(frameon=False)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return Plot(figure, f"Loss and validation accuracy by epoch; Top-1 ends at {100 * history['top1'].iloc[-1]:.1f} %.")
+    return Plot(figure, f"{said} and Top-1 from {top1.iloc[0]:.1f} % to {top1.iloc[-1]:.1f} % in {len(curves)} epochs.")
 
 
 def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
