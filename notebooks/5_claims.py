@@ -7,10 +7,10 @@
 # ---
 
 # %% [markdown]
-# # Claims of the original study, tested on the records of this one
+# # Claims of the original study, tested
 
 # %% [markdown] tags=["details"]
-# ## How the claims are tested
+# ### How the claims are tested
 #
 # This project rebuilds a student project, called *the original* here, whose README and slides each have a table of
 # results. This notebook tests their claims on the records of this study, and repeats the original's preprocessing
@@ -59,7 +59,7 @@ claim, claim.quantity.measure(study)
 verdicts = claims.verdicts(study)
 
 # %% [markdown] tags=["details"]
-# ## Claims that do not hold
+# ### Claims that do not hold
 
 # %%
 claims.counted(verdicts, claims.FAILS)
@@ -68,7 +68,7 @@ claims.counted(verdicts, claims.FAILS)
 claims.show(verdicts, claims.FAILS)
 
 # %% [markdown] tags=["details"]
-# ## Claims that hold only in some cases
+# ### Claims that hold only in some cases
 
 # %%
 claims.counted(verdicts, claims.HOLDS_ONLY)
@@ -77,7 +77,7 @@ claims.counted(verdicts, claims.HOLDS_ONLY)
 claims.show(verdicts, claims.HOLDS_ONLY)
 
 # %% [markdown] tags=["details"]
-# ## Claims that hold
+# ### Claims that hold
 
 # %%
 claims.counted(verdicts, claims.HOLDS)
@@ -86,7 +86,7 @@ claims.counted(verdicts, claims.HOLDS)
 claims.show(verdicts, claims.HOLDS)
 
 # %% [markdown] tags=["details"]
-# ## Claims that cannot be tested here
+# ### Claims that cannot be tested here
 
 # %%
 claims.counted(verdicts, claims.UNTESTED)
@@ -95,7 +95,7 @@ claims.counted(verdicts, claims.UNTESTED)
 claims.show(verdicts, claims.UNTESTED)
 
 # %% [markdown] tags=["details"]
-# ## The preprocessing mistake
+# ### What went wrong in the original: preprocessing and significance
 #
 # The original trained with a plain resize and the checkpoint's normalisation. It evaluated with a centre crop from a
 # larger picture and ImageNet's mean and standard deviation. Pictures as the network sees them, which reads all values
@@ -116,8 +116,8 @@ tables.table(costs, claims.MISTAKE)
 # %%
 claims.mistake_in_words(costs)
 
-# %% [markdown] tags=["details"]
-# ## Significance of the original's ablation
+# %% [markdown]
+# #### Significance of its ablation
 #
 # The original kept one part at a time in FP16 and counted right predictions. It did not publish which pictures changed,
 # so the table gives the smallest p that McNemar's exact test could have for each difference. The ten largest

@@ -227,26 +227,26 @@ def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subje
 
 def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> Markdown:
     """The block that matters most, the size of the error, whether the order repeats, and differences of accuracy."""
-    removed, errors, alone, repeated = [], [], [], []
+    removed, errors, alone, repeated = [], [], {}, []
     for bits, rows in frame.groupby("bits", sort=False):
         by_name, own = rows.set_index("kept"), blocks[blocks["bits"] == bits].set_index("block")
-        nothing, trust = by_name.loc[NONE, "logit_kl"], reliable.set_index("bits").loc[bits]
-        flips, worst = int(by_name.loc[ALL, "flips"]), own["kl_alone"].idxmax()
+        trust, flips = reliable.set_index("bits").loc[bits], int(by_name.loc[ALL, "flips"])
         removed.append(_removed(bits, own["kl_removed"]))
-        errors.append(
-            f"at {bits} bits it is {nothing:.1e} nats, and {flips} of {trust['pictures']:,.0f} pictures change class"
-        )
-        alone.append(f"block {worst} at {bits} bits (KL {own.loc[worst, 'kl_alone']:.1e})")
-        repeated.append(f"{trust['split_half_kl_only_quantized']:.2f} at {bits} bits")
+        error = f"{by_name.loc[NONE, 'logit_kl']:.1e} nats"
+        errors.append(f"at {bits} bits it is {error}, and {flips} of {trust['pictures']:,.0f} pictures change class")
+        alone.setdefault(own["kl_alone"].idxmax(), []).append(str(bits))
+        each = (trust["split_half_kl_only_kept"], trust["split_half_kl_only_quantized"])
+        repeated.append(f"{each[0]:.2f} and {each[1]:.2f} at {bits} bits")
+    worst = " and of ".join(f"block {block} at {' and '.join(bits)} bits" for block, bits in alone.items())
     tested, different = frame["holm_p"].notna().sum(), (frame["holm_p"] < stats.SIGNIFICANCE).sum()
     lines = [
         f"**{removed[0]}** {' '.join(removed[1:])}",
         "The error is the KL divergence: how far the class probabilities are from those of the FP16 network (0: the "
         f"same). With everything quantized, {'; '.join(errors)}.",
-        f"Quantized alone, {' and '.join(alone)} has the largest error. Rank correlation of this order between halves "
-        f"of the pictures: {', '.join(repeated)} (1: the same order).",
-        f"Configurations whose accuracy differs significantly from the fully quantized network's: {different or 'none'} "
-        f"of {tested}.",
+        f"If one block alone is quantized, the error of {worst} is the largest. Rank correlation between halves of the "
+        f"pictures, by blocks kept and by blocks quantized alone: {'; '.join(repeated)} (1: the same order).",
+        f"Configurations whose accuracy differs significantly from that of the fully quantized network: "
+        f"{different or 'none'} of {tested}.",
     ]
     return Markdown("\n".join(f"- {line.strip()}" for line in lines))
 

@@ -60,19 +60,19 @@ def verdicts(study: Study) -> pd.DataFrame:
 def show(frame: pd.DataFrame, kind: str) -> Table | Markdown:
     """The claims with one kind of verdict. Where the network is not the original's, one row counts those that need it.
 
-    Source and criterion are small text below the claim and the original's figure.
+    Small text has the source, the criterion, and the cases of a verdict that does not apply to all.
     """
     chosen = frame[frame["verdict"].map(kind_of) == kind].fillna("")
     other = chosen["verdict"].str.contains(OTHER_NETWORK, regex=False)
-    reason = chosen["verdict"].str.partition(": ")
+    said = chosen["verdict"].str.extract("([^:]*):? ?(.*)")
     columns = {"claim": chosen["claim"] + "\n" + chosen["source"]}
-    columns |= {"original": chosen["original"] + "\n" + chosen["counts_as"], "measured": chosen["measured"]}
-    columns |= {"verdict": reason[0], "why": reason[2].where(reason[2] != "", chosen["cause"])}
-    rows = pd.DataFrame(columns)[~other]
+    columns |= {"original": chosen["original"] + "\n" + chosen["counts_as"]}
+    columns |= {"measured": chosen["measured"] + "\n" + said[0].mask(said[0] == kind, "")}
+    rows = pd.DataFrame(columns | {"why": said[1].mask(said[1] == "", chosen["cause"])})[~other]
     if other.any():
-        rows.loc[-1] = [_claims(other.sum()), "", "", kind, reason[2][other].iloc[0]]
+        rows.loc[-1] = [_claims(other.sum()), "", "", said[1][other].iloc[0]]
     rows.attrs = frame.attrs
-    return table(rows.drop(columns=["verdict"] if rows["verdict"].nunique() == 1 else []))
+    return table(rows)
 
 
 def counts(frame: pd.DataFrame) -> pd.Series:
@@ -85,11 +85,6 @@ def counted(frame: pd.DataFrame, kind: str) -> Markdown:
     subjects = frame.loc[frame["verdict"].map(kind_of) == kind, "subject"].value_counts(sort=False)
     listed = ", ".join(f"{subject} {count}" for subject, count in subjects.items())
     return Markdown(f"**{subjects.sum()} of {_claims(len(frame))}**{f' ({listed})' if listed else ''}")
-
-
-def verdict_bars(frame: pd.DataFrame) -> plots.Plot:
-    """The claims by verdict."""
-    return plots.counted_bars(counts(frame), "claims of the original study")
 
 
 def _claims(count: int) -> str:
@@ -135,7 +130,7 @@ def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
         f"[{original['title']}]({original['address']})."
     ]
     untested = frame.loc[frame["verdict"].map(kind_of) == UNTESTED, "verdict"]
-    reasons = untested.str.partition(": ")[2].value_counts()
+    reasons = untested.str.extract(": (.*)", expand=False).value_counts()
     if len(reasons):
         lines.append(f"Not tested: {_and([f'{count} because {reason}' for reason, count in reasons.items()])}.")
     if untested.str.contains(OTHER_NETWORK, regex=False).any():

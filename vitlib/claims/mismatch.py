@@ -144,8 +144,8 @@ def baselines(frame: pd.DataFrame) -> Markdown:
     change = frame[frame["weights"] == WEIGHTS[0]].set_index("preprocessing").loc[ORIGINAL]
     share = f"**{-10000 * change['difference'] / apart:.0f} %** of that difference; other weights may lose more"
     return Markdown(
-        f"The original's two baselines differ by **{apart:.0f} points** of Top-1. For the slides, pictures were prepared "
-        f"otherwise than in training. The same mistake changes this network by {_points(change, 'difference')}, "
+        f"The original's two baselines differ by **{apart:.0f} points** of Top-1. The slides' pictures were not "
+        f"prepared as in training. The same mistake changes this network by {_points(change, 'difference')}, "
         f"{share if change['difference_high'] < 0 else 'which is **no significant loss**'}."
     )
 

@@ -368,7 +368,7 @@ def kept_parts(frame: pd.DataFrame, kept: Mapping[str, str]) -> Plot:
 
 def verdict_bars(counts: pd.Series) -> Plot:
     """The number of claims by verdict; the last kind is what could not be tested."""
-    (axis,) = _figure(width=8, height=0.3 * len(counts) + 0.2).axes
+    (axis,) = _figure(width=8, height=0.28 * len(counts) + 0.1).axes
     bars = axis.barh(list(counts.index), counts, color=[_BLUE] * (len(counts) - 1) + [_PALE])
     axis.bar_label(bars, padding=4)
     axis.invert_yaxis()
