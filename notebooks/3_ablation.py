@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # Ablation: which blocks are sensitive to quantization
+# # Ablation: blocks sensitive to quantization
 #
 # Quantizing the whole network changes its outputs a little. Here one part at a time is kept in FP16 while everything
 # else is quantized: the more of the change this removes, the more sensitive the part is.

@@ -231,7 +231,8 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
     for bits, rows in frame.groupby("bits", sort=False):
         by_name, own = rows.set_index("kept"), blocks[blocks["bits"] == bits].set_index("block")
         trust, flips = reliable.set_index("bits").loc[bits], int(by_name.loc[ALL, "flips"])
-        removed.append(_removed(bits, own["kl_removed"]))
+        classifier = 1 - by_name["logit_kl"].get(HEADS, np.nan) / by_name.loc[NONE, "logit_kl"]
+        removed.append(_removed(bits, own["kl_removed"], classifier))
         error = f"{by_name.loc[NONE, 'logit_kl']:.1e} nats"
         errors.append(f"at {bits} bits it is {error}, and {flips} of {trust['pictures']:,.0f} pictures change class")
         alone.setdefault(own["kl_alone"].idxmax(), []).append(str(bits))
@@ -251,16 +252,17 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
     return Markdown("\n".join(f"- {line.strip()}" for line in lines))
 
 
-def _removed(bits: int, shares: pd.Series) -> str:
-    """The block that removes most of the error, and how much the others remove at most."""
+def _removed(bits: int, shares: pd.Series, classifier: float) -> str:
+    """The block that removes most of the error, the classifier if it removes more, and the most by another block."""
     best, others = shares.idxmax(), shares.drop(shares.idxmax())
+    more = f", keeping the classifier {100 * classifier:.0f} %" if classifier > max(shares[best], 0) else ""
     if shares[best] <= 0:
         return f"Keeping a single block in FP16 does not reduce the {bits}-bit error."
     rest = (
         f"no other block removes more than {100 * others.max():.0f} %" if (others > 0).any() else "no other block helps"
     )
     rest = f"; {rest}" if len(others) else ""
-    return f"Keeping block {best} in FP16 removes {100 * shares[best]:.0f} % of the {bits}-bit error{rest}."
+    return f"Keeping block {best} in FP16 removes {100 * shares[best]:.0f} % of the {bits}-bit error{more}{rest}."
 
 
 def reliability_in_words(reliable: pd.DataFrame) -> Markdown:

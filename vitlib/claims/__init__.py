@@ -67,7 +67,7 @@ def show(frame: pd.DataFrame, kind: str) -> Table | Markdown:
     said = chosen["verdict"].str.extract("([^:]*):? ?(.*)")
     columns = {"claim": chosen["claim"] + "\n" + chosen["source"]}
     columns |= {"original": chosen["original"] + "\n" + chosen["counts_as"]}
-    columns |= {"measured": chosen["measured"] + "\n" + said[0].mask(said[0] == kind, "")}
+    columns |= {"measured": (chosen["measured"] + "\n" + said[0].mask(said[0] == kind, "")).str.strip()}
     rows = pd.DataFrame(columns | {"why": said[1].mask(said[1] == "", chosen["cause"])})[~other]
     if other.any():
         rows.loc[-1] = [_claims(other.sum()), "", "", said[1][other].iloc[0]]

@@ -356,8 +356,9 @@ def kept_parts(frame: pd.DataFrame, kept: Mapping[str, str]) -> Plot:
         whole = 100 / rows["logit_kl"].iloc[0]
         shares = whole * rows["logit_kl"]
         axis.barh(list(kept.values()), shares, xerr=whole * _around(rows, "logit_kl"), capsize=4, color=_PALE)
-        for at, share in enumerate(shares):
-            axis.annotate(f"{share:.0f} %", (0, at), xytext=(6, 0), textcoords="offset points", va="center")
+        for at, (share, end) in enumerate(zip(shares, whole * rows["logit_kl_high"], strict=True)):
+            axis.annotate(f"{share:.0f} %", (end, at), xytext=(6, 0), textcoords="offset points", va="center")
+        axis.margins(x=0.15)
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
         axis.set(xlabel="error left (%), 95 % interval", ylabel="kept in FP16")
