@@ -94,4 +94,4 @@ def test_figures_of_training_ablation_and_pictures_are_drawn():
     )
     drawn(plots.learning_curves(history))
     assert "4 bits" in drawn(plots.sensitivity_bars(blocks)) and "8 bits" in drawn(plots.alone_bars(blocks))
-    assert "head" in drawn(plots.kept_parts(kept, ["none", "head"]))
+    assert "head" in drawn(plots.kept_parts(kept, {"none": "nothing", "head": "head"}))

@@ -10,7 +10,7 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
 _LINES = {"eager": "-", "graph": "--", "fused": ":", "fused-graph": "-."}
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8f98"
+_BLUE, _ORANGE, _PALE, _GREY = "#0072B2", "#D55E00", "#b8c9d9", "#8a8f98"
 _SMALL = 160  # pixels: narrower pictures are enlarged to it
 _STYLE = {
     **{"axes.grid": True, "grid.color": "#dfe3ea", "axes.axisbelow": True, "axes.edgecolor": "#8a8f98"},
@@ -327,48 +327,91 @@ def roofline(table: pd.DataFrame) -> Plot:
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the share of the quantization error (KL) that goes away when this block stays in FP16/BF16.
+    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16.
 
-    The dotted line is an equal share for every block.
+    The most sensitive block is named. The dotted line is an equal share for every block.
     """
-    for axis, rows in _by_bits(blocks):
-        axis.bar(rows["block"], 100 * rows["kl_removed"], color=_BLUE)
+    said = []
+    for axis, rows in _by_bits(blocks.assign(shown=100 * blocks["kl_removed"])):
+        block, most, others = _ranked(axis, rows, "shown", lambda removed, _: f"{removed:.0f} %")
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.axhline(100 / len(rows), color=_GREY, linestyle=":")
-        axis.set(xlabel="block kept in FP16/BF16", ylabel="KL that goes away (%)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    return Plot(
-        axis.figure,
-        "By block: the share of the quantization error that goes away when this block stays in FP16 or BF16.",
-    )
+        axis.axhline(100 / len(rows), color="black", linestyle=":", linewidth=1)
+        axis.set(xlabel="block kept in FP16 (dotted: equal share)", ylabel="error removed (%)")
+        rest = f", no other more than {others.max():.0f} %" if len(others) else ""
+        said.append(f"at {axis.get_title()} block {block} removes {most:.0f} % of it{rest}")
+    return Plot(axis.figure, f"Quantization error (KL) removed by keeping one block in FP16: {'; '.join(said)}.")
 
 
 def alone_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the KL from the unquantized network when only this block is quantized, with its interval."""
-    for axis, rows in _by_bits(blocks):
-        axis.bar(rows["block"], rows["kl_alone"], yerr=_around(rows, "kl_alone"), capsize=2, color=_GREEN)
-        axis.set(xlabel="block quantized, all others in FP16/BF16", ylabel="mean KL (nats)")
+    """By block: the quantization error (KL) when it alone is quantized, with its interval. The largest is named."""
+    said = []
+    for axis, rows in _by_bits(blocks.assign(shown=blocks["kl_alone"])):
+        block, most, others = _ranked(axis, rows, "kl_alone_high", _times_others)
+        axis.errorbar(rows["block"], rows["kl_alone"], _around(rows, "kl_alone"), fmt="none", ecolor="black", capsize=2)
+        axis.set(xlabel="block quantized, all others in FP16", ylabel="error (KL, nats)")
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    return Plot(axis.figure, "By block: the quantization error when only this block is quantized.")
+        said.append(f"at {axis.get_title()} block {block} has {most:.1e} nats, {_times_others(most, others)}")
+    return Plot(axis.figure, f"Quantization error (KL) when one block alone is quantized: {'; '.join(said)}.")
 
 
-def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Plot:
-    """Mean KL from the unquantized network with its interval, for a few configurations."""
-    for axis, rows in _by_bits(frame[frame["kept"].isin(kept)], height=3.2):
+def _times_others(kl: float, others: pd.Series) -> str:
+    return f"{kl / others.mean():.2g} times the mean of the others" if len(others) else f"{kl:.1e}"
+
+
+def kept_parts(frame: pd.DataFrame, kept: Mapping[str, str]) -> Plot:
+    """The error (KL) left when some parts stay in FP16, in percent of that of the first, by their names in words."""
+    said = []
+    for axis, rows in _by_bits(frame[frame["kept"].isin(kept)], height=0.4 * len(kept) + 1.2):
         rows = rows.set_index("kept").reindex(kept)
-        axis.barh(rows.index, rows["logit_kl"], xerr=_around(rows, "logit_kl"), capsize=4, color=_ORANGE)
+        whole = 100 / rows["logit_kl"].iloc[0]
+        shares = whole * rows["logit_kl"]
+        axis.barh(list(kept.values()), shares, xerr=whole * _around(rows, "logit_kl"), capsize=4, color=_PALE)
+        for at, (share, end) in enumerate(zip(shares, whole * rows["logit_kl_high"], strict=True)):
+            axis.annotate(f"{share:.0f} %", (end, at), xytext=(6, 0), textcoords="offset points", va="center")
+        axis.margins(x=0.15)
         axis.invert_yaxis()
-        axis.set(xlabel="mean KL from the unquantized network (nats)")
-        axis.locator_params(axis="x", nbins=4)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-    return Plot(axis.figure, "Quantization error when the first and last block or the classifier stay in FP16 or BF16.")
+        axis.grid(axis="y", visible=False)
+        axis.set(xlabel="error left (%), 95 % interval", ylabel="kept in FP16")
+        listed = (f"{name} {share:.0f} %" for name, share in zip(kept.values(), shares, strict=True))
+        said.append(f"at {axis.get_title()}, {', '.join(listed)}")
+    return Plot(axis.figure, f"Quantization error (KL) left when a part stays in FP16: {'; '.join(said)}.")
 
 
-def _by_bits(frame: pd.DataFrame, height: float = 3.8) -> list[tuple[Axes, pd.DataFrame]]:
+def verdict_bars(counts: pd.Series) -> Plot:
+    """The number of claims by verdict; the last kind is what could not be tested."""
+    (axis,) = _figure(width=8, height=0.28 * len(counts) + 0.1).axes
+    bars = axis.barh(list(counts.index), counts, color=[_BLUE] * (len(counts) - 1) + [_PALE])
+    axis.bar_label(bars, padding=4)
+    axis.invert_yaxis()
+    axis.xaxis.set_visible(False)
+    axis.grid(visible=False)
+    return Plot(axis.figure, f"Claims by verdict: {', '.join(f'{kind} {count}' for kind, count in counts.items())}.")
+
+
+def _ranked(
+    axis: Axes, rows: pd.DataFrame, top: str, label: Callable[[float, pd.Series], str]
+) -> tuple[int, float, pd.Series]:
+    """A bar a block, as high as `shown`. The highest is dark and has a label, at the height of the column `top`.
+
+    Returns the highest's block and value, and the values of the others; `label` is given the last two.
+    """
+    first = rows["shown"].idxmax()
+    block, most, others = int(rows.loc[first, "block"]), float(rows.loc[first, "shown"]), rows["shown"].drop(first)
+    axis.bar(rows["block"], rows["shown"], color=[_BLUE if at == first else _PALE for at in rows.index])
+    left = block < rows["block"].median()  # the label extends towards the middle
+    place = (block - 0.4, max(0, rows.loc[first, top])) if left else (block + 0.4, max(0, rows.loc[first, top]))
+    style = {"ha": "left" if left else "right", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2)}
+    axis.annotate(f"block {block}: {label(most, others)}", place, **style)
+    axis.margins(y=0.12)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(axis="x", visible=False)
+    return block, most, others
+
+
+def _by_bits(frame: pd.DataFrame, height: float = 3.4) -> list[tuple[Axes, pd.DataFrame]]:
     """A panel of one figure for each number of bits, with its rows."""
     panels = list(frame.groupby("bits"))
-    figure = _figure(1, len(panels), width=5.5 * len(panels), height=height)
+    figure = _figure(1, len(panels), width=5.2 * len(panels), height=height)
     for axis, (bits, _) in zip(figure.axes, panels, strict=True):
         axis.set_title(f"{bits} bits")
     return [(axis, rows) for axis, (_, rows) in zip(figure.axes, panels, strict=True)]

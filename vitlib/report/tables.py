@@ -159,4 +159,6 @@ def _interval(bounds: tuple[str, ...]) -> str:
 
 
 def _escaped(text: object) -> str:
-    return html.escape(str(text), quote=False)
+    """As HTML; what follows a line break in a cell is small text below."""
+    text, _, below = html.escape(str(text), quote=False).partition("\n")
+    return f"{text}<br><small>{below}</small>" if below else text
