@@ -1,18 +1,24 @@
-"""Notebook 6: what each technique adds in speed, from the records of the study. Nothing is measured here."""
+"""Notebook 6: what each technique adds in speed, from the records of the study. Nothing is measured here.
 
+python -m vitlib.speed      writes the README's table of results and the gallery's hero.svg from its records
+"""
+
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from vitlib.measure import benchmark, stats
-from vitlib.report import columns
-from vitlib.report.tables import MISSING, NO_BREAK, Markdown
-from vitlib.study import provenance
+from vitlib.report import columns, plots
+from vitlib.report.tables import MISSING, NO_BREAK, Markdown, estimate
+from vitlib.study import files, provenance
 from vitlib.study.study import Study
 from vitlib.study.variants import find, label
 
 open = Study.open
+GALLERY = "outputs/gallery/h200-vit-l16"  # whose results the README shows
+_TABLE = re.compile(r"(<!-- results\b.*?-->\n).*?(?=<!-- end of results -->)", re.DOTALL)
 
 
 def variants(study: Study) -> pd.DataFrame:
@@ -28,18 +34,27 @@ def conditions(study: Study) -> pd.DataFrame:
     return pd.DataFrame(facts.items(), columns=["what", "this run"])
 
 
+def compared(study: Study) -> pd.DataFrame:
+    """`variants` with times faster and intervals, which are computed where an earlier version left them out."""
+    table = variants(study)
+    if "times_baseline" in table:
+        return table
+    found = benchmark.speed(study.read("latency"), study.read("throughput"), table["variant"].iloc[0])
+    return table[["variant", "batch", *table.columns.difference(found.columns)]].merge(found)
+
+
 def overview(study: Study) -> pd.DataFrame:
-    """The results as the README shows them, a row a variant, all text; weights with their buffers are "164.7 + 48"."""
-    rows = []
-    for name, own in variants(study).groupby("variant", sort=False):
-        first, last = own.sort_values("batch").iloc[[0, -1]].to_dict("records")
-        buffers = first.get("held_mb", np.nan) - first["model_mb"]
-        more = f" + {buffers:.0f}" if buffers >= 0.5 else ""  # none for NaN
-        row = {"variant": label(name), "weights (MB)": f"{first['model_mb']:,.1f}{more}"}
-        row |= {f"batch size {b} (ms)": _three(ms) for b, ms in zip(own["batch"], own["latency_p50_ms"], strict=True)}
-        row[f"batch size {last['batch']} (images/s)"] = f"{last['throughput_img_s']:,.0f}"
-        row |= {"Top-1 (%)": f"{100 * first['top1']:.2f}", "class changed": f"{first['flips']:.0f}"}
-        rows.append(row)
+    """The results as the README shows them, a row a variant, all text, for the smallest and the largest batch size."""
+    table, rows = compared(study), []
+    sides = ("", "_low", "_high")
+    for name, own in table.groupby("variant", sort=False):
+        row = {"variant": label(name), "weights (MB)": f"{own['model_mb'].iloc[0]:,.0f}"}
+        for batch, found in own.set_index("batch").iterrows():
+            if batch in (table["batch"].min(), table["batch"].max()):
+                ms = found[["latency_p50_ms", "latency_low_ms", "latency_high_ms"]]
+                row[f"batch size {batch} (ms)"] = estimate(*ms)
+                row[f"times faster, batch size {batch}"] = estimate(*(found[f"times_baseline{side}"] for side in sides))
+        rows.append(row | {"class changed": f"{own['flips'].iloc[0]:.0f}"})
     return pd.DataFrame(rows).fillna(MISSING)
 
 
@@ -48,6 +63,22 @@ def readme_table(study: Study) -> str:
     table = overview(study)
     rows = [list(table), ["---", *["---:"] * (table.shape[1] - 1)], *table.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def hero(study: Study) -> plots.Plot:
+    """Size against latency of five variants; also written to `hero.svg`."""
+    return plots.hero(benchmark.points(compared(study))).saved(study.folder / "hero.svg")
+
+
+def publish(root: Path) -> None:
+    """Write the table of results between the markers of `root`'s README.md, and the gallery's `hero.svg`."""
+    study, readme = Study.at(root / GALLERY), root / "README.md"
+    text, count = _TABLE.subn(lambda m: f"{m[1]}{readme_table(study)}\n", readme.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f"README.md has {count} places between <!-- results --> and <!-- end of results -->, not one")
+    with files.atomic_path(readme) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    hero(study)
 
 
 def _three(value: float) -> str:
@@ -62,8 +93,6 @@ def ladder(study: Study) -> pd.DataFrame:
     for name, technique, before in _climbed(table):
         row = {"variant": name, "technique": technique, "added to": label(before)}
         for batch in sorted(table["batch"].unique()):
-            own = table[(table["variant"] == name) & (table["batch"] == batch)]["latency_p50_ms"]
-            row[f"batch size {batch} (ms)"] = _three(own.iloc[0]) if len(own) else MISSING
             row[f"times faster, batch size {batch}"] = _factor(latencies, before, name, batch) if before else ""
         rows.append(row)
     return pd.DataFrame(rows)
@@ -74,7 +103,7 @@ def steps(study: Study) -> pd.DataFrame:
     names = {"latency_p50_ms": "ms", "latency_low_ms": "ms_low", "latency_high_ms": "ms_high"}
     table, order = variants(study), [name for name, *_ in _climbed(variants(study))]
     table = table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
-    return table.assign(label=table["variant"].map(label)).rename(columns=names)
+    return table.rename(columns=names)
 
 
 def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
@@ -117,9 +146,7 @@ def _factor(latencies: pd.DataFrame, before: str, after: str, batch: int) -> str
     rounds = [benchmark.rounds_of(latencies, name, batch) for name in (before, after)]
     if not all(rounds):
         return MISSING
-    times = stats.times_faster(*rounds)
-    interval = "" if np.isnan(times.low) else f" ({times.low:.2f} … {times.high:.2f})"
-    return f"{times.estimate:.2f}{interval}".replace(" ", NO_BREAK)
+    return estimate(*stats.times_faster(*rounds))
 
 
 def against_fp16(study: Study) -> pd.DataFrame:
@@ -149,12 +176,6 @@ def agreement(study: Study) -> pd.DataFrame:
     return rows.agg({"relative_error": "max", "agreement_with_reference": "min"}).reset_index()
 
 
-def memory(study: Study) -> pd.DataFrame:
-    """Megabytes of weights, and with the buffers for dequantized weights; a row a variant."""
-    table = variants(study).drop_duplicates("variant")
-    return table.assign(times_smaller=table["model_mb"].iloc[0] / table.get("held_mb", table["model_mb"]))
-
-
 def rates(study: Study) -> pd.DataFrame:
     """Images per second: training (median over epochs), the fastest network, and from files to predictions."""
     best = variants(study).sort_values("throughput_img_s").iloc[-1]
@@ -181,6 +202,7 @@ def headline(study: Study) -> Markdown:
         for words, name in fastest.items():
             rounds = [benchmark.rounds_of(latencies, each, batch) for each in (baseline, name)]
             said = benchmark.in_words(stats.times_faster(*rounds), stats.same_or_slower(*rounds), len(rounds[1]))
+            said = "the baseline itself" if name == baseline else f"against {label(baseline)} {said}"
             path = _path(latencies, climbed, name, batch)
             lines.append(f"**Batch size {batch}**: {words} is {label(name)}, {_three(times[name])} ms, {said}.{path}")
     return Markdown("\n".join(f"- {line}" for line in lines))
@@ -194,3 +216,7 @@ def _path(latencies: pd.DataFrame, climbed: dict[str, tuple[str, str]], name: st
         steps.insert(0, technique if factor == MISSING else f"{technique} {factor}×")
         name, (technique, before) = before, climbed[before]
     return f" Step by step: {', '.join(steps)}." if steps else ""
+
+
+if __name__ == "__main__":
+    publish(files.project_root())

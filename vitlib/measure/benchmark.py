@@ -17,6 +17,7 @@ from vitlib.measure.stats import Interval
 CLOCKS_AGREE = 0.02  # relative difference of wall clock and device events
 SIMULATED = 100  # comparisons of a run's own samples
 FOUND = 95  # of them that must come out right
+EIGHT_BITS = ("fp8", "w8a8", "w8a16")  # fused weight formats, of which `points` takes the first that ran
 
 
 def accuracy(
@@ -86,6 +87,26 @@ def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> 
         row |= {"throughput_img_s": rates.estimate, "throughput_low_img_s": rates.low}
         rows.append(row | {"throughput_high_img_s": rates.high})
     return pd.DataFrame(rows)
+
+
+def points(table: pd.DataFrame) -> pd.DataFrame:
+    """The variants that a figure or a sentence compares at the smallest batch size, from `records/variants.csv`.
+
+    Five where a study has them: the baseline, FP16 in its fastest execution, NF4 out of the box and in its fastest
+    other execution, and the fastest fused variant in one of EIGHT_BITS. With less than two, all that ran. `best` marks
+    the one whose factors of speed and size have the largest product. The tanh GELU, another function, is left out.
+    """
+    ran = table[(table["status"] == "ok") & (table["batch"] == table["batch"].min())]
+    own = (ran[ran["gelu"] == "checkpoint"] if "gelu" in ran else ran).sort_values("latency_p50_ms", kind="stable")
+    plain, fused = own["execution"] == "eager", own["execution"].str.startswith("fused")
+    named = [own["weights"] == weights for weights in ("fp16", "nf4", *EIGHT_BITS)]
+    fp16, nf4, *eight = named
+    found = [own[mask]["variant"].head(1) for mask in (fp16, nf4 & plain & (own["attention"] == "sdpa"), nf4 & ~plain)]
+    found += [rows.head(1) for rows in (own[mask & fused]["variant"] for mask in eight) if len(rows)][:1]
+    names = dict.fromkeys([ran["variant"].iloc[0], *pd.concat(found)])
+    rows = (ran[ran["variant"].isin(names)] if len(names) > 1 else ran).reset_index(drop=True)
+    gain = rows["times_baseline"] * rows["model_mb"].iloc[0] / rows["model_mb"]
+    return rows.assign(best=(rows.index > 0) & (rows.index == gain[1:].idxmax()) if len(rows) > 1 else False)
 
 
 def in_words(times: Interval, verdict: str, rounds: int) -> str:

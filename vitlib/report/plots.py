@@ -11,12 +11,13 @@ import html
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from vitlib.study import variants
+from vitlib.study import files, variants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +47,12 @@ class Plot:
         with matplotlib.rc_context({"svg.hashsalt": "vitlib"}):  # the same figure gives the same text
             self.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         return text.getvalue()
+
+    def saved(self, path: Path) -> Plot:
+        """The same plot, which is now also in the SVG file `path`, whole or not at all."""
+        with files.atomic_path(path) as temporary:
+            temporary.write_text(self._repr_svg_(), encoding="utf-8")
+        return self
 
     def __repr__(self) -> str:
         return self.message
@@ -150,49 +157,91 @@ def learning_curves(history: pd.DataFrame) -> Plot:
     return Plot(figure, f"Loss and validation accuracy by epoch; Top-1 ends at {100 * history['top1'].iloc[-1]:.1f} %.")
 
 
-def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
-    """Top-1 minus the baseline's with its interval, against median latency; up and left is better.
+def hero(points: pd.DataFrame) -> Plot:
+    """Weights against the latency of a call, a labelled point a variant, and an arrow from the first to the best.
 
-    `margin`, a fraction of the pictures, is drawn as a band: an interval inside it is non-inferior.
+    `points` is what `benchmark.points` gives: variant, batch, model_mb, latency_p50_ms, times_baseline, best.
     """
-    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
-    axis = _scatter(rows, "latency_p50_ms", 100 * rows["difference"], _around(rows, "difference", 100))
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
-    axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points, 95 % interval)")
-    axis.set(title=f"Accuracy against latency, batch size {batch}")
-    return Plot(
-        axis.figure, f"Top-1 minus the baseline's against median latency at batch size {batch}, a point a variant."
-    )
+    (axis,) = _figure(width=8, height=4.6).axes
+    rows, batch = points.set_index("variant"), points["batch"].iloc[0]
+    ms, mb, said = rows["latency_p50_ms"], rows["model_mb"], []
+    for name in rows.index:
+        axis.plot(ms[name], mb[name], linestyle="", markersize=12, zorder=3, **_look(name))
+    _log(axis, "x")
+    _log(axis, "y")
+    room = max(ms.max() / ms.min(), 1.6) ** 0.9  # on both sides, for labels
+    axis.set(xlim=(ms.min() / room, ms.max() * room), ylim=(mb.min() / 1.6, mb.max() * 1.6))
+    axis.tick_params(which="both", labelsize=11)
+    axis.set_xlabel(f"milliseconds per call, batch size {batch:.0f} (log scale)", fontsize=12)
+    axis.set_ylabel("weights (MB, log scale)", fontsize=12)
+    left = ms < np.sqrt(ms.min() * ms.max())
+    for side, own in (("right", mb[left]), ("left", mb[~left])):
+        for name, height in _apart(own, axis, gap=0.14).items():
+            axis.annotate(
+                f"{_short(name)}\n{ms[name]:.3g} ms, {mb[name]:,.0f} MB", (ms[name], height), ha=side, va="center",
+                xycoords=("data", "axes fraction"), xytext=(12 if side == "left" else -12, 0),
+                textcoords="offset points", fontsize=12,
+            )  # fmt: skip
+            said.append(f"{_short(name)}: {ms[name]:.3g} ms and {mb[name]:,.0f} MB")
+    for name in rows.index[rows["best"]]:
+        said.append(_arrow(axis, (ms.iloc[0], mb.iloc[0]), (ms[name], mb[name]), rows.loc[name, "times_baseline"]))
+    return Plot(axis.figure, f"Latency at batch size {batch:.0f} and weights of {'; '.join(said)}.")
 
 
-def size_against_memory(table: pd.DataFrame, batch: int) -> Plot:
-    """Peak memory of a forward pass against the size of the weights; down and left is better."""
-    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
-    axis = _scatter(rows, "model_mb", rows["peak_memory_mb"])
-    axis.set(xlabel="weights (MB, log scale)", ylabel="weights + peak of a pass (MB)")
-    axis.set_title(f"Size against peak memory, batch size {batch}")
-    return Plot(
-        axis.figure,
-        f"Weights plus the peak of a forward pass against weights at batch size {batch}, a point a variant.",
-    )
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], times: float) -> str:
+    """Draw an arrow between two points (ms, MB) with the factors on it; returns them in words."""
+    factors = [_times(times, "faster", "slower"), _times(start[1] / end[1], "smaller", "larger")]
+    style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 11, "shrinkB": 11, "mutation_scale": 20, "color": "black"}
+    axis.annotate("", end, start, arrowprops=style)
+    box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
+    middle = np.sqrt(np.multiply(start, end))
+    axis.text(*middle, "\n".join(factors), fontsize=14, weight="bold", ha="center", va="center", bbox=box)
+    return f"the arrow says {', '.join(factors)}"
 
 
-def _scatter(rows: pd.DataFrame, x: str, y: pd.Series, errors: np.ndarray | None = None) -> Axes:
-    """A point a variant on a log x axis, with vertical `errors` (2, n) if given."""
+def _short(name: str) -> str:
+    """A variant in words, where one as the libraries load it is "out of the box"."""
+    weights, *others = name.split("-")
+    return f"{weights.upper()} out of the box" if others == ["sdpa"] else variants.label(name)
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    """A ratio as "7.3× smaller", or how much `less` below 1."""
+    ratio, word = (ratio, more) if ratio >= 1 else (1 / ratio, less)
+    return f"{ratio:.{2 if ratio < 2 else 1}f}× {word}"
+
+
+def _range(values: pd.Series, form: str) -> str:
+    """The least and the largest value with the variants that have them: "1.1 (NF4 · fused) to 9.5 (FP32 · SDPA)"."""
+    ends = ((values.min(), values.idxmin()), (values.max(), values.idxmax()))
+    return " to ".join(f"{value:{form}} ({variants.label(name)})" for value, name in ends)
+
+
+def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
+    """Top-1 minus the baseline's against median latency, with its interval where the two differ; up and left is better.
+
+    `margin`, a fraction of the pictures, is drawn as a band: a point with its interval inside is non-inferior.
+    """
+    rows = table[(table["status"] == "ok") & (table["batch"] == batch)].set_index("variant")
     (axis,) = _figure(width=9).axes
-    for at, (name, across, up) in enumerate(zip(rows["variant"], rows[x], y, strict=True)):
-        bars = None if errors is None else errors[:, [at]]
-        style = {"linestyle": "", "capsize": 3, "markersize": 8, "elinewidth": 0.8, **_look(name)}
-        axis.errorbar(across, up, yerr=bars, label=variants.label(name), **style)
+    points, errors = 100 * rows["difference"], _around(rows, "difference", 100)
+    for at, (name, ms) in enumerate(rows["latency_p50_ms"].items()):
+        bars = errors[:, [at]] if rows["verdict"].iloc[at] == "different" else None
+        style = {"linestyle": "", "capsize": 3, "markersize": 8, **_look(name)}
+        axis.errorbar(ms, points.iloc[at], yerr=bars, label=variants.label(name), **style)
     _log(axis, "x")
     _legend(axis)
-    return axis
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
+    axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points)")
+    axis.set(title=f"Accuracy against latency, batch size {batch}")
+    across, up = _range(rows["latency_p50_ms"], ".3g"), _range(points, "+.1f")
+    return Plot(axis.figure, f"Top-1 changes by {up} points; latency at batch size {batch} is {across} ms.")
 
 
 def throughput_by_batch(table: pd.DataFrame) -> Plot:
     """Measured images per second by batch size, a line a variant, labelled at its end."""
-    rows = table[table["status"] == "ok"].dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
+    rows = table.dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
     (axis,) = _figure(width=9, height=max(4.5, 0.3 * rows["variant"].nunique() + 1)).axes
     for name, own in rows.groupby("variant", sort=False):
         line = _LINES[variants.VARIANTS[name].execution] if name in variants.VARIANTS else "-"
@@ -206,7 +255,9 @@ def throughput_by_batch(table: pd.DataFrame) -> Plot:
             variants.label(name), (1.0, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8.5, color=_look(name)["color"],
         )  # fmt: skip
-    return Plot(axis.figure, "Images per second by batch size, a line a variant.")
+    last = rows[rows["batch"] == rows["batch"].max()].set_index("variant")["throughput_img_s"]
+    said = f"Throughput at batch size {rows['batch'].max():.0f}: {_range(last, ',.0f')} images per second."
+    return Plot(axis.figure, said)
 
 
 def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[str, float]:
@@ -235,7 +286,10 @@ def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Plot:
     axis.set_yticks(range(len(rows)), [variants.label(name) for name in rows["variant"]])
     axis.invert_yaxis()
     axis.set(xlabel="Top-1 minus the baseline's (points), 95 % interval; shaded: within the margin")
-    return Plot(axis.figure, "Top-1 of each variant minus the baseline's, with its 95 % interval and the margin.")
+    if rows.empty:
+        return Plot(axis.figure, "No variant beside the baseline.")
+    said = _range(100 * rows.set_index("variant")["difference"], "+.1f")
+    return Plot(axis.figure, f"Top-1 changes by {said} points; the margin is {100 * margin:g} points.")
 
 
 def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
@@ -260,27 +314,30 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     figure.axes[0].set_title("Where the device time goes")
     figure.axes[-1].set_xlabel(f"device time of one pass (ms), batch size {kernels['batch'].iloc[0]}")
     _legend(figure.axes[-1])
-    return Plot(figure, "Device time of one forward pass by part of the model, a bar a variant.")
+    share = (sums.div(sums.sum(axis=1), axis=0)).mean().sort_values()
+    said = f"Device time of one pass: {_range(sums.sum(axis=1), ',.3g')} ms; most of it in {share.index[-1]}"
+    return Plot(figure, f"{said} ({100 * share.iloc[-1]:.0f} % on average).")
 
 
 def ladder(frame: pd.DataFrame) -> Plot:
-    """Median latency of each step with its interval, a panel a batch size, a row a step, colour by weight format.
+    """Median latency of each variant with its interval, a panel a batch size, a row a variant in order of appearance.
 
-    Columns: label (in words), weights, batch, ms, ms_low, ms_high. Rows keep the order of their first appearance.
+    Columns: variant, batch, ms, ms_low, ms_high.
     """
-    sizes, labels = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["label"]))
-    figure = _figure(1, max(len(sizes), 1), width=3.2 + 3.4 * len(sizes), height=0.3 * len(labels) + 1.2, sharey=True)
+    sizes, names = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["variant"]))
+    figure = _figure(1, max(len(sizes), 1), width=3.2 + 3.4 * len(sizes), height=0.3 * len(names) + 1.2, sharey=True)
+    said = []
     for axis, size in zip(figure.axes, sizes, strict=False):
-        rows = frame[frame["batch"] == size]
+        rows = frame[frame["batch"] == size].set_index("variant")
         errors = _around(rows, "ms")
-        for at, row in enumerate(rows.itertuples()):
-            style = {"fmt": "o", "capsize": 3, "color": COLOURS.get(row.weights, _GREY)}
-            axis.errorbar(row.ms, labels.index(row.label), xerr=errors[:, [at]], **style)
+        for at, (name, ms) in enumerate(rows["ms"].items()):
+            axis.errorbar(ms, names.index(name), xerr=errors[:, [at]], linestyle="", capsize=3, **_look(name))
         _log(axis, "x")
         axis.set(xlabel="median latency (ms, log scale)", title=f"batch size {size}")
-    figure.axes[0].set_yticks(range(len(labels)), labels, fontsize=9)
-    figure.axes[0].set_ylim(len(labels) - 0.5, -0.5)
-    return Plot(figure, "Median latency of each step with its 95 % interval, a panel a batch size.")
+        said.append(f"Median latency at batch size {size}: {_range(rows['ms'], ',.3g')} ms.")
+    figure.axes[0].set_yticks(range(len(names)), map(variants.label, names), fontsize=9)
+    figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
+    return Plot(figure, " ".join(said))
 
 
 def roofline(table: pd.DataFrame) -> Plot:
@@ -309,9 +366,9 @@ def roofline(table: pd.DataFrame) -> Plot:
     entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
     entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
     _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
-    return Plot(
-        axis.figure, "Achieved arithmetic rate of each part against operations per byte, below the measured ceilings."
-    )
+    top = rows.loc[rows["tflop_s"].idxmax()]
+    said = f"Achieved rates reach {top['tflop_s']:.3g} TFLOP/s ({top['part']}, {variants.label(top['variant'])})"
+    return Plot(axis.figure, f"{said}; the measured ceilings go up to {rows['ceiling_tflop_s'].max():.3g} TFLOP/s.")
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
