@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # Evaluation: accuracy, speed and size of each variant
+# # Accuracy, speed and size of each variant
 #
 # A *variant* is one choice of weight format, attention and execution. All variants are made from the same checkpoint
 # and go through the same pipeline: the same pictures, the same preprocessing, the same instruments. Times, sizes and
@@ -47,7 +47,7 @@ from vitlib import evaluate
 study = evaluate.open(globals())
 
 # %% [markdown] tags=["details"]
-# ## Preparation
+# ### Preparation
 #
 # Each variant is loaded from the checkpoints of notebook 1. A variant that cannot run on this machine keeps its row
 # with the reason; nothing is replaced by something else.
@@ -78,7 +78,7 @@ bench = bench.without(profiled.refused)
 # *Class changed* counts the pictures whose predicted class differs from the baseline's. KL is the mean divergence of
 # the class probabilities from the baseline's; it shows a change long before accuracy does. *Different* means that a
 # difference was found, *non-inferior* that a loss larger than the margin is excluded, *not shown* that there are too
-# few pictures to tell.
+# few pictures to tell. Intervals are in parentheses.
 
 # %%
 from vitlib.report import columns, plots, tables
@@ -101,12 +101,6 @@ measured = evaluate.measure(study, bench)
 tables.table(*columns.speed(measured.speed))
 
 # %% [markdown]
-# Throughput is measured separately, with calls queued one behind the other:
-
-# %%
-plots.throughput_by_batch(measured.speed)
-
-# %% [markdown]
 # ## Size
 #
 # Weights include the scales that quantization adds. Variants that dequantize whole blocks at once keep *buffers* for
@@ -116,29 +110,32 @@ plots.throughput_by_batch(measured.speed)
 memories = evaluate.memory(study, bench)
 tables.table(*columns.size(memories))
 
+# %% [markdown]
+# ## Evidence and details
+
 # %% [markdown] tags=["details"]
-# ## Accuracy: tests and intervals
+# ### Accuracy: tests and other scores
 #
 # Only pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
-# test, with Holm's adjustment for the number of rows). The shaded band is the margin.
-
-# %%
-plots.accuracy_intervals(quality, study.settings.margin)
+# test, with Holm's adjustment for the number of rows).
 
 # %%
 tables.table(quality, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
-# ## Speed: all percentiles and intervals
+# ### Speed: throughput, percentiles and intervals
 #
-# All intervals are bootstrap intervals over rounds. P95 needs 130 samples and P99 needs 662; with fewer the cell is
-# empty.
+# Throughput is measured separately, with calls queued one behind the other. All intervals are bootstrap intervals over
+# rounds. P95 needs 130 samples and P99 needs 662; with fewer the cell is empty.
+
+# %%
+plots.throughput_by_batch(measured.speed)
 
 # %%
 tables.table(measured.speed, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
-# ## Size: peaks, reserved memory and preparation
+# ### Size: peaks, reserved memory and preparation
 #
 # *Reserved* is what the allocator gets from the GPU's driver. *Preparation* is the time to transform, tune and capture.
 
@@ -146,7 +143,7 @@ tables.table(measured.speed, columns.OF_VARIANTS)
 tables.table(memories, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
-# ## All measurements in one table
+# ### All measurements in one table
 #
 # A row for each variant and batch size, with the reason where a variant did not run, is `records/variants.csv`. The
 # columns that one compares, with the latency of one picture on the CPU:
@@ -159,13 +156,13 @@ table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
 tables.table(table, columns.SUMMARY)
 
 # %% [markdown]
-# Up and to the left is better; only variants that differ from the baseline have an interval:
+# Up and to the left is better. The shaded band is the margin; non-inferior variants are shown without their interval.
 
 # %%
 plots.accuracy_against_latency(table, study.settings.batch_sizes[0], study.settings.margin)
 
 # %% [markdown] tags=["details"]
-# ## Device time by part of the model
+# ### Device time by part of the model
 #
 # The profiler lists every kernel (on a CPU: every operator) with its time. A kernel belongs to the part of the model
 # that launched it. Conversion between number formats is a part of its own: it is the price of small weights.
@@ -177,7 +174,7 @@ plots.device_time_by_part(profiled.kernels, evaluate.PARTS)
 tables.table(profiled.totals, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
-# ## Achieved rates and the limits of the hardware
+# ### Achieved rates and the limits of the hardware
 #
 # A part can run no faster than its arithmetic at the peak rate, nor than its bytes at the peak bandwidth. Both peaks
 # are measured here, with a large linear layer and a large copy. The lines are these ceilings; a point's distance below
@@ -197,7 +194,7 @@ plots.roofline(limits)
 tables.table(limits[limits["share_of_time"] >= 0.05], columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
-# ## What each variant consists of
+# ### What each variant consists of
 #
 # The layer classes and number formats found in each network:
 
@@ -205,7 +202,7 @@ tables.table(limits[limits["share_of_time"] >= 0.05], columns.OF_VARIANTS)
 tables.table(evaluate.status(bench))
 
 # %% [markdown] tags=["details"]
-# ## Outputs compared with the eager network
+# ### Outputs compared with the eager network
 #
 # The logits of each variant against those of the eager network with the same weights. Variants that quantize their
 # inputs too are another function than their reference.
@@ -214,7 +211,7 @@ tables.table(evaluate.status(bench))
 tables.table(columns.with_reference(references), columns.OF_VARIANTS, none="nothing to compare")
 
 # %% [markdown] tags=["details"]
-# ## Kernels of the fused variants
+# ### Kernels of the fused variants
 #
 # A *fused* variant is the same network with fewer and larger kernels. Each of its layers has several implementations.
 # On a GPU they are timed when the variant is loaded and the fastest is used; on a CPU the first is. *all blocks* means
@@ -224,7 +221,7 @@ tables.table(columns.with_reference(references), columns.OF_VARIANTS, none="noth
 tables.table(evaluate.tuning(study, bench), none="this study has no fused variant")
 
 # %% [markdown] tags=["details"]
-# ## Checks of this measurement
+# ### Checks of this measurement
 #
 # The instruments are checked with a call and a tensor of known size. The comparison is checked with this run's own
 # samples: two halves of the same calls must be called the same, and a half made slower by a fiftieth must be found.

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from vitlib.measure import benchmark, stats
-from vitlib.report import columns, plots
+from vitlib.report import columns, plots, tables
 from vitlib.report.tables import MISSING, NO_BREAK, Markdown, estimate
-from vitlib.study import files, provenance
+from vitlib.study import files
 from vitlib.study.study import Study
 from vitlib.study.variants import find, label
 
@@ -27,13 +27,6 @@ def variants(study: Study) -> pd.DataFrame:
     return table if "gelu" in table else table.assign(gelu="checkpoint")
 
 
-def conditions(study: Study) -> pd.DataFrame:
-    """Hardware, software and commit of the measurement."""
-    made = study.read_json("environment")
-    facts = provenance.facts(made) | {"rounds": f"{made['parameters']['rounds']}, variants in random order"}
-    return pd.DataFrame(facts.items(), columns=["what", "this run"])
-
-
 def compared(study: Study) -> pd.DataFrame:
     """`variants` with times faster and intervals, which are computed where an earlier version left them out."""
     table = variants(study)
@@ -45,17 +38,9 @@ def compared(study: Study) -> pd.DataFrame:
 
 def overview(study: Study) -> pd.DataFrame:
     """The results as the README shows them, a row a variant, all text, for the smallest and the largest batch size."""
-    table, rows = compared(study), []
-    sides = ("", "_low", "_high")
-    for name, own in table.groupby("variant", sort=False):
-        row = {"variant": label(name), "weights (MB)": f"{own['model_mb'].iloc[0]:,.0f}"}
-        for batch, found in own.set_index("batch").iterrows():
-            if batch in (table["batch"].min(), table["batch"].max()):
-                ms = found[["latency_p50_ms", "latency_low_ms", "latency_high_ms"]]
-                row[f"batch size {batch} (ms)"] = estimate(*ms)
-                row[f"times faster, batch size {batch}"] = estimate(*(found[f"times_baseline{side}"] for side in sides))
-        rows.append(row | {"class changed": f"{own['flips'].iloc[0]:.0f}"})
-    return pd.DataFrame(rows).fillna(MISSING)
+    table = compared(study)
+    ends = table[table["batch"].isin([table["batch"].min(), table["batch"].max()])]
+    return tables.table(*columns.speed(ends, "model_mb", "flips")).text
 
 
 def readme_table(study: Study) -> str:
@@ -93,17 +78,16 @@ def ladder(study: Study) -> pd.DataFrame:
     for name, technique, before in _climbed(table):
         row = {"variant": name, "technique": technique, "added to": label(before)}
         for batch in sorted(table["batch"].unique()):
-            row[f"times faster, batch size {batch}"] = _factor(latencies, before, name, batch) if before else ""
+            row[f"batch size {batch}"] = _factor(latencies, before, name, batch) if before else ""
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def steps(study: Study) -> pd.DataFrame:
-    """The latencies of the ladder, in its order, for `plots.ladder`."""
-    names = {"latency_p50_ms": "ms", "latency_low_ms": "ms_low", "latency_high_ms": "ms_high"}
-    table, order = variants(study), [name for name, *_ in _climbed(variants(study))]
-    table = table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
-    return table.rename(columns=names)
+    """The variants that ran in the order of the ladder, for `plots.ladder`."""
+    table = variants(study)
+    order = [name for name, *_ in _climbed(table)]
+    return table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
 
 
 def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
@@ -157,23 +141,9 @@ def against_fp16(study: Study) -> pd.DataFrame:
         other = "-".join(["fp16", *name.split("-")[1:]])
         if find(name).quantized and other in set(table["variant"]):
             batches = sorted(table["batch"].unique())
-            found = {f"times faster, batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
+            found = {f"batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
             rows.append({"variant": name, "compared with": label(other), **found})
     return pd.DataFrame(rows)
-
-
-def chosen(study: Study) -> pd.DataFrame:
-    """The implementations that fused variants use (`benchmark.chosen`); empty where the study has none."""
-    return benchmark.chosen(study.read("tuning")) if study.has("tuning") else pd.DataFrame()
-
-
-def agreement(study: Study) -> pd.DataFrame:
-    """Worst outputs of each variant against the eager network with the same weights; empty for records without them."""
-    table = variants(study)
-    if "relative_error" not in table:
-        return pd.DataFrame()
-    rows = columns.with_reference(table).groupby(["variant", "reference"], sort=False)
-    return rows.agg({"relative_error": "max", "agreement_with_reference": "min"}).reset_index()
 
 
 def rates(study: Study) -> pd.DataFrame:

@@ -98,15 +98,14 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     """
     ran = table[(table["status"] == "ok") & (table["batch"] == table["batch"].min())]
     own = (ran[ran["gelu"] == "checkpoint"] if "gelu" in ran else ran).sort_values("latency_p50_ms", kind="stable")
-    plain, fused = own["execution"] == "eager", own["execution"].str.startswith("fused")
-    named = [own["weights"] == weights for weights in ("fp16", "nf4", *EIGHT_BITS)]
-    fp16, nf4, *eight = named
-    found = [own[mask]["variant"].head(1) for mask in (fp16, nf4 & plain & (own["attention"] == "sdpa"), nf4 & ~plain)]
-    found += [rows.head(1) for rows in (own[mask & fused]["variant"] for mask in eight) if len(rows)][:1]
-    names = dict.fromkeys([ran["variant"].iloc[0], *pd.concat(found)])
+    weights, plain = own["weights"], (own["execution"] == "eager") & (own["attention"] == "sdpa")
+    chosen = [weights == "fp16", (weights == "nf4") & plain, (weights == "nf4") & (own["execution"] != "eager")]
+    eight = [rows for kind in EIGHT_BITS if len(rows := own["variant"][(weights == kind) & ~plain])]
+    found = [own["variant"][mask] for mask in chosen] + eight[:1]
+    names = {ran["variant"].iloc[0], *(name for rows in found for name in rows.head(1))}
     rows = (ran[ran["variant"].isin(names)] if len(names) > 1 else ran).reset_index(drop=True)
-    gain = rows["times_baseline"] * rows["model_mb"].iloc[0] / rows["model_mb"]
-    return rows.assign(best=(rows.index > 0) & (rows.index == gain[1:].idxmax()) if len(rows) > 1 else False)
+    gain = (rows["times_baseline"] / rows["model_mb"])[1:]
+    return rows.assign(best=rows.index == (gain.idxmax() if len(gain) else -1))
 
 
 def in_words(times: Interval, verdict: str, rounds: int) -> str:
@@ -182,10 +181,13 @@ def validity(
 
 def failed(checks: pd.DataFrame) -> str:
     """The checks of `validity` that failed, as a sentence (Markdown), '' if none did."""
-    missed = checks.loc[checks["reached"] == "no", "check"]
-    if missed.empty:
+    sizes: dict[str, list[str]] = {}
+    for missed in checks.loc[checks["reached"] == "no", "check"]:
+        check, _, size = missed.partition(", batch size ")
+        sizes.setdefault(check, []).extend(filter(None, [size]))
+    if not sizes:
         return ""
-    named = "; ".join(f"*{check}*" for check in missed)
+    named = "; ".join(f"*{check}*" + f" (batch size {', '.join(own)})" * bool(own) for check, own in sizes.items())
     return f"**Failed checks**: {named}. This run does not establish differences as small as these checks ask for."
 
 

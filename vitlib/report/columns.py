@@ -66,8 +66,8 @@ _COMPARED = (
 SUMMARY = {name: OF_VARIANTS[name] for name in (*_COMPARED.split(), "reason")}
 ACCURACY: dict[str | tuple[str, ...], str | Column] = {
     "variant": "variant",
-    ("top1", "top1_low", "top1_high"): Column("Top-1, % (95 % interval)", ",", 100),
-    ("difference", "difference_low", "difference_high"): Column("against the baseline, points", "+,", 100),
+    ("top1", "top1_low", "top1_high"): Column("Top-1 (%)", ",", 100),
+    ("difference", "difference_low", "difference_high"): Column("change (points)", "+,", 100),
     "flips": Column("class changed", ".0f", bar=True),
     "logit_kl": Column("KL (nats)", ".1e"),
     "verdict": "verdict",
@@ -86,13 +86,13 @@ _SIZE = {
 _PEAK = {"peak_memory_mb": Column("weights + pass (MB), batch {:g}", ",.0f", best="low")}
 
 
-def speed(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
-    """A row a variant, and its columns: latency and times faster, both once a batch size. For `tables.table(*…)`."""
-    return _by_batch(frame, {"variant": "variant"}, _SPEED)
+def speed(frame: pd.DataFrame, *more: str) -> tuple[pd.DataFrame, dict]:
+    """A row a variant, and its columns: `more`, then latency and times faster by batch size. For `tables.table(*…)`."""
+    return _by_batch(frame, {name: OF_VARIANTS[name] for name in ("variant", *more)}, _SPEED)
 
 
 def size(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
-    """A row a variant, and its columns: sizes, and peak memory once a batch size. For `tables.table(*…)`."""
+    """A row a variant, and its columns: sizes, then peak memory by batch size. For `tables.table(*…)`."""
     frame = frame.assign(times_smaller=frame["model_mb"].iloc[0] / frame["model_mb"])
     return _by_batch(frame, _SIZE, _PEAK)
 

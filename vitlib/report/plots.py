@@ -165,27 +165,25 @@ def hero(points: pd.DataFrame) -> Plot:
     (axis,) = _figure(width=8, height=4.6).axes
     rows, batch = points.set_index("variant"), points["batch"].iloc[0]
     ms, mb, said = rows["latency_p50_ms"], rows["model_mb"], []
-    for name in rows.index:
-        axis.plot(ms[name], mb[name], linestyle="", markersize=12, zorder=3, **_look(name))
     _log(axis, "x")
     _log(axis, "y")
-    room = max(ms.max() / ms.min(), 1.6) ** 0.9  # on both sides, for labels
-    axis.set(xlim=(ms.min() / room, ms.max() * room), ylim=(mb.min() / 1.6, mb.max() * 1.6))
+    middle, room = np.sqrt(ms.min() * ms.max()), max(ms.max() / ms.min(), 1.6)  # on both sides, for labels
+    axis.set(xlim=(ms.min() / room, ms.max() * room**0.8), ylim=(mb.min() / 2, mb.max() * 1.8))
     axis.tick_params(which="both", labelsize=11)
     axis.set_xlabel(f"milliseconds per call, batch size {batch:.0f} (log scale)", fontsize=12)
     axis.set_ylabel("weights (MB, log scale)", fontsize=12)
-    left = ms < np.sqrt(ms.min() * ms.max())
-    for side, own in (("right", mb[left]), ("left", mb[~left])):
-        for name, height in _apart(own, axis, gap=0.14).items():
-            axis.annotate(
-                f"{_short(name)}\n{ms[name]:.3g} ms, {mb[name]:,.0f} MB", (ms[name], height), ha=side, va="center",
-                xycoords=("data", "axes fraction"), xytext=(12 if side == "left" else -12, 0),
-                textcoords="offset points", fontsize=12,
-            )  # fmt: skip
-            said.append(f"{_short(name)}: {ms[name]:.3g} ms and {mb[name]:,.0f} MB")
+    for name in rows.index:
+        axis.plot(ms[name], mb[name], linestyle="", markersize=12, zorder=3, **_look(name))
+        size = f"{ms[name]:.3g} ms, {mb[name]:{',.0f' if mb[name] >= 100 else '.2g'}} MB"
+        away, ha, va = ((-12, 0), "right", "center") if ms[name] < middle else ((12, 0), "left", "center")
+        if name == rows.index[0] or rows.loc[name, "best"]:  # the ends of the arrow
+            away, ha, va = ((0, 11), "center", "bottom") if name == rows.index[0] else ((0, -11), "center", "top")
+        where = {"xytext": away, "textcoords": "offset points", "ha": ha, "va": va, "fontsize": 12}
+        axis.annotate(f"{_short(name)}\n{size}", (ms[name], mb[name]), **where)
+        said.append(f"{_short(name)} {size}")
     for name in rows.index[rows["best"]]:
         said.append(_arrow(axis, (ms.iloc[0], mb.iloc[0]), (ms[name], mb[name]), rows.loc[name, "times_baseline"]))
-    return Plot(axis.figure, f"Latency at batch size {batch:.0f} and weights of {'; '.join(said)}.")
+    return Plot(axis.figure, f"Latency at batch size {batch:.0f} and weights: {'; '.join(said)}.")
 
 
 def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], times: float) -> str:
@@ -218,15 +216,15 @@ def _range(values: pd.Series, form: str) -> str:
 
 
 def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
-    """Top-1 minus the baseline's against median latency, with its interval where the two differ; up and left is better.
+    """Top-1 minus the baseline's against median latency, with its interval unless that is inside the margin.
 
-    `margin`, a fraction of the pictures, is drawn as a band: a point with its interval inside is non-inferior.
+    Up and left is better. `margin`, a fraction of the pictures, is drawn as a band.
     """
     rows = table[(table["status"] == "ok") & (table["batch"] == batch)].set_index("variant")
     (axis,) = _figure(width=9).axes
     points, errors = 100 * rows["difference"], _around(rows, "difference", 100)
     for at, (name, ms) in enumerate(rows["latency_p50_ms"].items()):
-        bars = errors[:, [at]] if rows["verdict"].iloc[at] == "different" else None
+        bars = errors[:, [at]] if rows["verdict"].iloc[at] in ("different", "not shown") else None
         style = {"linestyle": "", "capsize": 3, "markersize": 8, **_look(name)}
         axis.errorbar(ms, points.iloc[at], yerr=bars, label=variants.label(name), **style)
     _log(axis, "x")
@@ -274,24 +272,6 @@ def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[st
     return heights
 
 
-def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Plot:
-    """Top-1 of each variant minus the baseline's, in points, with its paired interval; the margin is a band."""
-    rows = quality[quality["verdict"] != "baseline"]
-    (axis,) = _figure(width=8, height=0.4 * len(rows) + 1.4).axes
-    errors = _around(rows, "difference", 100)
-    for at, (name, points) in enumerate(zip(rows["variant"], 100 * rows["difference"], strict=True)):
-        axis.errorbar(points, at, xerr=errors[:, [at]], capsize=4, **_look(name))
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.axvspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
-    axis.set_yticks(range(len(rows)), [variants.label(name) for name in rows["variant"]])
-    axis.invert_yaxis()
-    axis.set(xlabel="Top-1 minus the baseline's (points), 95 % interval; shaded: within the margin")
-    if rows.empty:
-        return Plot(axis.figure, "No variant beside the baseline.")
-    said = _range(100 * rows.set_index("variant")["difference"], "+.1f")
-    return Plot(axis.figure, f"Top-1 changes by {said} points; the margin is {100 * margin:g} points.")
-
-
 def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     """Device time of one pass in milliseconds, stacked by part of the model, a bar a variant.
 
@@ -314,28 +294,27 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     figure.axes[0].set_title("Where the device time goes")
     figure.axes[-1].set_xlabel(f"device time of one pass (ms), batch size {kernels['batch'].iloc[0]}")
     _legend(figure.axes[-1])
-    share = (sums.div(sums.sum(axis=1), axis=0)).mean().sort_values()
-    said = f"Device time of one pass: {_range(sums.sum(axis=1), ',.3g')} ms; most of it in {share.index[-1]}"
-    return Plot(figure, f"{said} ({100 * share.iloc[-1]:.0f} % on average).")
+    said = f"Device time of one pass: {_range(sums.sum(axis=1), ',.3g')} ms"
+    return Plot(figure, f"{said}; most of it in the part {sums.sum().idxmax()}.")
 
 
 def ladder(frame: pd.DataFrame) -> Plot:
     """Median latency of each variant with its interval, a panel a batch size, a row a variant in order of appearance.
 
-    Columns: variant, batch, ms, ms_low, ms_high.
+    Columns: variant, batch, latency_p50_ms, latency_low_ms, latency_high_ms.
     """
     sizes, names = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["variant"]))
-    figure = _figure(1, max(len(sizes), 1), width=3.2 + 3.4 * len(sizes), height=0.3 * len(names) + 1.2, sharey=True)
+    figure = _figure(1, max(len(sizes), 1), width=3 + 2.6 * len(sizes), height=0.24 * len(names) + 1.2, sharey=True)
     said = []
     for axis, size in zip(figure.axes, sizes, strict=False):
         rows = frame[frame["batch"] == size].set_index("variant")
-        errors = _around(rows, "ms")
-        for at, (name, ms) in enumerate(rows["ms"].items()):
-            axis.errorbar(ms, names.index(name), xerr=errors[:, [at]], linestyle="", capsize=3, **_look(name))
+        for name, ms, low, high in rows[["latency_p50_ms", "latency_low_ms", "latency_high_ms"]].itertuples():
+            errors = [[ms - low], [high - ms]]
+            axis.errorbar(ms, names.index(name), xerr=errors, linestyle="", capsize=3, **_look(name))
         _log(axis, "x")
         axis.set(xlabel="median latency (ms, log scale)", title=f"batch size {size}")
-        said.append(f"Median latency at batch size {size}: {_range(rows['ms'], ',.3g')} ms.")
-    figure.axes[0].set_yticks(range(len(names)), map(variants.label, names), fontsize=9)
+        said.append(f"Median latency at batch size {size}: {_range(rows['latency_p50_ms'], ',.3g')} ms.")
+    figure.axes[0].set_yticks(range(len(names)), map(variants.label, names), fontsize=10)
     figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
     return Plot(figure, " ".join(said))
 

@@ -86,8 +86,9 @@ class Table:
             known = pd.notna(value)
             order = f' data-order="{value:.9g}"' if known else ' data-order=""'
             bar = f' style="--bar: {max(0, round(100 * value / longest))}%"' if about.bar and known else ""
-            shown = f"<strong>{_escaped(text)}</strong>" if known and value == best else _escaped(text)
-            made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}</td>')
+            shown, gap, interval = _escaped(text).partition(f"{NO_BREAK}(")
+            shown = f"<strong>{shown}</strong>" if known and value == best else shown
+            made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}{gap}{interval}</td>')
         return made
 
     _repr_html_ = to_html
