@@ -253,19 +253,20 @@ def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
 
 
 def _finding(points: pd.DataFrame) -> str:
-    """What the best of `benchmark.points` gains and loses against the baseline, in one sentence."""
+    """What the best of `benchmark.points` gains and loses against the baseline; its first sentence is the finding."""
     base, batch = points.iloc[0], f"at batch size {points['batch'].iloc[0]:.0f}"
     if not points["best"].any():
         return f"{label(base['variant'])} takes {base['latency_p50_ms']:.3g} ms {batch} and {base['model_mb']:,.0f} MB."
     best, than = points[points["best"]].iloc[0], f"than {base['weights'].upper()}"
-    compared, smaller = _compared(best), f"{base['model_mb'] / best['model_mb']:.1f} times smaller"
+    compared, size = _compared(best), base["model_mb"] / best["model_mb"]
+    smaller = f"**{size:.1f} times smaller**" if size >= 1.05 else "not smaller"
     if best["against_baseline"] in ("faster", "slower"):
-        said = f"**{compared.partition(' (')[0]}** {than} {batch} and **{smaller}**"
+        said = f"**{compared.partition(' (')[0]}** {than} {batch} and {smaller};"
     else:
-        said = f"**{smaller}** {than}; latency {batch}: {compared}"
+        said = f"{smaller} {than}; latency {batch}: {compared}. Accuracy:"
     change, low, high = (f"{100 * best[f'difference{side}']:+.1f}" for side in ("", "_low", "_high"))
     moved = f"Top-1 changes by {change} points (95 % interval {low} … {high})"
-    return f"{label(best['variant'])} is {said}; {moved if best['flips'] else 'no picture changes class'}."
+    return f"{label(best['variant'])} is {said} {moved if best['flips'] else 'no picture changes class'}."
 
 
 def _compared(row: pd.Series) -> str:
