@@ -78,7 +78,7 @@ def test_each_row_adds_one_technique_to_the_row_that_it_names(study):
     order = list(rows.index)
     assert order[0] == "fp32-sdpa" and order.index("fp16-sdpa-graph") < order.index("fp16-direct-fused-graph")
     factors = rows["batch size 1"].str.split(tables.NO_BREAK).str[0]
-    assert factors.tolist()[1:] == ["1.00", "0.400", "4.00", "2.00", "0.800", "0.800"]
+    assert factors.tolist()[1:] == ["1.00", "0.40", "4.00", "2.00", "0.80", "0.80"]
 
 
 def test_factors_are_those_of_the_medians_with_an_interval(study):
@@ -121,7 +121,7 @@ def test_the_headline_walks_to_the_fastest(study):
     first, second, *_ = speed.headline(study).splitlines()
     assert "the fastest is FP16 · fused · CUDA graph, 1.00 ms, against FP32 · SDPA 8.0 times faster" in first
     assert "FP16 weights 1.00×, CUDA graph 4.00×, fused kernels 2.00×" in first
-    assert "the fastest quantized one is NF4 · fused" in second and "NF4 weights 0.800×" in second
+    assert "the fastest quantized one is NF4 · fused" in second and "NF4 weights 0.80×" in second
 
 
 def test_a_baseline_that_is_the_fastest_is_not_compared_with_itself(study):

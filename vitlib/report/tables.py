@@ -138,13 +138,14 @@ def table(
 
 
 def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
-    """A value with its interval, "7.3 (7.1 … 7.6)", in the digits that the interval allows, at most three.
+    """A value with its interval, "7.3 (7.1 … 7.6)", in the digits that the interval allows, at most three as in "0.84".
 
     The value alone where its bounds are NaN or equal. `form` is what a format specification has before the digits.
     """
     if math.isnan(value):
         return MISSING
-    half, known = (high - low) / 2, 2 - math.floor(math.log10(abs(value) or 1.0))
+    half, size = (high - low) / 2, math.floor(math.log10(abs(value) or 1.0))
+    known = 2 if size == -1 else 2 - size
     digits = max(0, min(known, math.ceil(-math.log10(half))) if half > 0 else known)
     text, *bounds = (f"{each:{form}.{digits}f}" for each in (value, low, high))
     return f"{text} ({' … '.join(bounds)})".replace(" ", NO_BREAK) if half > 0 else text
