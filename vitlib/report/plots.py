@@ -27,6 +27,7 @@ COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
 _LINES = {"eager": "-", "graph": "--", "fused": ":", "fused-graph": "-."}
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8f98"
+_PARTS = ("#56B4E9", "#0072B2", "#E69F00", "#000000", "#F0E442", "#8a8f98", "#D55E00", "#CC79A7", "#009E73")
 _SMALL = 160  # pixels: narrower pictures are enlarged to it
 _STYLE = {
     **{"axes.grid": True, "grid.color": "#dfe3ea", "axes.axisbelow": True, "axes.edgecolor": "#8a8f98"},
@@ -287,7 +288,7 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
         names, left = [variants.label(name) for name in rows.index], np.zeros(len(rows))
         for number, part in enumerate(shown):
             label = "attention with its linears" if part == "attention" else part  # a table shows the kernel alone
-            axis.barh(names, rows[part], left=left, label=label, color=f"C{number}")
+            axis.barh(names, rows[part], left=left, label=label, color=_PARTS[number % len(_PARTS)], edgecolor="white")
             left += rows[part].to_numpy()
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
@@ -345,9 +346,9 @@ def roofline(table: pd.DataFrame) -> Plot:
     entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
     entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
     _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
-    top = rows.loc[rows["tflop_s"].idxmax()]
+    top, peak = rows.loc[rows["tflop_s"].idxmax()], rows["ceiling_tflop_s"].max()
     said = f"Achieved rates reach {top['tflop_s']:.3g} TFLOP/s ({top['part']}, {variants.label(top['variant'])})"
-    return Plot(axis.figure, f"{said}; the measured ceilings go up to {rows['ceiling_tflop_s'].max():.3g} TFLOP/s.")
+    return Plot(axis.figure, f"{said}; the measured ceilings reach {peak:{',.0f' if peak >= 100 else '.3g'}} TFLOP/s.")
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
