@@ -48,7 +48,7 @@ tables.table(speed.against_fp16(study), none="this study has no quantized varian
 # ## Images per second, from training to predictions
 
 # %%
-tables.table(speed.rates(study))
+tables.table(speed.rates(study), digits=0)
 
 # %% [markdown] tags=["summary"]
 # ## Summary

@@ -41,6 +41,7 @@ def frames() -> tuple[pd.DataFrame, pd.DataFrame]:
             }
             row |= {"attention": attention, "execution": execution, "status": "ok", "reason": "", "flips": number}
             row |= {"latency_p50_ms": ms, "latency_low_ms": ms, "latency_high_ms": ms, "throughput_img_s": 1e3 / ms}
+            row["against_baseline"] = "faster"
             row |= dict.fromkeys(("times_baseline", "times_baseline_low", "times_baseline_high"), first[batch] / ms)
             row |= {"model_mb": 100.0 / (number + 1), "held_mb": 100.0 / (number + 1) + 48 * (weights == "nf4")}
             row |= {"reference": "nf4-sdpa", "relative_error": number / 1e3, "agreement_with_reference": 1.0}

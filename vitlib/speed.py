@@ -50,11 +50,6 @@ def readme_table(study: Study) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def hero(study: Study) -> plots.Plot:
-    """Size against latency of five variants; also written to `hero.svg`."""
-    return plots.hero(benchmark.points(compared(study))).saved(study.folder / "hero.svg")
-
-
 def publish(root: Path) -> None:
     """Write the table of results between the markers of `root`'s README.md, and the gallery's `hero.svg`."""
     study, readme = Study.at(root / GALLERY), root / "README.md"
@@ -63,7 +58,7 @@ def publish(root: Path) -> None:
         raise ValueError(f"README.md has {count} places between <!-- results --> and <!-- end of results -->, not one")
     with files.atomic_path(readme) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    hero(study)
+    plots.hero(benchmark.points(compared(study))).saved(study.folder / "hero.svg")
 
 
 def _three(value: float) -> str:

@@ -54,12 +54,14 @@ def test_the_hero_says_what_its_arrow_shows(tmp_path):
         ("nf4-direct-fused-graph", 1.25, 150.0, 8.0),
     ]
     points = pd.DataFrame(rows, columns=["variant", "latency_p50_ms", "model_mb", "times_baseline"])
-    points = points.assign(batch=1.0, best=[False, False, True])
+    points = points.assign(batch=1.0, best=[False, False, True], against_baseline=["", "slower", "faster"])
     plot = plots.hero(points).saved(tmp_path / "hero.svg")
     texts = drawn(plot)
     assert "8.0× faster\n8.0× smaller" in texts and "NF4 out of the box\n20 ms, 150 MB" in texts
     assert "8.0× faster" in repr(plot) and (tmp_path / "hero.svg").read_text() == plot._repr_svg_()
     assert [path.name for path in tmp_path.iterdir()] == ["hero.svg"]
+    unknown = drawn(plots.hero(points.assign(against_baseline="not shown")))
+    assert "8.0× smaller" in unknown and not [text for text in unknown if "faster" in text]
     alone = plots.hero(points.iloc[:1])
     assert drawn(alone) and "arrow" not in repr(alone)
 

@@ -173,19 +173,21 @@ def learning_curves(history: pd.DataFrame, overfits_after: int | None = None) ->
 def hero(points: pd.DataFrame) -> Plot:
     """Weights against the latency of a call, a labelled point a variant, and an arrow from the first to the best.
 
-    `points` is what `benchmark.points` gives: variant, batch, model_mb, latency_p50_ms, times_baseline, best.
+    `points` is what `benchmark.points` gives. A difference in speed that was not found is not written on the arrow.
     """
     (axis,) = _figure(width=8, height=4.6).axes
     rows, batch = points.set_index("variant"), points["batch"].iloc[0]
     ms, mb, said = rows["latency_p50_ms"], rows["model_mb"], []
     _log(axis, "x")
     _log(axis, "y")
-    middle, room = np.sqrt(ms.min() * ms.max()), max(ms.max() / ms.min(), 1.6)  # on both sides, for labels
+    ends = rows[rows["best"] | (rows.index == rows.index[0])].sort_values("model_mb")[["model_mb", "latency_p50_ms"]]
+    arrow = np.exp(np.interp(np.log(mb), *np.log(ends).to_numpy().T))  # where it is at the height of each point
+    room = max(ms.max() / ms.min(), 1.6)  # on both sides, for labels
     axis.set(xlim=(ms.min() / room, ms.max() * room**0.8), ylim=(mb.min() / 2, mb.max() * 1.8))
     axis.tick_params(which="both", labelsize=11)
     axis.set_xlabel(f"milliseconds per call, batch size {batch:.0f} (log scale)", fontsize=12)
     axis.set_ylabel("weights (MB, log scale)", fontsize=12)
-    for name in rows.index:
+    for name, middle in zip(rows.index, arrow, strict=True):
         axis.plot(ms[name], mb[name], linestyle="", markersize=12, zorder=3, **_look(name))
         size = f"{ms[name]:.3g} ms, {mb[name]:{',.0f' if mb[name] >= 100 else '.2g'}} MB"
         away, ha, va = ((-12, 0), "right", "center") if ms[name] < middle else ((12, 0), "left", "center")
@@ -195,19 +197,21 @@ def hero(points: pd.DataFrame) -> Plot:
         axis.annotate(f"{_short(name)}\n{size}", (ms[name], mb[name]), **where)
         said.append(f"{_short(name)} {size}")
     for name in rows.index[rows["best"]]:
-        said.append(_arrow(axis, (ms.iloc[0], mb.iloc[0]), (ms[name], mb[name]), rows.loc[name, "times_baseline"]))
+        factors = [_times(mb.iloc[0] / mb[name], "smaller", "larger")]
+        if rows.loc[name, "against_baseline"] in ("faster", "slower"):
+            factors.insert(0, _times(rows.loc[name, "times_baseline"], "faster", "slower"))
+        _arrow(axis, (ms.iloc[0], mb.iloc[0]), (ms[name], mb[name]), "\n".join(factors))
+        said.append(f"the arrow says {', '.join(factors)}")
     return Plot(axis.figure, f"Latency at batch size {batch:.0f} and weights: {'; '.join(said)}.")
 
 
-def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], times: float) -> str:
-    """Draw an arrow between two points (ms, MB) with the factors on it; returns them in words."""
-    factors = [_times(times, "faster", "slower"), _times(start[1] / end[1], "smaller", "larger")]
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], text: str) -> None:
+    """Draw an arrow between two points on logarithmic axes, with `text` at its middle."""
     style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 11, "shrinkB": 11, "mutation_scale": 20, "color": "black"}
     axis.annotate("", end, start, arrowprops=style)
     box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
     middle = np.sqrt(np.multiply(start, end))
-    axis.text(*middle, "\n".join(factors), fontsize=14, weight="bold", ha="center", va="center", bbox=box)
-    return f"the arrow says {', '.join(factors)}"
+    axis.text(*middle, text, fontsize=14, weight="bold", ha="center", va="center", bbox=box)
 
 
 def _short(name: str) -> str:
