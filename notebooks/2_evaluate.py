@@ -13,7 +13,7 @@
 # and go through the same pipeline: the same pictures, the same preprocessing, the same instruments.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation

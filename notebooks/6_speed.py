@@ -17,7 +17,7 @@
 # because they were measured in the same run, in turns.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 
 # %%
 from vitlib import speed
