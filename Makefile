@@ -39,8 +39,9 @@ test: setup  ## linters and tests; the tests of one file share a process, becaus
 lab: setup  ## open the notebooks in JupyterLab; they write to outputs/lab/
 	$(BIN)/jupyter lab notebooks
 
-sync: setup  ## bring each notebook's .py and .ipynb in step (the newer one wins)
+sync: setup  ## bring each notebook's .py and .ipynb in step (the newer one wins), and write the repository's address
 	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/python tools/address.py
 
 # An empty name would remove every study, one with a slash or a dot first anything; the gallery is kept in git.
 clean: export CLEANED := $(STUDY)
