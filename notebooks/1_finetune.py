@@ -146,7 +146,7 @@ checkpoints = finetune.save_checkpoints(study, merged, base, history)
 reloaded = finetune.check_reload(merged, base, checkpoints, decoded["valid"])
 tables.table(reloaded, finetune.RELOADED)
 
-# %% [markdown]
+# %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]

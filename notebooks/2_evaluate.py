@@ -207,7 +207,7 @@ tables.table(evaluate.tuning(study, bench), none="this study has no fused varian
 checks = evaluate.validity(study, bench, measured, profiled.totals)
 tables.table(checks)
 
-# %% [markdown]
+# %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]

@@ -108,7 +108,7 @@ plots.alone_bars(blocks)
 reliable = ablation.reliability(study, logits, subject)
 tables.table(reliable, ablation.RELIABILITY)
 
-# %% [markdown]
+# %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]

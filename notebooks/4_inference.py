@@ -84,7 +84,7 @@ passed.logits.shape, passed.logits[:1, :5]
 # %%
 tables.table(inference.sample(frame), inference.PREDICTIONS)
 
-# %% [markdown]
+# %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]

@@ -123,7 +123,7 @@ claims.show(verdicts, "speed and accuracy", "recommendations")
 # %%
 claims.show(verdicts, "sensitivity")
 
-# %% [markdown]
+# %% [markdown] tags=["summary"]
 # ## Summary
 
 # %%

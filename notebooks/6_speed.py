@@ -86,7 +86,7 @@ tables.table(speed.rates(study))
 # %%
 tables.table(speed.conditions(study))
 
-# %% [markdown]
+# %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]

@@ -1,7 +1,5 @@
 """A row a file, whatever the file; labels that the checkpoint does not know do not count."""
 
-import io
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -158,6 +156,6 @@ def test_without_a_readable_picture_every_file_has_its_row_and_later_cells_work(
     assert written["id_1"].isna().all() and written["reason"].notna().all() and "empty file" in set(written["reason"])
     assert pd.isna(rate)
     tables.table(inference.sample(frame), inference.PREDICTIONS).to_html()
-    plots.picture_grid(**inference.grid(frame, passed, 12)).savefig(io.BytesIO())
+    assert plots.picture_grid(**inference.grid(frame, passed, 12))._repr_html_().count("<img") == 0
     said = inference.headline(frame, predictor, rate)
     assert said == "- No picture could be read. Files skipped, each with its reason: 6."

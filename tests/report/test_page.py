@@ -118,7 +118,7 @@ def test_links_within_the_study_and_to_the_web_survive():
 
 def test_a_page_needs_no_network_and_stays_small(folder):
     text = render(folder, shown({"text/plain": "42"}))
-    assert re.findall(r"(?:src|href)=\"(?!data:|#|[\w.]+\.html)[^\"]*", text) == []
+    assert re.findall(r"(?:src|href)=\"(?!data:|#|[\w.]+\.(?:html|ipynb)\b)[^\"]*", text) == []
     assert not re.findall(r"@import|url\(", text)
     assert len(text) < 100_000
     soup = BeautifulSoup(text, "html.parser")

@@ -32,7 +32,6 @@ def write(folder: str | Path) -> Path:
     name = name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
     text = environment.get_template("index.html.j2").render(
         study=name,
-        policy=page.POLICY,
         css=(page.TEMPLATES / "report" / "static" / "report.css").read_text(encoding="utf-8"),
         cards=[_card(study.folder, stem, status) for stem, status in page.reports(study.folder)],
         facts=_facts(study, name, made),
@@ -42,7 +41,7 @@ def write(folder: str | Path) -> Path:
     )
     target = study.folder / "index.html"
     with files.atomic_path(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(page.with_script(text), encoding="utf-8")
     return target
 
 

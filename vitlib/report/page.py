@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
+import importlib.util
 import logging
 import os
 import re
@@ -12,14 +15,23 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitlib.report import layout
 from vitlib.study import files, params
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 TEMPLATES = Path(__file__).parent / "templates"
-# The last defence: a browser runs no script that got into a page, and fetches nothing.
+# The last defence: a browser runs no script but the one of `with_script`, and fetches nothing.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SORTED_ROWS = 8  # a page whose longest table has fewer rows needs no script to sort and filter them
+_ACTIVATE = """
+for (const table of document.querySelectorAll("table")) {
+  if (table.rows.length <= ROWS || !table.tHead) continue;
+  const filtered = table.rows.length > 2 * ROWS;
+  jQuery(table).DataTable({paging: false, info: false, order: [], searching: filtered, autoWidth: false});
+}
+"""
 # Kinds of output that a page shows; widgets and scripts would not work in it.
 SHOWN = ("text/html", "text/markdown", "text/latex", "text/plain", "image/png", "image/jpeg", "image/svg+xml")
 
@@ -39,7 +51,8 @@ def clean(source: str | bytes) -> str:
         source.decode() if isinstance(source, bytes) else str(source),
         tags=nh3.ALLOWED_TAGS | {"progress"},
         clean_content_tags={"iframe", "math", "noscript", "object", "script", "style", "svg", "template"},
-        attributes=nh3.ALLOWED_ATTRIBUTES | {"*": {"class", "id", "title"}, "progress": {"value", "max"}},
+        attributes=nh3.ALLOWED_ATTRIBUTES
+        | {"*": {"class", "id", "title"}, "progress": {"value", "max"}, "td": {"data-order", "style"}},
         attribute_filter=_allowed,
         url_schemes={"http", "https", "mailto", "data"},
     )
@@ -49,6 +62,8 @@ def _allowed(tag: str, name: str, value: str) -> str | None:
     """`data:` addresses only as pictures, and pictures only from `data:` addresses."""
     if tag == "img" and name == "src":
         return value if _PICTURE.fullmatch(value) else None
+    if name == "style":
+        return value if re.fullmatch(r"--bar: ?\d{1,3}%", value) else None
     scheme = re.sub(r"[\0-\x20]", "", value)  # browsers ignore control characters and spaces there
     return None if name == "href" and scheme.lower().startswith("data:") else value
 
@@ -182,10 +197,61 @@ def page_of(executed: NotebookNode, page: Path) -> str:
     # A copied study may be in a folder of any name; the notebook's parameters say which study it is.
     study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
     siblings = list(dict.fromkeys([*(stem for stem, _ in reports(page.parent)), name]))
-    about = {"study": study, "name": name, "policy": POLICY, "siblings": siblings}
-    resources = {"metadata": {"name": f"{name} – {study}"}, "report": about}
-    text, _ = exporter.from_notebook_node(_shown(executed), resources)
-    return text.replace(' alt="No description has been provided for this image"', ' alt=""')
+    about = {"study": study, "name": name, "siblings": siblings, "finding": layout.finding_of(executed)}
+    about |= {"made": _made(executed), "notebook": f"{page.stem}.ipynb"}
+    resources = {"metadata": {"name": f"{layout.title_of(executed) or name} – {study}"}, "report": about}
+    text, _ = exporter.from_notebook_node(layout.arrange(_shown(executed)), resources)
+    return with_script(layout.with_contents(_linked(text)))
+
+
+def _linked(text: str) -> str:
+    """Captions that name a record of the study become links to it."""
+    return re.sub(
+        r"<caption>(records/[\w.-]+)</caption>",
+        lambda found: f'<caption><a href="{found[1]}">{found[1]}</a></caption>',
+        text,
+    )
+
+
+def _made(executed: NotebookNode) -> str:
+    """Hardware, software, commit and date of the run, for the page's footer; '' for a run of an older version."""
+    facts = executed.metadata.get("vitlib", {})
+    return " · ".join(str(facts[key]) for key in ("hardware", "software", "commit", "made") if facts.get(key))
+
+
+def with_script(text: str) -> str:
+    """`text` of a page whose tables with at least `SORTED_ROWS` rows can be sorted and filtered.
+
+    The script is DataTables as itables ships it, allowed by its checksum in the page's policy. Without itables, or
+    where scripts are off, the page is complete all the same.
+    """
+    rows = max((table.count("<tr") for table in re.findall(r"<table.*?</table>", text, re.DOTALL)), default=0) - 1
+    script = _script() if rows >= SORTED_ROWS else ""
+    policy = POLICY
+    if script:
+        policy += f"; script-src '{checksum_of(script)}'"
+        before, _, after = text.rpartition("</body>")
+        text = f'{before}<script type="module">{script}</script>\n</body>{after}'
+    return text.replace("<!--policy-->", f'<meta http-equiv="Content-Security-Policy" content="{policy}" />')
+
+
+def checksum_of(script: str) -> str:
+    """The source expression with which a content security policy allows the script with this text, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+@functools.cache
+def _script() -> str:
+    """DataTables and the lines that apply it, as the text of a module script; '' where itables is not installed."""
+    found = importlib.util.find_spec("itables")
+    if found is None or not found.submodule_search_locations:
+        return ""
+    source = Path(found.submodule_search_locations[0], "html", "dt_bundle.js").read_text(encoding="utf-8")
+    # Neither may stand in a <script>: after both, HTML would look for a second end of it. All are in strings.
+    source = re.sub(r"<(?=!--|/?script)", r"\\x3c", source)
+    jquery = re.search(r"(\w+) as jQuery", source)
+    source = re.sub(r"\bexport\s*\{[^}]*\};?", "", source)
+    return f"{source}\nconst jQuery = {jquery[1]};{_ACTIVATE.replace('ROWS', str(SORTED_ROWS))}"
 
 
 def _study_of(executed: NotebookNode) -> str:

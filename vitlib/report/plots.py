@@ -1,11 +1,14 @@
 """The figures of the reports, each made from a record's table. No torch.
 
-Every function returns a matplotlib figure; a notebook's last expression shows it. Colour is the weight format, the same
-in every figure; marker and line style are the execution.
+Every function returns a `Plot` or, of photographs, `Pictures`; a notebook's last expression shows it. Colour is the
+weight format, the same in every figure; marker and line style are the execution.
 """
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -23,19 +26,67 @@ COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
 _LINES = {"eager": "-", "graph": "--", "fused": ":", "fused-graph": "-."}
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8f98"
+_SMALL = 160  # pixels: narrower pictures are enlarged to it
 _STYLE = {
     **{"axes.grid": True, "grid.color": "#dfe3ea", "axes.axisbelow": True, "axes.edgecolor": "#8a8f98"},
     **{"axes.spines.top": False, "axes.spines.right": False},
 }
 
 
+class Plot:
+    """A figure that a notebook shows as SVG, and its message in words for a reader who does not see it."""
+
+    def __init__(self, figure: Figure, message: str) -> None:
+        self.figure, self.message = figure, message
+
+    def _repr_svg_(self) -> str:
+        import matplotlib
+
+        text = io.StringIO()
+        with matplotlib.rc_context({"svg.hashsalt": "vitlib"}):  # the same figure gives the same text
+            self.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return text.getvalue()
+
+    def __repr__(self) -> str:
+        return self.message
+
+
+class Pictures:
+    """Photographs with a caption each, in rows that fill the width of the page; a notebook shows them as HTML."""
+
+    def __init__(
+        self, sources: Sequence[str], captions: Sequence[str], right: Sequence[bool | None], columns: int = 0
+    ) -> None:
+        self.sources, self.captions, self.right = list(sources), list(captions), list(right)
+        self.columns = columns
+
+    def _repr_html_(self) -> str:
+        # Styles are for JupyterLab; pages drop them and have classes.
+        kinds = {True: ("right", "#1a7f37"), False: ("wrong", "#c0272d"), None: ("", "inherit")}
+        made = []
+        for source, caption, right in zip(self.sources, self.captions, self.right, strict=True):
+            kind, colour = kinds[right]
+            text = html.escape(caption)
+            made.append(
+                f'<figure class="{kind}" style="margin: 0"><img style="width: 100%" alt="{text}" src="{source}">'
+                f'<figcaption style="color: {colour}">{text}</figcaption></figure>'
+            )
+        style = f"display: grid; gap: 0.7rem; grid-template-columns: repeat({self.columns or 6}, minmax(4rem, 1fr))"
+        kind = f"pictures of{self.columns}" if self.columns else "pictures"
+        return f'<div class="{kind}" style="{style}">{"".join(made)}</div>'
+
+    def __repr__(self) -> str:
+        return "; ".join(self.captions)
+
+
 def _figure(rows: int = 1, columns: int = 1, *, width: float = 8.0, height: float = 4.5, **grid: object) -> Figure:
     """A figure with `rows` × `columns` axes in `figure.axes`, sizes in inches."""
-    import matplotlib.pyplot as plt  # slow to import, and a notebook shows a figure only once pyplot is imported
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    with plt.rc_context(_STYLE):
-        figure, _ = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
-    plt.close(figure)  # the notebook shows what a cell returns; an open figure would appear twice
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.subplots(rows, columns, **grid)
     return figure
 
 
@@ -65,23 +116,24 @@ def _around(rows: pd.DataFrame, column: str, scale: float = 1.0) -> np.ndarray:
     return scale * np.array([rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column]])
 
 
-def picture_grid(
-    images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int = 6, right: Sequence[bool | None] = ()
-) -> Figure:
-    """uint8 pictures (h, w, 3) with a title each: green if `right` is true, red if false, black if None."""
-    rows = max(-(-len(images) // columns), 1)
-    figure = _figure(rows, columns, width=1.9 * columns, height=2.25 * rows)
-    for axis in figure.axes:
-        axis.axis("off")
+def picture_grid(images: Sequence[np.ndarray], titles: Sequence[str], *, right: Sequence[bool | None] = ()) -> Pictures:
+    """uint8 pictures (h, w, 3) with a caption each: green if `right` is true, red if false."""
     marks = list(right) or [None] * len(images)
-    for axis, image, title, mark in zip(figure.axes, images, titles, marks, strict=False):
-        axis.imshow(image)
-        colour = "black" if mark is None else "#1a7f37" if mark else "#c0272d"
-        axis.set_title(title, fontsize=8.5, color=colour, parse_math=False)  # a name may hold a $
-    return figure
+    return Pictures([_data_address(image) for image in images], titles, marks)
 
 
-def learning_curves(history: pd.DataFrame) -> Figure:
+def _data_address(image: np.ndarray) -> str:
+    """A uint8 picture (h, w, 3) as the text of a `data:` address; small ones enlarged, so that browsers smooth them."""
+    from PIL import Image
+
+    picture, file = Image.fromarray(image), io.BytesIO()
+    if picture.width < _SMALL:
+        picture = picture.resize((_SMALL, _SMALL * picture.height // picture.width), Image.Resampling.BICUBIC)
+    picture.save(file, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def learning_curves(history: pd.DataFrame) -> Plot:
     """Loss in training and validation, and Top-1 and Top-5 in validation, by epoch."""
     figure = _figure(1, 2, width=10, height=3.8)
     left, right = figure.axes
@@ -95,10 +147,10 @@ def learning_curves(history: pd.DataFrame) -> Figure:
     for axis in figure.axes:
         axis.legend(frameon=False)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return figure
+    return Plot(figure, f"Loss and validation accuracy by epoch; Top-1 ends at {100 * history['top1'].iloc[-1]:.1f} %.")
 
 
-def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Figure:
+def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
     """Top-1 minus the baseline's with its interval, against median latency; up and left is better.
 
     `margin`, a fraction of the pictures, is drawn as a band: an interval inside it is non-inferior.
@@ -109,16 +161,21 @@ def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> 
     axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
     axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points, 95 % interval)")
     axis.set(title=f"Accuracy against latency, batch size {batch}")
-    return axis.figure
+    return Plot(
+        axis.figure, f"Top-1 minus the baseline's against median latency at batch size {batch}, a point a variant."
+    )
 
 
-def size_against_memory(table: pd.DataFrame, batch: int) -> Figure:
+def size_against_memory(table: pd.DataFrame, batch: int) -> Plot:
     """Peak memory of a forward pass against the size of the weights; down and left is better."""
     rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
     axis = _scatter(rows, "model_mb", rows["peak_memory_mb"])
     axis.set(xlabel="weights (MB, log scale)", ylabel="weights + peak of a pass (MB)")
     axis.set_title(f"Size against peak memory, batch size {batch}")
-    return axis.figure
+    return Plot(
+        axis.figure,
+        f"Weights plus the peak of a forward pass against weights at batch size {batch}, a point a variant.",
+    )
 
 
 def _scatter(rows: pd.DataFrame, x: str, y: pd.Series, errors: np.ndarray | None = None) -> Axes:
@@ -133,7 +190,7 @@ def _scatter(rows: pd.DataFrame, x: str, y: pd.Series, errors: np.ndarray | None
     return axis
 
 
-def throughput_by_batch(table: pd.DataFrame) -> Figure:
+def throughput_by_batch(table: pd.DataFrame) -> Plot:
     """Measured images per second by batch size, a line a variant, labelled at its end."""
     rows = table[table["status"] == "ok"].dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
     (axis,) = _figure(width=9, height=max(4.5, 0.3 * rows["variant"].nunique() + 1)).axes
@@ -149,7 +206,7 @@ def throughput_by_batch(table: pd.DataFrame) -> Figure:
             variants.label(name), (1.0, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8.5, color=_look(name)["color"],
         )  # fmt: skip
-    return axis.figure
+    return Plot(axis.figure, "Images per second by batch size, a line a variant.")
 
 
 def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[str, float]:
@@ -166,7 +223,7 @@ def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[st
     return heights
 
 
-def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Figure:
+def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Plot:
     """Top-1 of each variant minus the baseline's, in points, with its paired interval; the margin is a band."""
     rows = quality[quality["verdict"] != "baseline"]
     (axis,) = _figure(width=8, height=0.4 * len(rows) + 1.4).axes
@@ -178,10 +235,10 @@ def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Figure:
     axis.set_yticks(range(len(rows)), [variants.label(name) for name in rows["variant"]])
     axis.invert_yaxis()
     axis.set(xlabel="Top-1 minus the baseline's (points), 95 % interval; shaded: within the margin")
-    return axis.figure
+    return Plot(axis.figure, "Top-1 of each variant minus the baseline's, with its 95 % interval and the margin.")
 
 
-def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
+def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     """Device time of one pass in milliseconds, stacked by part of the model, a bar a variant.
 
     Variants that take more than three times the median have a panel of their own, so that the others can be read.
@@ -203,10 +260,10 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Figure:
     figure.axes[0].set_title("Where the device time goes")
     figure.axes[-1].set_xlabel(f"device time of one pass (ms), batch size {kernels['batch'].iloc[0]}")
     _legend(figure.axes[-1])
-    return figure
+    return Plot(figure, "Device time of one forward pass by part of the model, a bar a variant.")
 
 
-def ladder(frame: pd.DataFrame) -> Figure:
+def ladder(frame: pd.DataFrame) -> Plot:
     """Median latency of each step with its interval, a panel a batch size, a row a step, colour by weight format.
 
     Columns: label (in words), weights, batch, ms, ms_low, ms_high. Rows keep the order of their first appearance.
@@ -223,10 +280,10 @@ def ladder(frame: pd.DataFrame) -> Figure:
         axis.set(xlabel="median latency (ms, log scale)", title=f"batch size {size}")
     figure.axes[0].set_yticks(range(len(labels)), labels, fontsize=9)
     figure.axes[0].set_ylim(len(labels) - 0.5, -0.5)
-    return figure
+    return Plot(figure, "Median latency of each step with its 95 % interval, a panel a batch size.")
 
 
-def roofline(table: pd.DataFrame) -> Figure:
+def roofline(table: pd.DataFrame) -> Plot:
     """Achieved TFLOP/s of each variant's computing parts against operations per byte, under the measured ceilings."""
     from matplotlib.lines import Line2D
 
@@ -252,10 +309,12 @@ def roofline(table: pd.DataFrame) -> Figure:
     entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
     entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
     _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
-    return axis.figure
+    return Plot(
+        axis.figure, "Achieved arithmetic rate of each part against operations per byte, below the measured ceilings."
+    )
 
 
-def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
+def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
     """By block: the share of the quantization error (KL) that goes away when this block stays in FP16/BF16.
 
     The dotted line is an equal share for every block.
@@ -266,20 +325,23 @@ def sensitivity_bars(blocks: pd.DataFrame) -> Figure:
         axis.axhline(100 / len(rows), color=_GREY, linestyle=":")
         axis.set(xlabel="block kept in FP16/BF16", ylabel="KL that goes away (%)")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return axis.figure
+    return Plot(
+        axis.figure,
+        "By block: the share of the quantization error that goes away when this block stays in FP16 or BF16.",
+    )
 
 
-def alone_bars(blocks: pd.DataFrame) -> Figure:
+def alone_bars(blocks: pd.DataFrame) -> Plot:
     """By block: the KL from the unquantized network when only this block is quantized, with its interval."""
     for axis, rows in _by_bits(blocks):
         axis.bar(rows["block"], rows["kl_alone"], yerr=_around(rows, "kl_alone"), capsize=2, color=_GREEN)
         axis.set(xlabel="block quantized, all others in FP16/BF16", ylabel="mean KL (nats)")
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return axis.figure
+    return Plot(axis.figure, "By block: the quantization error when only this block is quantized.")
 
 
-def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Figure:
+def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Plot:
     """Mean KL from the unquantized network with its interval, for a few configurations."""
     for axis, rows in _by_bits(frame[frame["kept"].isin(kept)], height=3.2):
         rows = rows.set_index("kept").reindex(kept)
@@ -288,7 +350,7 @@ def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Figure:
         axis.set(xlabel="mean KL from the unquantized network (nats)")
         axis.locator_params(axis="x", nbins=4)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-    return axis.figure
+    return Plot(axis.figure, "Quantization error when the first and last block or the classifier stay in FP16 or BF16.")
 
 
 def _by_bits(frame: pd.DataFrame, height: float = 3.8) -> list[tuple[Axes, pd.DataFrame]]:

@@ -15,12 +15,13 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitlib.report import index, page
-from vitlib.study import files, params
+from vitlib.study import files, params, provenance
 from vitlib.study.study import Study, StudyBusy
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, P
     except page.PageError as error:  # the kernel did not start, or the disk is full
         reason = f"{type(ended).__name__}: {_one_line(ended)}" if ended is not None else str(error)
         raise ReportError(f"{running.name} was not written: {reason}") from None
+    made = {"made": time.strftime("%Y-%m-%d %H:%M")}
+    executed.metadata["vitlib"] = provenance.facts(provenance.environment(parameters={})) | made
     problem = first_problem(executed)
     if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # Ctrl-C, a dead kernel
         started = sum(bool(cell.metadata.get("papermill", {}).get("start_time")) for cell in _code_cells(executed))

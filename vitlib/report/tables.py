@@ -7,7 +7,7 @@ table(frame, {"variant": "variant", "top1": Column("Top-1 (%)", ".2f", 100),
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import NamedTuple
 
@@ -27,33 +27,67 @@ class Markdown(str):
 
 
 class Column(NamedTuple):
-    """How a column is shown: heading, format specification ('' for text) and the factor that it is multiplied by."""
+    """How a column is shown: heading, format specification ('' for text) and the factor that it is multiplied by.
+
+    `best`, "low" or "high", says which value is printed in bold; `bar` draws each value as a bar behind its figure.
+    """
 
     title: str
     format: str = ""
     scale: float = 1.0
+    best: str = ""
+    bar: bool = False
 
 
 class Table:
-    """A table that a notebook renders. Cells are text, escaped in HTML; `numbers` are aligned to the right."""
+    """A table that a notebook renders. Cells are text, escaped in HTML; `numbers` are aligned to the right.
 
-    def __init__(self, text: pd.DataFrame, numbers: Collection[str], index: bool) -> None:
+    `values` holds the numbers behind the text of numeric columns, `columns` how each is shown, and `record` the file
+    that the table was made from (`records/x.csv`), which a page links to.
+    """
+
+    def __init__(
+        self,
+        text: pd.DataFrame,
+        numbers: Collection[str],
+        index: bool,
+        values: Mapping[str, pd.Series] | None = None,
+        columns: Mapping[str, Column] | None = None,
+        record: str = "",
+    ) -> None:
         self.text, self.numbers, self.index = text, set(numbers), index
+        self.values, self.columns, self.record = dict(values or {}), dict(columns or {}), record
 
     def to_html(self) -> str:
         """A `<table>` whose cells have the class `num` or `text`; no ids and no style sheet."""
+        head = "".join(f"<th {self._kind(name)}>{_escaped(name)}</th>" for name in self.text)
+        cells = {name: self._cells(name) for name in self.text}
+        rows = ["".join(row) for row in zip(*cells.values(), strict=True)]
+        if self.index:
+            head = f"<th>{_escaped(self.text.index.name or '')}</th>{head}"
+            rows = [f"<th>{_escaped(label)}</th>{row}" for label, row in zip(self.text.index, rows, strict=True)]
+        body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        caption = f"<caption>{_escaped(self.record)}</caption>\n" if self.record else ""
+        return f"<table>\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+    def _kind(self, name: str) -> str:
         # The class is for the pages' style sheet; JupyterLab has none, and aligns to the right by itself.
-        left, right = 'class="text" style="text-align: left"', 'class="num"'
-        kinds = [right if name in self.numbers else left for name in self.text]
+        return 'class="num"' if name in self.numbers else 'class="text" style="text-align: left"'
 
-        def row(tag: str, label: object, cells: Iterable[object]) -> str:
-            first = f"<th>{_escaped(label)}</th>" if self.index else ""
-            made = (f"<{tag} {kind}>{_escaped(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
-            return f"<tr>{first}{''.join(made)}</tr>"
-
-        head = row("th", self.text.index.name or "", self.text)
-        body = "\n".join(row("td", label, cells) for label, *cells in self.text.itertuples(name=None))
-        return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    def _cells(self, name: str) -> list[str]:
+        """The `<td>` of a column: with the number to sort by, the best in bold, a bar as long as its share."""
+        about, values = self.columns.get(name, Column(name)), self.values.get(name)
+        if values is None:
+            return [f"<td {self._kind(name)}>{_escaped(text)}</td>" for text in self.text[name]]
+        best = {"low": values.min(), "high": values.max()}.get(about.best) if values.nunique() > 1 else None
+        made, longest = [], values.max()
+        for text, value in zip(self.text[name], values, strict=True):
+            known = pd.notna(value)
+            order = f' data-order="{value:.9g}"' if known else ' data-order=""'
+            bar = f' style="--bar: {max(0, round(100 * value / longest))}%"' if about.bar and known else ""
+            shown = f"<strong>{_escaped(text)}</strong>" if known and value == best else _escaped(text)
+            made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}</td>')
+        return made
 
     _repr_html_ = to_html
 
@@ -82,7 +116,7 @@ def table(
     """
     if frame.empty:
         return Markdown(f"*{none}*")
-    text, numbers = {}, []
+    text, numbers, values, shown_as = {}, [], {}, {}
     for key, about in (columns or {name: Column(name) for name in frame}).items():
         about = about if isinstance(about, Column) else Column(about)
         names = key if isinstance(key, tuple) else (key,)
@@ -93,7 +127,9 @@ def table(
             text[about.title] = [_interval(bounds) for bounds in zip(*parts, strict=True)] if about.format else parts[0]
         if about.format or frame[names[0]].dtype.kind in "iuf":
             numbers.append(about.title)
-    return Table(pd.DataFrame(text, index=frame.index), numbers, index)
+            values[about.title], shown_as[about.title] = pd.to_numeric(frame[names[0]], errors="coerce"), about
+    record = frame.attrs.get("record", "")  # `Study.write` and `Study.read` set it
+    return Table(pd.DataFrame(text, index=frame.index), numbers, index, values, shown_as, record)
 
 
 def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:

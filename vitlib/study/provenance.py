@@ -111,10 +111,11 @@ def _cpu_model() -> str | None:
 
 
 def _gpus() -> tuple[list[dict[str, Any]] | None, str | None]:
-    """The GPUs that torch sees, each with its state, or None and the reason."""
+    """The GPUs that torch sees, each with its state, or None and the reason; without torch those that NVML sees."""
     torch = sys.modules.get("torch")
     if torch is None:
-        return None, "torch is not imported"
+        states, _ = gpu_state()
+        return ([{"name": state["name"]} for state in states], None) if states else (None, "no NVIDIA GPU")
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     states, reason = gpu_state()

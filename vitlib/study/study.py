@@ -74,11 +74,16 @@ class Study:
 
     def read(self, name: str) -> pd.DataFrame:
         """A table. MissingRecord says which notebook writes it."""
-        return records.read_table(self.record(name))
+        return self._named(name, records.read_table(self.record(name)))
 
     def write(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Write a table, whole or not at all, and return it. ValueError where a column of its schema is missing."""
         records.write_table(frame, self.record(name))
+        return self._named(name, frame)
+
+    def _named(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        """`frame` with the file that holds it, which tables name and pages link to."""
+        frame.attrs["record"] = f"records/{self.record(name).name}"
         return frame
 
     def read_json(self, name: str) -> Any:
