@@ -72,3 +72,16 @@ def test_what_is_installed_is_what_is_pinned(name):
     except importlib.metadata.PackageNotFoundError as error:
         pytest.skip(f"{error.name} is not installed")
     assert installed.partition("+")[0] == PINS[name]
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {key: citation[key] for key in ("version", "license")} == {
+        key: PROJECT[key] for key in ("version", "license")
+    }
+
+
+def test_every_file_that_contributing_names_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:vitlib|tests|notebooks|params)/[\w./-]+\.\w+|\w+\.(?:txt|toml))`", text))
+    assert len(named) > 8 and [name for name in named if not (ROOT / name).exists()] == []
