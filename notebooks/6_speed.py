@@ -17,7 +17,7 @@
 # other because they were measured in the same run, in turns. Page 2 has their outputs, sizes and chosen kernels.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 
 # %%
 from vitlib import speed

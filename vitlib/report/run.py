@@ -47,12 +47,16 @@ def execute(notebook: str | Path, *, parameters: Mapping[str, Any], folder: str 
     """Execute `notebook` into `folder`, its page beside it, with `parameters` from `params.load`; returns the path.
 
     Names that the notebook's parameters cell does not declare are left out: one set serves all notebooks.
+    ParameterError for parameters that cannot work, before a kernel starts.
     ReportError if any code cell did not run in order and without error; the last good report then stays.
     """
     notebook, folder = Path(notebook), Path(folder)
     cells = page.read(notebook).cells
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
-    chosen = {name: parameters[name] for name in params.assigned("\n".join(tagged)) if name in parameters}
+    declared = params.assigned("\n".join(tagged))
+    for remark in params.remarks(params.check(parameters), declared, parameters):
+        print(f"{notebook.stem}: {remark}", file=sys.stderr)
+    chosen = {name: parameters[name] for name in declared if name in parameters}
     _check_twin(notebook, cells)
     folder.mkdir(parents=True, exist_ok=True)
     target, running = folder / f"{notebook.stem}.ipynb", folder / f".{notebook.stem}.running.ipynb"
