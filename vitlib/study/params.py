@@ -9,7 +9,7 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -212,6 +212,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ParameterError(f"{path.name}, {error}") from None
     check(values)
     return values
+
+
+def given(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """The values of (name, value) pairs from a command line, read as in a parameter file. Not yet checked."""
+    try:
+        return _plain_yaml("\n".join(f"{name}: {value}" for name, value in pairs))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ParameterError(f"-p NAME VALUE: {error}") from None
 
 
 def _plain_yaml(text: str) -> dict[str, Any]:
