@@ -1,6 +1,6 @@
 """Notebook 6: what each technique adds in speed, from the records of the study. Nothing is measured here.
 
-python -m vitlib.speed      writes the README's table of results and the gallery's hero.svg from its records
+python -m vitlib.speed      writes the README's results and findings, and the gallery's hero.svg
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from vitlib.measure import benchmark, stats
-from vitlib.report import columns, plots, tables
+from vitlib.report import cards, columns, page, plots, tables
 from vitlib.report.tables import MISSING, NO_BREAK, Markdown, estimate
 from vitlib.study import files
 from vitlib.study.study import Study
@@ -18,7 +18,7 @@ from vitlib.study.variants import find, label
 
 open = Study.open
 GALLERY = "outputs/gallery/h200-vit-l16"  # whose results the README shows
-_TABLE = re.compile(r"(<!-- results\b.*?-->\n).*?(?=<!-- end of results -->)", re.DOTALL)
+_MARKED = r"(<!-- {0}\b.*?-->\n).*?(?=<!-- end of {0} -->)"
 
 
 def variants(study: Study) -> pd.DataFrame:
@@ -50,12 +50,24 @@ def readme_table(study: Study) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def readme_findings(study: Study) -> str:
+    """The finding of each of the study's pages as a Markdown list with links, for a README at the project's root."""
+    found = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
+    lines = [f"- {tables.text(card['finding'])} ([{card['title']}]({GALLERY}/{card['href']}))" for card in found]
+    return "\n".join(lines)
+
+
 def publish(root: Path) -> None:
-    """Write the table of results between the markers of `root`'s README.md, and the gallery's `hero.svg`."""
+    """Write results and findings between their markers in `root`'s README.md, and the gallery's `hero.svg`."""
     study, readme = Study.at(root / GALLERY), root / "README.md"
-    text, count = _TABLE.subn(lambda m: f"{m[1]}{readme_table(study)}\n", readme.read_text(encoding="utf-8"))
-    if count != 1:
-        raise ValueError(f"README.md has {count} places between <!-- results --> and <!-- end of results -->, not one")
+    text = readme.read_text(encoding="utf-8")
+    for name, written in {"results": readme_table(study), "findings": readme_findings(study)}.items():
+        marked = re.compile(_MARKED.format(name), re.DOTALL)
+        text, count = marked.subn(lambda m, written=written: f"{m[1]}{written}\n", text)
+        if count != 1:
+            raise ValueError(
+                f"README.md has {count} places between <!-- {name} --> and <!-- end of {name} -->, not one"
+            )
     with files.atomic_path(readme) as temporary:
         temporary.write_text(text, encoding="utf-8")
     plots.hero(benchmark.points(compared(study))).saved(study.folder / "hero.svg")
