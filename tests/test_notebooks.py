@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import page_checks
 import pytest
 
 from vitlib.report import index, run
@@ -71,6 +72,12 @@ def test_the_whole_study_runs_and_leaves_its_files(smoke):
     for checkpoint in ("merged", "nf4", "int8"):
         assert (smoke / "checkpoints" / checkpoint / "preprocessor_config.json").is_file()
     assert (smoke / "index.html").is_file()
+
+
+def test_pages_tell_and_lose_nothing(smoke):
+    pages = page_checks.pages(smoke)
+    assert {page.stem: faults for page in pages if (faults := page_checks.in_text(page))} == {}
+    assert page_checks.in_browser(pages) == []
 
 
 def test_snakemake_knows_every_record(smoke):
