@@ -10,7 +10,7 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -368,35 +368,41 @@ def roofline(table: pd.DataFrame) -> Plot:
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16.
-
-    The most sensitive block is named. The dotted line is an equal share for every block.
-    """
-    said = []
-    for axis, rows in _by_bits(blocks.assign(shown=100 * blocks["kl_removed"])):
-        block, most, others = _ranked(axis, rows, "shown", lambda removed, _: f"{removed:.0f} %")
+    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16."""
+    shown = blocks.assign(**dict.fromkeys(("shown", "shown_low", "shown_high"), 100 * blocks["kl_removed"]))
+    plot = _block_bars(shown, "error removed (%)", "block kept in FP16 (dotted: equal share)", "{:.0f} %")
+    for axis in plot.figure.axes:
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.axhline(100 / len(rows), color="black", linestyle=":", linewidth=1)
-        axis.set(xlabel="block kept in FP16 (dotted: equal share)", ylabel="error removed (%)")
-        rest = f", no other more than {others.max():.0f} %" if len(others) else ""
-        said.append(f"at {axis.get_title()} block {block} removes {most:.0f} % of it{rest}")
-    return Plot(axis.figure, f"Quantization error (KL) removed by keeping one block in FP16: {'; '.join(said)}.")
+        axis.axhline(100 / len(axis.patches), color="black", linestyle=":", linewidth=1)
+    return plot
 
 
 def alone_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the quantization error (KL) when it alone is quantized, with its interval. The largest is named."""
+    """By block: the quantization error (KL) when it alone is quantized, with its interval."""
+    shown = blocks.rename(columns=lambda name: name.replace("kl_alone", "shown"))
+    return _block_bars(shown, "error (KL, nats)", "block quantized, all others in FP16", "{:.1e}")
+
+
+def _block_bars(blocks: pd.DataFrame, ylabel: str, xlabel: str, form: str) -> Plot:
+    """A bar a block as high as `shown`, with its interval; the highest is dark and has a label."""
     said = []
-    for axis, rows in _by_bits(blocks.assign(shown=blocks["kl_alone"])):
-        block, most, others = _ranked(axis, rows, "kl_alone_high", _times_others)
-        axis.errorbar(rows["block"], rows["kl_alone"], _around(rows, "kl_alone"), fmt="none", ecolor="black", capsize=2)
-        axis.set(xlabel="block quantized, all others in FP16", ylabel="error (KL, nats)")
+    for axis, rows in _by_bits(blocks):
+        first = rows["shown"].idxmax()
+        block, others = int(rows.loc[first, "block"]), rows["shown"].drop(first)
+        colours = [_BLUE if at == first else _PALE for at in rows.index]
+        axis.bar(rows["block"], rows["shown"], yerr=_around(rows, "shown"), color=colours)
+        left = block < rows["block"].median()  # the label extends towards the middle
+        place = (block - 0.4 if left else block + 0.4, max(0, rows.loc[first, "shown_high"]))
+        style = {"ha": "left" if left else "right", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2)}
+        label = f"block {block}: {form.format(rows.loc[first, 'shown'])}"
+        axis.annotate(label, place, **style)
+        axis.margins(y=0.12)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        said.append(f"at {axis.get_title()} block {block} has {most:.1e} nats, {_times_others(most, others)}")
-    return Plot(axis.figure, f"Quantization error (KL) when one block alone is quantized: {'; '.join(said)}.")
-
-
-def _times_others(kl: float, others: pd.Series) -> str:
-    return f"{kl / others.mean():.2g} times the mean of the others" if len(others) else f"{kl:.1e}"
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(axis="x", visible=False)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        said.append(f"{axis.get_title()}, {label}{f', others at most {form.format(others.max())}' * bool(len(others))}")
+    return Plot(axis.figure, f"{ylabel.capitalize()} by {xlabel}. {'; '.join(said)}.")
 
 
 def kept_parts(frame: pd.DataFrame, kept: Mapping[str, str]) -> Plot:
@@ -427,26 +433,6 @@ def verdict_bars(counts: pd.Series) -> Plot:
     axis.xaxis.set_visible(False)
     axis.grid(visible=False)
     return Plot(axis.figure, f"Claims by verdict: {', '.join(f'{kind} {count}' for kind, count in counts.items())}.")
-
-
-def _ranked(
-    axis: Axes, rows: pd.DataFrame, top: str, label: Callable[[float, pd.Series], str]
-) -> tuple[int, float, pd.Series]:
-    """A bar a block, as high as `shown`. The highest is dark and has a label, at the height of the column `top`.
-
-    Returns the highest's block and value, and the values of the others; `label` is given the last two.
-    """
-    first = rows["shown"].idxmax()
-    block, most, others = int(rows.loc[first, "block"]), float(rows.loc[first, "shown"]), rows["shown"].drop(first)
-    axis.bar(rows["block"], rows["shown"], color=[_BLUE if at == first else _PALE for at in rows.index])
-    left = block < rows["block"].median()  # the label extends towards the middle
-    place = (block - 0.4, max(0, rows.loc[first, top])) if left else (block + 0.4, max(0, rows.loc[first, top]))
-    style = {"ha": "left" if left else "right", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2)}
-    axis.annotate(f"block {block}: {label(most, others)}", place, **style)
-    axis.margins(y=0.12)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(axis="x", visible=False)
-    return block, most, others
 
 
 def _by_bits(frame: pd.DataFrame, height: float = 3.4) -> list[tuple[Axes, pd.DataFrame]]:
