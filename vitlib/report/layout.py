@@ -59,20 +59,31 @@ def _folded(cells: list[NotebookNode]) -> list[NotebookNode]:
     """The cells, those of sections with the tag `details` between `<details>` and `</details>`."""
     level, ids = 0, set()
     for number, cell in enumerate(cells):
-        heading = _HEADING.match(cell.source) if cell.cell_type == "markdown" else None
+        heading = _HEADING.match(_text(cell))
         if heading and level and len(heading[1]) <= level:
             cells[number - 1].metadata.around[1] += "</details>"
             level = 0
         if heading and _is(cell, DETAILS) and not level:
-            level, title = len(heading[1]), heading[2].strip()
+            level, title = len(heading[1]), plain(heading[2])
             name = re.sub(r"\W+", "-", title.lower()).strip("-")
             name, ids = (f"{name}-{number}" if name in ids else name), ids | {name}
             opened = f'<details class="fold level{level}" id="{name}"><summary>{html.escape(title)}</summary>'
             cell.metadata.around[0] += opened
-            cell.source = cell.source.partition("\n")[2].strip()
+            rest = _text(cell).partition("\n")[2].strip()
+            if cell.cell_type == "markdown":
+                cell.source = rest
+            else:
+                cell.outputs[0].data = {"text/markdown": rest}
     if level:
         cells[-1].metadata.around[1] += "</details>"
     return cells
+
+
+def _text(cell: NotebookNode) -> str:
+    """The Markdown of a cell: its source, or its first output, which may hold a computed heading."""
+    if cell.cell_type == "markdown":
+        return cell.source
+    return next((str(output.get("data", {}).get("text/markdown", "")) for output in cell.get("outputs", ())), "")
 
 
 def title_of(notebook: NotebookNode) -> str:
@@ -101,7 +112,8 @@ def plain(markdown: str) -> str:
     """One line of Markdown as plain text: no marks of lists, emphasis, code or links."""
     text = re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "", markdown)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return re.sub(r"(?<!\\)[*`]|\\(?=[^\w\s])", "", text).strip()
+    text = re.sub(r"\\([^\w\s]|_)|[*`]", lambda found: found[1] or "", text)
+    return html.unescape(text).strip()
 
 
 def with_contents(page: str) -> str:

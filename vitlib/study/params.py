@@ -9,7 +9,7 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -52,6 +52,15 @@ class Parameters(BaseModel):
     data_source: str = _field(
         "synthetic", "synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>"
     )
+    base_model: str = _field("pretrain", "pretrain (on other synthetic flowers), random, a folder, or a Hub id", 1)
+    base_revision: str = _field("", "commit of a base from the Hub; required there", 1)
+    epochs: int = _field(6, "epochs of fine-tuning", 1, ge=1, le=10000)
+    method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
+    pictures: str = _field("", "folder of pictures, flat or in class folders; empty: the test split", 4)
+    checkpoints_of: str = _field("", "study whose checkpoints are used; empty: this one", 4)
+    variant: str = _field("auto", "name of a variant; auto is the fastest that this study measured", 4)
+    grid: int = _field(12, "pictures shown", 4, ge=1, le=100)
+
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "auto is the GPU if there is one")
     seed: int = _field(0, "seed of initialisation, order and augmentation", ge=0, lt=2**32)
     limit: int = _field(0, "pictures used of each split, spread over the classes; 0: all", ge=0)
@@ -59,18 +68,14 @@ class Parameters(BaseModel):
     max_megapixels: float = _field(50.0, "larger pictures are skipped and reported", gt=0)
     workers: int = _field(2, "threads that decode pictures", ge=1, le=64)
 
-    base_model: str = _field("pretrain", "pretrain (on other synthetic flowers), random, a folder, or a Hub id", 1)
-    base_revision: str = _field("", "commit of a base from the Hub; required there", 1)
     architecture: str = _field("vit-micro", "architecture of a base that is not loaded", 1)
     image_size: int = _field(
         48, "side in pixels of synthetic pictures and of a base that is not loaded", ge=16, le=1024
     )
-    pretrain_epochs: int = _field(10, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
-    method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
+    pretrain_epochs: int = _field(7, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
     lora_rank: int = _field(8, "rank r of the adapters", 1, ge=1, le=1024)
     lora_alpha: int = _field(32, "adapters are scaled by lora_alpha / lora_rank", 1, ge=1)
     lora_dropout: float = _field(0.1, "dropout on the inputs of the adapters", 1, ge=0, lt=1)
-    epochs: int = _field(6, "epochs of fine-tuning", 1, ge=1, le=10000)
     train_batch_size: int = _field(32, "batch size in training", 1, ge=1)
     learning_rate: float = _field(3e-3, "peak of the schedule", 1, gt=0, le=1)
     weight_decay: float = _field(0.01, "of AdamW, on weight matrices only", 1, ge=0, lt=1)
@@ -102,13 +107,9 @@ class Parameters(BaseModel):
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
 
-    pictures: str = _field("", "folder of pictures, flat or in class folders; empty: the test split", 4)
-    variant: str = _field("auto", "name of a variant; auto is the fastest that this study measured", 4)
-    checkpoints_of: str = _field("", "study whose checkpoints are used; empty: this one", 4)
     decoder: Literal["pil", "nvjpeg", "auto"] = _field(
         "pil", "auto is nvJPEG on the GPU where it works; its pixels differ slightly", 4
     )
-    grid: int = _field(12, "pictures shown", 4, ge=1, le=100)
 
     @field_validator("study", "checkpoints_of")
     def _names_a_study(cls, name: str, field: ValidationInfo) -> str:
@@ -211,6 +212,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ParameterError(f"{path.name}, {error}") from None
     check(values)
     return values
+
+
+def given(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """The values of (name, value) pairs from a command line, read as in a parameter file. Not yet checked."""
+    try:
+        return _plain_yaml("\n".join(f"{name}: {value}" for name, value in pairs))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ParameterError(f"-p NAME VALUE: {error}") from None
 
 
 def _plain_yaml(text: str) -> dict[str, Any]:
