@@ -26,10 +26,11 @@ def badge(address: str) -> str:
 
 def with_address(text: str, address: str, *, comment: str = "") -> str:
     """`text` with the badge of `address` under its title and the address in `repository`; its lines start `comment`."""
-    text = re.sub(rf"^{comment}\[!\[Open in Colab\].*\n.*\n", "", text, flags=re.MULTILINE)
+    blank = comment.strip() + "\n"
+    text = re.sub(rf"^{blank}{comment}\[!\[Open in Colab\].*\n", "", text, flags=re.MULTILINE)
     if shown := badge(address):
-        under = rf"\g<0>{comment}{shown}\n{comment.strip()}\n"
-        text = re.sub(rf"^{comment}# .*\n{comment.strip()}\n", under, text, count=1, flags=re.MULTILINE)
+        under = rf"\g<0>{blank}{comment}{shown}\n"
+        text = re.sub(rf"^{comment}# .*\n", under, text, count=1, flags=re.MULTILINE)
     return re.sub(r'^repository: str = ".*?"', f'repository: str = "{address}"', text, flags=re.MULTILINE)
 
 

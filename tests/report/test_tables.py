@@ -125,3 +125,8 @@ def test_batch_sizes_become_columns():
     assert text["times faster, batch 1"].tolist() == ["1", "2"] and list(text)[1] == "weights (MB)"
     sizes = table(*columns.size(frame.assign(peak_memory_mb=50.0 * frame["batch"], disk_mb=9.0))).text
     assert sizes["weights + pass (MB), batch 8"].tolist() == ["400", "400"] and "with buffers (MB)" not in sizes
+
+
+def test_bars_of_a_column_of_zeros_have_no_length():
+    made = table(pd.DataFrame({"flips": [0, 0, np.nan]}), {"flips": Column("flips", ".0f", bar=True)}).to_html()
+    assert made.count("--bar: 0%") == 2

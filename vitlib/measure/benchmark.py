@@ -145,7 +145,7 @@ def chosen(tuning: pd.DataFrame) -> pd.DataFrame:
 
 def clock_note(samples: pd.DataFrame) -> str:
     """'' where wall clock and device events agree within 2 %, otherwise by how much they differ and why."""
-    wall, device = samples["latency_ms"].median(), samples["device_ms"].median()
+    wall, device = samples["latency_ms"].median(), samples["device_ms"].dropna().median()  # NaN without a warning
     if np.isnan(device) or abs(wall - device) <= CLOCKS_AGREE * wall:
         return ""
     return f"wall clock {(wall - device) * 1e3:+.0f} µs from device events: the CPU's launch and wake-up"

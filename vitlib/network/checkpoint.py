@@ -169,7 +169,7 @@ def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
     folder = checkpoints / variant.checkpoint
     if not (folder / "config.json").is_file():
         named, other = files.short_path(checkpoints.absolute().parent), files.elsewhere(folder)
-        other += " (in 4_inference, `checkpoints_of`)" * bool(other)
+        other += " (in 4_inference also `checkpoints_of`)" * bool(other)
         raise CheckpointError(f"{named} has no checkpoint {folder.name!r}: run 1_finetune in this study first{other}")
     return folder
 

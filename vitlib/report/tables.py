@@ -87,7 +87,7 @@ class Table:
         if values is None:
             return [f"<td {self._kind(name)}>{_escaped(text)}</td>" for text in self.text[name]]
         best = {"low": values.min(), "high": values.max()}.get(about.best) if values.nunique() > 1 else None
-        made, longest = [], values.max()
+        made, longest = [], values.max() or 1  # all are zero: no bar
         for text, value in zip(self.text[name], values, strict=True):
             known = pd.notna(value)
             order = f' data-order="{value:.9g}"' if known else ' data-order=""'
