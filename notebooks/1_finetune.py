@@ -16,7 +16,7 @@
 # For your own data, change `study` (a new name), `data_source`, and `base_model` with `epochs` first.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
 base_model: str = "pretrain"  # pretrain (on other synthetic flowers), random, a folder, or a Hub id
 base_revision: str = ""  # commit of a base from the Hub; required there

@@ -13,7 +13,7 @@
 # else is quantized: the more of the change this removes, the more sensitive the part is.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation

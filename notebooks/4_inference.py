@@ -17,7 +17,7 @@
 # weights are used) first.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
 pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
 checkpoints_of: str = ""  # study whose checkpoints are used; empty: this one

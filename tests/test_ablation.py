@@ -214,8 +214,6 @@ def test_figures_name_the_most_sensitive_block_of_any_network(count):
     blocks = ablation.sensitivity(frame)
     kept, alone = plots.sensitivity_bars(blocks), plots.alone_bars(blocks)
     assert f"block {count // 2}: 40 %" in [text.get_text() for text in kept.figure.axes[0].texts]
-    assert f"at 4 bits block {count // 2} removes 40 %" in repr(kept) and f"block {count // 2} has 4.0e-01" in repr(
-        alone
-    )
+    assert f"4 bits, block {count // 2}: 40 %" in repr(kept) and f"block {count // 2}: 4.0e-01" in repr(alone)
     assert "first and last block 90 %" in repr(plots.kept_parts(frame, ablation.PARTS))
     assert all("<svg" in plot._repr_svg_() and "nan" not in repr(plot) for plot in (kept, alone))

@@ -177,7 +177,9 @@ def test_of_another_network_one_row_counts_the_claims(made):
     frame = made.study.read("claims")
     assert list(frame.columns) == list(records.COLUMNS["claims"])
     untested = claims.show(frame, UNTESTED).text
-    assert untested["claim"].tolist() == ["41 claims"] and untested["why"].item().endswith("(4 blocks of width 128)")
+    assert untested["claim"].tolist() == ["claims about ViT-L/16: 41"] and untested["why"].item().endswith(
+        "(4 blocks of width 128)"
+    )
     assert claims.show(frame, HOLDS_ONLY) == "*none*" and claims.counted(frame, HOLDS_ONLY) == "**0 of 55 claims**"
     assert claims.photographs(made.study, None, frame) is None
     text = claims.summary(made.study, frame, COSTS)

@@ -268,9 +268,9 @@ def test_photographs_for_a_network_that_knows_drawn_flowers_are_said(predicted, 
 
 
 def test_a_folder_that_is_missing_or_empty_is_named(study, tmp_path):
-    with pytest.raises(DataError, match="no folder of pictures"):
+    with pytest.raises(params.ParameterError, match="no folder of pictures"):
         inference.open({"study": "unit", "pictures": "nowhere"})
-    with pytest.raises(DataError, match="no data folder"):
+    with pytest.raises(params.ParameterError, match="no data folder"):
         inference.open({"study": "unit", "data_source": "nowhere"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no picture"):

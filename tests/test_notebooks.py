@@ -1,14 +1,19 @@
 """The notebooks: both twins in step, told in small cells, and run from the first cell to the last."""
 
 import ast
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
 import page_checks
 import pytest
+import torch
+from PIL import Image
 
 from vitlib.report import index, run
 from vitlib.study import files, params, records
@@ -78,6 +83,26 @@ def test_pages_tell_and_lose_nothing(smoke):
     pages = page_checks.pages(smoke)
     assert {page.stem: faults for page in pages if (faults := page_checks.in_text(page))} == {}
     assert page_checks.in_browser(pages) == []
+
+
+def test_the_readmes_commands_run(smoke, tmp_path):
+    """Those that predict a folder, in a shell, and the example in Python; on the smoke study's checkpoints."""
+    text = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"^\.venv/bin/python -m vitlib\.report run notebooks/4_inference.*$", text, re.MULTILINE)
+    pictures = tmp_path / "flat"
+    pictures.mkdir()
+    for shade in (40, 200):
+        Image.new("RGB", (64, 48), (shade, 90, 90)).save(pictures / f"{shade}.jpg")
+    command = command.replace(".venv/bin/python", sys.executable).replace("--study photos", "--study smoke-photos")
+    command = command.replace("checkpoints_of demo", "checkpoints_of smoke").replace("path/to/folder", str(pictures))
+    done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    predicted = records.read_table(smoke.with_name("smoke-photos") / "records" / "predictions.csv")
+    assert list(predicted["status"]) == ["ok", "ok"]
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    values = {"pixel_values": torch.zeros(2, 3, 48, 48)}
+    exec(example.replace("outputs/demo/", f"{smoke}/"), values)
+    assert values["logits"].shape == (2, len(values["engine"].loaded.labels.names))
 
 
 def test_snakemake_knows_every_record(smoke):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vitlib import speed
 from vitlib.report import run
+from vitlib.study import params
 from vitlib.study.study import Study
 
 ROOT = Path(__file__).parents[1]
@@ -12,16 +13,23 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GALLERY = Study.at(ROOT / "outputs" / "gallery" / "h200-vit-l16")
 
 
-def test_the_table_of_results_is_that_of_the_gallerys_records():
-    shown = README.partition("<!-- results")[2].partition("-->")[2].partition("<!-- end of results -->")[0]
-    assert shown.strip() == speed.readme_table(GALLERY).strip(), "put there what vitlib.speed.readme_table gives"
+def test_results_and_findings_are_those_of_the_gallery(tmp_path):
+    """The same command on a copy must change nothing."""
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "outputs").symlink_to(ROOT / "outputs")
+    before = (GALLERY.folder / "hero.svg").read_bytes()
+    speed.publish(tmp_path)
+    assert (tmp_path / "README.md").read_text() == README, "run: python -m vitlib.speed"
+    assert (GALLERY.folder / "hero.svg").read_bytes() == before, "run: python -m vitlib.speed"
+    assert len(README.splitlines()) <= 200
 
 
-def test_factors_in_the_text_are_those_of_the_records():
-    ladder = speed.ladder(GALLERY).set_index("variant")
-    for name, batch, digits in re.findall(r"<!-- (\S+) (\d+) -->([\d.]+)×", README):
-        found = float(ladder.loc[name, f"times faster, batch size {batch}"].split("\u00a0")[0])
-        assert f"{found:.{len(digits.partition('.')[2])}f}" == digits, (name, batch)
+def test_the_parameter_set_for_own_pictures_is_complete(tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(example)
+    params.remarks(
+        params.check(params.load(tmp_path / "mine.yaml") | {"data_source": "synthetic"}), set(params.MISSING)
+    )
 
 
 def test_every_file_that_is_named_exists():

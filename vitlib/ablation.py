@@ -255,24 +255,24 @@ def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) 
 def _removed(bits: int, shares: pd.Series, classifier: float) -> str:
     """The block that removes most of the error, the classifier if it removes more, and the most by another block."""
     best, others = shares.idxmax(), shares.drop(shares.idxmax())
-    more = f", keeping the classifier {100 * classifier:.0f} %" if classifier > max(shares[best], 0) else ""
     if shares[best] <= 0:
         return f"Keeping a single block in FP16 does not reduce the {bits}-bit error."
-    rest = (
-        f"no other block removes more than {100 * others.max():.0f} %" if (others > 0).any() else "no other block helps"
-    )
-    rest = f"; {rest}" if len(others) else ""
-    return f"Keeping block {best} in FP16 removes {100 * shares[best]:.0f} % of the {bits}-bit error{more}{rest}."
+    said = f"Keeping block {best} in FP16 removes {100 * shares[best]:.0f} % of the {bits}-bit error"
+    if classifier > shares[best]:
+        said += f", keeping the classifier {100 * classifier:.0f} %"
+    if len(others):
+        most = f"removes more than {100 * others.max():.0f} %" if others.max() > 0 else "helps"
+        said += f"; no other block {most}"
+    return f"{said}."
 
 
 def reliability_in_words(reliable: pd.DataFrame) -> Markdown:
     """Whether the rankings repeat on other pictures, and which difference of accuracy could be significant."""
-    lines = []
-    for trust in reliable.to_dict("records"):
-        lines.append(
-            f"- **{trust['bits']} bits**: {_repeats('one quantized block', trust['split_half_kl_only_quantized'])} "
-            f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} {_smallest(trust)}"
-        )
+    lines = [
+        f"- **{trust['bits']} bits**: {_repeats('one quantized block', trust['split_half_kl_only_quantized'])} "
+        f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} {_smallest(trust)}"
+        for trust in reliable.to_dict("records")
+    ]
     return Markdown("\n".join(lines))
 
 

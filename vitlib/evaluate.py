@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +17,12 @@ from vitlib.network.engine import Engine
 from vitlib.network.testbench import Bench, engines_of
 from vitlib.network.testbench import prepare as prepare
 from vitlib.network.tuning import relative_error
+from vitlib.report import plots
 from vitlib.report.tables import Markdown
 from vitlib.study import files, origin, provenance
 from vitlib.study.params import used_by
 from vitlib.study.study import Study
-from vitlib.study.variants import Variant, label
+from vitlib.study.variants import FORMATS, Variant, label
 
 open = Study.open
 
@@ -109,7 +110,9 @@ def measure(study: Study, bench: Bench) -> Measured:
     latencies, rates = (_in_order(frame, list(bench.engines)) for frame in (latencies, rates))
     study.write("latency", latencies)
     study.write("throughput", rates)
-    return Measured(latencies, benchmark.speed(latencies, rates, bench.baseline), clocks.summary())
+    table = benchmark.speed(latencies, rates, bench.baseline)
+    table.attrs = latencies.attrs
+    return Measured(latencies, table, clocks.summary())
 
 
 def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
@@ -236,23 +239,67 @@ def variants_table(study: Study, bench: Bench, *measured: pd.DataFrame, clocks: 
     return study.write("variants", table)
 
 
+def hero(study: Study, table: pd.DataFrame) -> plots.Plot:
+    """Size against latency of five variants of `variants_table`; also written to `hero.svg` beside the reports."""
+    return plots.hero(benchmark.points(table)).saved(study.folder / "hero.svg")
+
+
 def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
-    """What the table of variants and the checks of `validity` say, in a few sentences."""
+    """What the table of variants and the checks of `validity` say, in three or four sentences."""
     ran, baseline = table[table["status"] == "ok"], str(table["variant"].iloc[0])
     others = ran[ran["variant"] != baseline].drop_duplicates("variant").set_index("variant")
-    sentences = [_fastest(ran, batch) for batch in sorted({ran["batch"].min(), ran["batch"].max()})]
+    lines = [_finding(benchmark.points(table)), _speed(ran, baseline)]
     if len(others):
-        sentences = [_quality(others), *sentences, _smallest(others, ran["model_mb"].iloc[0])]
-    for reason, rows in table[table["status"] != "ok"].groupby("reason", sort=False):
-        sentences.append(f"**Not run**: {', '.join(map(label, rows['variant']))} ({reason}).")
-    sentences.append(benchmark.failed(checks))
-    return Markdown("\n".join(f"- {sentence}" for sentence in sentences if sentence))
+        lines.append(_quality(others))
+    missing = table[table["status"] != "ok"].groupby("reason", sort=False)["variant"]
+    limits = [f"**Not run**: {_listed(names)} ({reason})." for reason, names in missing]
+    lines.append(" ".join(filter(None, [*limits, benchmark.failed(checks)])))
+    return Markdown("\n".join(f"- {line}" for line in lines if line))
+
+
+def _finding(points: pd.DataFrame) -> str:
+    """What the best of `benchmark.points` gains and loses against the baseline; its first sentence is the finding."""
+    base, batch = points.iloc[0], f"at batch size {points['batch'].iloc[0]:.0f}"
+    if not points["best"].any():
+        return f"{label(base['variant'])} takes {base['latency_p50_ms']:.3g} ms {batch} and {base['model_mb']:,.0f} MB."
+    best, than = points[points["best"]].iloc[0], f"than {base['weights'].upper()}"
+    compared, size = _compared(best), base["model_mb"] / best["model_mb"]
+    smaller = f"**{size:.1f} times smaller**" if size >= 1.05 else "not smaller"
+    if best["against_baseline"] in ("faster", "slower"):
+        said = f"**{compared.partition(' (')[0]}** {than} {batch} and {smaller};"
+    else:
+        said = f"{smaller} {than}; latency {batch}: {compared}. Accuracy:"
+    change, low, high = (f"{100 * best[f'difference{side}']:+.1f}" for side in ("", "_low", "_high"))
+    moved = f"Top-1 changes by {change} points (95 % interval {low} … {high})"
+    return f"{label(best['variant'])} is {said} {moved if best['flips'] else 'no picture changes class'}."
+
+
+def _compared(row: pd.Series) -> str:
+    """How the latency of a row compares with the baseline's."""
+    times = Interval(*(row[f"times_baseline{side}"] for side in ("", "_low", "_high")))
+    return benchmark.in_words(times, row["against_baseline"], int(row["rounds"]))
+
+
+def _speed(ran: pd.DataFrame, baseline: str) -> str:
+    """What quantization out of the box does to latency, and the fastest variants."""
+    said, first = [], ran[ran["batch"] == ran["batch"].min()].set_index("variant")
+    plain = (Variant(name).name for name, row in FORMATS.items() if row.bits < 16 and not row.fused_only)
+    if found := [f"{label(name)} {_compared(first.loc[name])}" for name in plain if name in first.index[1:]]:
+        said.append(f"**Quantized out of the box**, batch size {first['batch'].iloc[0]:.0f}: {', '.join(found)}.")
+    for batch in sorted({ran["batch"].min(), ran["batch"].max()} if ran["variant"].nunique() > 1 else ()):
+        rows = ran[ran["batch"] == batch].set_index("variant")
+        name = str(rows["latency_p50_ms"].idxmin())
+        how = "the baseline" if name == baseline else _compared(rows.loc[name])
+        said.append(
+            f"**Fastest at batch size {batch:.0f}**: {label(name)}, {rows['latency_p50_ms'].min():.3g} ms, {how}."
+        )
+    return " ".join(said)
 
 
 def _quality(rows: pd.DataFrame) -> str:
     n, worst, most = int(rows["n"].iloc[0]), str(rows["flips"].idxmax()), int(rows["flips"].max())
-    flips = f"{most} of {n} pictures change class with {label(worst)}, the most" if most else "no picture changes class"
-    names = {verdict: ", ".join(map(label, own)) for verdict, own in rows.groupby("verdict").groups.items()}
+    flips = f"at most {most} of {n} pictures change class ({label(worst)})" if most else "no picture changes class"
+    names = {verdict: _listed(own) for verdict, own in rows.groupby("verdict").groups.items()}
     if different := names.get("different"):
         said = f"differs from the baseline's for {different}"
     elif unknown := names.get("not shown"):
@@ -262,20 +309,7 @@ def _quality(rows: pd.DataFrame) -> str:
     return f"**Accuracy** {said}; {flips}."
 
 
-def _fastest(ran: pd.DataFrame, batch: float) -> str:
-    rows = ran[ran["batch"] == batch].set_index("variant")
-    times, sides = rows["latency_p50_ms"], [f"times_baseline{side}" for side in ("", "_low", "_high")]
-    said = [f"**Batch size {batch:.0f}**: the baseline {label(times.index[0])} takes {times.iloc[0]:.3g} ms"]
-    for words, name in (("the fastest", times.idxmin()), ("the slowest", times.idxmax())):
-        if name != times.index[0]:
-            row = rows.loc[name]
-            compared = benchmark.in_words(Interval(*row[sides]), row["against_baseline"], int(row["rounds"]))
-            said.append(f"{words}, {label(name)}, {times[name]:.3g} ms ({compared})")
-    return "; ".join(said) + "."
-
-
-def _smallest(rows: pd.DataFrame, whole: float) -> str:
-    name, least = str(rows["model_mb"].idxmin()), rows["model_mb"].min()
-    if whole < 1.05 * least:
-        return f"**Size**: no variant is smaller than the baseline's {whole:,.0f} MB of weights."
-    return f"**Size**: the smallest, {label(name)}, has {least:,.3g} MB of weights, {whole / least:.1f} times less."
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    """Variants in words, those beyond `most` as a number."""
+    words = [label(name) for name in names]
+    return ", ".join(words) if len(words) <= most + 1 else f"{', '.join(words[:most])} and {len(words) - most} more"

@@ -19,7 +19,7 @@ from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Dataset, Labels
 from vitlib.report.tables import Column, Markdown
 from vitlib.study import files, origin, provenance
-from vitlib.study.params import is_hub_id, used_by
+from vitlib.study.params import is_hub_id, missing, used_by
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 from vitlib.training import adapters, standin, trainer
@@ -94,9 +94,9 @@ def load_base(study: Study, dataset: Dataset) -> Base:
         model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
         pre = preprocess.new(settings.image_size)
     else:
+        if reason := missing("base_model", name):
+            raise FinetuneError(reason)
         folder = standin.demo_base(study, device) if name == "pretrain" else files.resolve(name)
-        if not (is_hub_id(name) or folder.is_dir()):
-            raise FinetuneError(f"base_model {name!r} is neither pretrain, random, a folder nor a Hub id (owner/name)")
         source, quantized = name if is_hub_id(name) else str(folder), settings.method == "qlora"
         pre = preprocess.load(source, revision or None)
         set_seed(settings.seed)  # the new head's initialisation
@@ -148,8 +148,6 @@ def introduce(study: Study, base: Base) -> Markdown:
     if settings.base_model == "pretrain" and settings.data_source != "synthetic":
         text += "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** "
         text += "Expect low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
-    if settings.base_model == "random" and settings.method != "full":
-        text += f"\n\n**The method `{settings.method}` leaves random weights frozen.** Set `method` to `full`."
     return Markdown(text)
 
 

@@ -8,7 +8,6 @@ import string
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -59,16 +58,14 @@ class Predictor:
 
 
 def open(namespace: dict[str, object]) -> Study:
-    """The study of the notebook's parameters (call it with `globals()`). DataError where its pictures are missing.
+    """The study of the notebook's parameters (call it with `globals()`). ParameterError where pictures are missing.
 
     OtherPictures where `pictures` names a folder and the study has predictions of other pictures, which its page shows.
     """
     study = Study.open(namespace)
     settings = study.settings
     if not settings.pictures:
-        sources.check_source(settings)
         return study
-    _folder(settings.pictures)
     known = study.read_json("inference").get("source") if study.has("inference.json") else None
     if study.has("predictions") and known != _source(settings.pictures):
         raise OtherPictures(
@@ -76,13 +73,6 @@ def open(namespace: dict[str, object]) -> Study:
             f"and `checkpoints_of` to {settings.checkpoints_of or study.name!r}, the study whose checkpoints are used"
         )
     return study
-
-
-def _folder(pictures: str) -> Path:
-    folder = files.resolve(pictures)
-    if not folder.is_dir():
-        raise sources.DataError(f"there is no folder of pictures {pictures!r} (relative to the project's root)")
-    return folder
 
 
 def _source(pictures: str) -> str:
@@ -140,7 +130,7 @@ def find_pictures(study: Study) -> tuple[list[Picture], list[tuple[str, str]]]:
     """
     settings = study.settings
     if settings.pictures:
-        found, skipped = sources.pictures_below(_folder(settings.pictures), settings.max_megapixels)
+        found, skipped = sources.pictures_below(files.resolve(settings.pictures), settings.max_megapixels)
         if not (found or skipped):
             raise sources.DataError(f"the folder {settings.pictures!r} holds no picture")
         return found, skipped

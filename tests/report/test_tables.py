@@ -6,8 +6,8 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from vitlib.report import page
-from vitlib.report.tables import Column, Markdown, table, text
+from vitlib.report import columns, page
+from vitlib.report.tables import Column, Markdown, estimate, table, text
 
 FRAME = pd.DataFrame(
     {
@@ -88,3 +88,40 @@ def test_names_in_sentences_are_shown_as_they_are(name, tmp_path):
 
 def test_an_empty_table_says_so():
     assert table(FRAME.iloc[:0], none="every file could be used") == Markdown("*every file could be used*")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        ((7.346, 7.136, 7.602), "7.3 (7.1 … 7.6)"),
+        ((85.4, 82.7, 87.8), "85 (83 … 88)"),
+        ((1153.2, 1150.1, 1160.0), "1,153 (1,150 … 1,160)"),
+        ((1.2944, 1.2942, 1.2946), "1.29 (1.29 … 1.29)"),
+        ((0.1114, 0.1068, 0.1161), "0.11 (0.11 … 0.12)"),
+        ((1.0, 1.0, 1.0), "1.00"),
+        ((2.345, np.nan, np.nan), "2.35"),
+        ((0.0, -0.5, 0.5), "0.0 (-0.5 … 0.5)"),
+        ((np.nan, np.nan, np.nan), "–"),
+    ],
+)
+def test_an_estimate_has_the_digits_that_its_interval_allows(bounds, text):
+    assert estimate(*bounds).replace("\u00a0", " ") == text
+
+
+def test_a_value_with_its_interval_is_one_cell_whose_best_value_is_bold():
+    frame = pd.DataFrame({"variant": ["a", "b"], "ms": [2.0, 1.0], "low": [1.9, 0.9], "high": [2.1, 1.1]})
+    page = table(frame, {"variant": "variant", ("ms", "low", "high"): Column("ms", ",", best="low")}).to_html()
+    assert "<strong>1.0</strong>\u00a0(0.9\u00a0…\u00a01.1)</td>" in page and ">2.0\u00a0(1.9" in page
+
+
+def test_batch_sizes_become_columns():
+    rows = [
+        (name, batch, ms * batch, 8 / ms) for batch in (1, 8) for name, ms in (("fp32-sdpa", 8.0), ("nf4-sdpa", 4.0))
+    ]
+    frame = pd.DataFrame(rows, columns=["variant", "batch", "latency_p50_ms", "times_baseline"])
+    frame = frame.assign(latency_low_ms=frame["latency_p50_ms"], latency_high_ms=frame["latency_p50_ms"], model_mb=9.0)
+    text = table(*columns.speed(frame, "model_mb")).text
+    assert text["ms, batch 8 (95 % interval)"].tolist() == ["64.0", "32.0"]
+    assert text["times faster, batch 1"].tolist() == ["1", "2"] and list(text)[1] == "weights (MB)"
+    sizes = table(*columns.size(frame.assign(peak_memory_mb=50.0 * frame["batch"], disk_mb=9.0))).text
+    assert sizes["weights + pass (MB), batch 8"].tolist() == ["400", "400"] and "with buffers (MB)" not in sizes

@@ -24,10 +24,6 @@ from vitlib.study.study import Study
 __all__ = ["FAILS", "HOLDS", "HOLDS_ONLY", "MISTAKE", "UNTESTED", "looks", "mistake", "mistake_in_words"]
 open = Study.open
 
-_VERBS = {
-    **{HOLDS: ("holds", "hold"), HOLDS_ONLY: ("holds only in some cases", "hold only in some cases")},
-    **{FAILS: ("does not hold", "do not hold"), UNTESTED: (UNTESTED, UNTESTED)},
-}
 REANALYSIS = {
     **{"bits": "bits", "kept": "kept in FP16", "right": "right", "n": "of", "top1": Column("Top-1 (%)", ".1f", 100)},
     ("top1_low", "top1_high"): Column("95 % interval", ".1f", 100),
@@ -70,7 +66,7 @@ def show(frame: pd.DataFrame, kind: str) -> Table | Markdown:
     columns |= {"measured": (chosen["measured"] + "\n" + said[0].mask(said[0] == kind, "")).str.strip()}
     rows = pd.DataFrame(columns | {"why": said[1].mask(said[1] == "", chosen["cause"])})[~other]
     if other.any():
-        rows.loc[-1] = [_claims(other.sum()), "", "", said[1][other].iloc[0]]
+        rows.loc[-1] = [f"claims about ViT-L/16: {other.sum()}", "", "", said[1][other].iloc[0]]
     rows.attrs = frame.attrs
     return table(rows)
 
@@ -84,11 +80,7 @@ def counted(frame: pd.DataFrame, kind: str) -> Markdown:
     """How many claims have one kind of verdict, by subject."""
     subjects = frame.loc[frame["verdict"].map(kind_of) == kind, "subject"].value_counts(sort=False)
     listed = ", ".join(f"{subject} {count}" for subject, count in subjects.items())
-    return Markdown(f"**{subjects.sum()} of {_claims(len(frame))}**{f' ({listed})' if listed else ''}")
-
-
-def _claims(count: int) -> str:
-    return f"{count} claim{'' if count == 1 else 's'}"
+    return Markdown(f"**{subjects.sum()} of {len(frame)} claims**{f' ({listed})' if listed else ''}")
 
 
 def reanalysis() -> pd.DataFrame:
@@ -124,9 +116,10 @@ def reanalysis_in_words(frame: pd.DataFrame) -> Markdown:
 def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
     """The page in three sentences: counts, what could not be tested and why, and the two baselines."""
     of, original = counts(frame), content()["study"]
-    said = [f"{count} {_VERBS[kind][count != 1]}" for kind, count in of.items() if count]
+    kinds = of[of > 0].rename({HOLDS_ONLY: f"{HOLDS_ONLY} in some cases"}).items()
+    said = [f"{n} {kind if n == 1 else kind.replace('holds', 'hold').replace('does', 'do')}" for kind, n in kinds]
     lines = [
-        f"**Of {_claims(len(frame))} of the original study, {_and(said)}.** The original is the student project "
+        f"**Of {len(frame)} claims of the original study, {_and(said)}.** The original is the student project "
         f"[{original['title']}]({original['address']})."
     ]
     untested = frame.loc[frame["verdict"].map(kind_of) == UNTESTED, "verdict"]

@@ -17,6 +17,7 @@ from vitlib.measure.stats import Interval
 CLOCKS_AGREE = 0.02  # relative difference of wall clock and device events
 SIMULATED = 100  # comparisons of a run's own samples
 FOUND = 95  # of them that must come out right
+EIGHT_BITS = ("fp8", "w8a8", "w8a16")  # fused weight formats, of which `points` takes the first that ran
 
 
 def accuracy(
@@ -86,6 +87,25 @@ def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> 
         row |= {"throughput_img_s": rates.estimate, "throughput_low_img_s": rates.low}
         rows.append(row | {"throughput_high_img_s": rates.high})
     return pd.DataFrame(rows)
+
+
+def points(table: pd.DataFrame) -> pd.DataFrame:
+    """The variants that a figure or a sentence compares at the smallest batch size, from `records/variants.csv`.
+
+    Five where a study has them: the baseline, FP16 in its fastest execution, NF4 out of the box and in its fastest
+    other execution, and the fastest fused variant in one of EIGHT_BITS. With less than two, all that ran. `best` marks
+    the one whose factors of speed and size have the largest product. The tanh GELU, another function, is left out.
+    """
+    ran = table[(table["status"] == "ok") & (table["batch"] == table["batch"].min())]
+    own = (ran[ran["gelu"] == "checkpoint"] if "gelu" in ran else ran).sort_values("latency_p50_ms", kind="stable")
+    weights, plain = own["weights"], (own["execution"] == "eager") & (own["attention"] == "sdpa")
+    chosen = [weights == "fp16", (weights == "nf4") & plain, (weights == "nf4") & (own["execution"] != "eager")]
+    eight = [rows for kind in EIGHT_BITS if len(rows := own["variant"][(weights == kind) & ~plain])]
+    found = [own["variant"][mask] for mask in chosen] + eight[:1]
+    names = {ran["variant"].iloc[0], *(name for rows in found for name in rows.head(1))}
+    rows = (ran[ran["variant"].isin(names)] if len(names) > 1 else ran).reset_index(drop=True)
+    gain = (rows["times_baseline"] / rows["model_mb"])[1:]
+    return rows.assign(best=rows.index == (gain.idxmax() if len(gain) else -1))
 
 
 def in_words(times: Interval, verdict: str, rounds: int) -> str:
@@ -161,10 +181,13 @@ def validity(
 
 def failed(checks: pd.DataFrame) -> str:
     """The checks of `validity` that failed, as a sentence (Markdown), '' if none did."""
-    missed = checks.loc[checks["reached"] == "no", "check"]
-    if missed.empty:
+    sizes: dict[str, list[str]] = {}
+    for missed in checks.loc[checks["reached"] == "no", "check"]:
+        check, _, size = missed.partition(", batch size ")
+        sizes.setdefault(check, []).extend(filter(None, [size]))
+    if not sizes:
         return ""
-    named = "; ".join(f"*{check}*" for check in missed)
+    named = "; ".join(f"*{check}*" + f" (batch size {', '.join(own)})" * bool(own) for check, own in sizes.items())
     return f"**Failed checks**: {named}. This run does not establish differences as small as these checks ask for."
 
 

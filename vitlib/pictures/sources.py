@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from vitlib.pictures import synthetic
 from vitlib.pictures.decode import BadPicture, Decoded, Picture, decode, not_a_picture, open_picture, plain_jpeg
 from vitlib.pictures.preprocess import Preprocess
-from vitlib.study import files
+from vitlib.study import files, params
 from vitlib.study.params import Parameters
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
@@ -142,16 +142,9 @@ def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
 
 def existing_folder(name: str) -> Path:
     """The folder of class folders called `name`, from the project's root. DataError where there is none."""
-    if not (folder := files.resolve(name)).is_dir():
-        advice = "put or link the pictures there as train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
-        raise DataError(f"there is no data folder {name!r} (looked from the project's root): {advice}")
-    return folder
-
-
-def check_source(settings: Parameters) -> None:
-    """DataError where `settings.data_source` is a folder that does not exist: said before anything slow."""
-    if settings.data_source != "synthetic" and not settings.data_source.startswith(("hub:", "torchvision:")):
-        existing_folder(settings.data_source)
+    if reason := params.missing("data_source", name):
+        raise DataError(reason)
+    return files.resolve(name)
 
 
 def from_folder(folder: Path, max_megapixels: float) -> Dataset:

@@ -10,13 +10,14 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from vitlib.study import variants
+from vitlib.study import files, variants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,7 @@ COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
 _LINES = {"eager": "-", "graph": "--", "fused": ":", "fused-graph": "-."}
 _BLUE, _ORANGE, _PALE, _GREY = "#0072B2", "#D55E00", "#b8c9d9", "#8a8f98"
+_PARTS = ("#56B4E9", "#0072B2", "#E69F00", "#000000", "#F0E442", "#8a8f98", "#D55E00", "#CC79A7", "#009E73")
 _SMALL = 160  # pixels: narrower pictures are enlarged to it
 _STYLE = {
     **{"axes.grid": True, "grid.color": "#dfe3ea", "axes.axisbelow": True, "axes.edgecolor": "#8a8f98"},
@@ -46,6 +48,12 @@ class Plot:
         with matplotlib.rc_context({"svg.hashsalt": "vitlib"}):  # the same figure gives the same text
             self.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         return text.getvalue()
+
+    def saved(self, path: Path) -> Plot:
+        """The same plot, which is now also in the SVG file `path`, whole or not at all."""
+        with files.atomic_path(path) as temporary:
+            temporary.write_text(self._repr_svg_(), encoding="utf-8")
+        return self
 
     def __repr__(self) -> str:
         return self.message
@@ -162,49 +170,93 @@ def learning_curves(history: pd.DataFrame, overfits_after: int | None = None) ->
     return Plot(figure, f"{said} and Top-1 from {top1.iloc[0]:.1f} % to {top1.iloc[-1]:.1f} % in {len(curves)} epochs.")
 
 
-def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
-    """Top-1 minus the baseline's with its interval, against median latency; up and left is better.
+def hero(points: pd.DataFrame) -> Plot:
+    """Weights against the latency of a call, a labelled point a variant, and an arrow from the first to the best.
 
-    `margin`, a fraction of the pictures, is drawn as a band: an interval inside it is non-inferior.
+    `points` is what `benchmark.points` gives. A difference in speed that was not found is not written on the arrow.
     """
-    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
-    axis = _scatter(rows, "latency_p50_ms", 100 * rows["difference"], _around(rows, "difference", 100))
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
-    axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points, 95 % interval)")
-    axis.set(title=f"Accuracy against latency, batch size {batch}")
-    return Plot(
-        axis.figure, f"Top-1 minus the baseline's against median latency at batch size {batch}, a point a variant."
-    )
+    (axis,) = _figure(width=8, height=4.6).axes
+    rows, batch = points.set_index("variant"), points["batch"].iloc[0]
+    ms, mb, said = rows["latency_p50_ms"], rows["model_mb"], []
+    _log(axis, "x")
+    _log(axis, "y")
+    ends = rows[rows["best"] | (rows.index == rows.index[0])].sort_values("model_mb")[["model_mb", "latency_p50_ms"]]
+    arrow = np.exp(np.interp(np.log(mb), *np.log(ends).to_numpy().T))  # where it is at the height of each point
+    room = max(ms.max() / ms.min(), 1.6)  # on both sides, for labels
+    axis.set(xlim=(ms.min() / room, ms.max() * room**0.8), ylim=(mb.min() / 2, mb.max() * 1.8))
+    axis.tick_params(which="both", labelsize=11)
+    axis.set_xlabel(f"milliseconds per call, batch size {batch:.0f} (log scale)", fontsize=12)
+    axis.set_ylabel("weights (MB, log scale)", fontsize=12)
+    for name, middle in zip(rows.index, arrow, strict=True):
+        axis.plot(ms[name], mb[name], linestyle="", markersize=12, zorder=3, **_look(name))
+        size = f"{ms[name]:.3g} ms, {mb[name]:{',.0f' if mb[name] >= 100 else '.2g'}} MB"
+        away, ha, va = ((-12, 0), "right", "center") if ms[name] < middle else ((12, 0), "left", "center")
+        if name == rows.index[0] or rows.loc[name, "best"]:  # the ends of the arrow
+            away, ha, va = ((0, 11), "center", "bottom") if name == rows.index[0] else ((0, -11), "center", "top")
+        where = {"xytext": away, "textcoords": "offset points", "ha": ha, "va": va, "fontsize": 12}
+        axis.annotate(f"{_short(name)}\n{size}", (ms[name], mb[name]), **where)
+        said.append(f"{_short(name)} {size}")
+    for name in rows.index[rows["best"]]:
+        factors = [_times(mb.iloc[0] / mb[name], "smaller", "larger")]
+        if rows.loc[name, "against_baseline"] in ("faster", "slower"):
+            factors.insert(0, _times(rows.loc[name, "times_baseline"], "faster", "slower"))
+        _arrow(axis, (ms.iloc[0], mb.iloc[0]), (ms[name], mb[name]), "\n".join(factors))
+        said.append(f"the arrow says {', '.join(factors)}")
+    return Plot(axis.figure, f"Latency at batch size {batch:.0f} and weights: {'; '.join(said)}.")
 
 
-def size_against_memory(table: pd.DataFrame, batch: int) -> Plot:
-    """Peak memory of a forward pass against the size of the weights; down and left is better."""
-    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
-    axis = _scatter(rows, "model_mb", rows["peak_memory_mb"])
-    axis.set(xlabel="weights (MB, log scale)", ylabel="weights + peak of a pass (MB)")
-    axis.set_title(f"Size against peak memory, batch size {batch}")
-    return Plot(
-        axis.figure,
-        f"Weights plus the peak of a forward pass against weights at batch size {batch}, a point a variant.",
-    )
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], text: str) -> None:
+    """Draw an arrow between two points on logarithmic axes, with `text` at its middle."""
+    style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 11, "shrinkB": 11, "mutation_scale": 20, "color": "black"}
+    axis.annotate("", end, start, arrowprops=style)
+    box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
+    middle = np.sqrt(np.multiply(start, end))
+    axis.text(*middle, text, fontsize=14, weight="bold", ha="center", va="center", bbox=box)
 
 
-def _scatter(rows: pd.DataFrame, x: str, y: pd.Series, errors: np.ndarray | None = None) -> Axes:
-    """A point a variant on a log x axis, with vertical `errors` (2, n) if given."""
+def _short(name: str) -> str:
+    """A variant in words, where one as the libraries load it is "out of the box"."""
+    weights, *others = name.split("-")
+    return f"{weights.upper()} out of the box" if others == ["sdpa"] else variants.label(name)
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    """A ratio as "7.3× smaller", or how much `less` below 1."""
+    ratio, word = (ratio, more) if ratio >= 1 else (1 / ratio, less)
+    return f"{ratio:.{2 if ratio < 2 else 1}f}× {word}"
+
+
+def _range(values: pd.Series, form: str) -> str:
+    """The least and the largest value with the variants that have them: "1.1 (NF4 · fused) to 9.5 (FP32 · SDPA)"."""
+    ends = ((values.min(), values.idxmin()), (values.max(), values.idxmax()))
+    return " to ".join(f"{value:{form}} ({variants.label(name)})" for value, name in ends)
+
+
+def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
+    """Top-1 minus the baseline's against median latency, with its interval unless that is inside the margin.
+
+    Up and left is better. `margin`, a fraction of the pictures, is drawn as a band.
+    """
+    rows = table[(table["status"] == "ok") & (table["batch"] == batch)].set_index("variant")
     (axis,) = _figure(width=9).axes
-    for at, (name, across, up) in enumerate(zip(rows["variant"], rows[x], y, strict=True)):
-        bars = None if errors is None else errors[:, [at]]
-        style = {"linestyle": "", "capsize": 3, "markersize": 8, "elinewidth": 0.8, **_look(name)}
-        axis.errorbar(across, up, yerr=bars, label=variants.label(name), **style)
+    points, errors = 100 * rows["difference"], _around(rows, "difference", 100)
+    for at, (name, ms) in enumerate(rows["latency_p50_ms"].items()):
+        bars = errors[:, [at]] if rows["verdict"].iloc[at] in ("different", "not shown") else None
+        style = {"linestyle": "", "capsize": 3, "markersize": 8, **_look(name)}
+        axis.errorbar(ms, points.iloc[at], yerr=bars, label=variants.label(name), **style)
     _log(axis, "x")
     _legend(axis)
-    return axis
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
+    axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points)")
+    axis.set(title=f"Accuracy against latency, batch size {batch}")
+    across, up = _range(rows["latency_p50_ms"], ".3g"), _range(points, "+.1f")
+    return Plot(axis.figure, f"Top-1 changes by {up} points; latency at batch size {batch} is {across} ms.")
 
 
 def throughput_by_batch(table: pd.DataFrame) -> Plot:
     """Measured images per second by batch size, a line a variant, labelled at its end."""
-    rows = table[table["status"] == "ok"].dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
+    rows = table.dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
     (axis,) = _figure(width=9, height=max(4.5, 0.3 * rows["variant"].nunique() + 1)).axes
     for name, own in rows.groupby("variant", sort=False):
         line = _LINES[variants.VARIANTS[name].execution] if name in variants.VARIANTS else "-"
@@ -218,7 +270,9 @@ def throughput_by_batch(table: pd.DataFrame) -> Plot:
             variants.label(name), (1.0, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8.5, color=_look(name)["color"],
         )  # fmt: skip
-    return Plot(axis.figure, "Images per second by batch size, a line a variant.")
+    last = rows[rows["batch"] == rows["batch"].max()].set_index("variant")["throughput_img_s"]
+    said = f"Throughput at batch size {rows['batch'].max():.0f}: {_range(last, ',.0f')} images per second."
+    return Plot(axis.figure, said)
 
 
 def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[str, float]:
@@ -233,21 +287,6 @@ def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[st
         heights[name] = min(heights[name], top)
         top = heights[name] - gap
     return heights
-
-
-def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Plot:
-    """Top-1 of each variant minus the baseline's, in points, with its paired interval; the margin is a band."""
-    rows = quality[quality["verdict"] != "baseline"]
-    (axis,) = _figure(width=8, height=0.4 * len(rows) + 1.4).axes
-    errors = _around(rows, "difference", 100)
-    for at, (name, points) in enumerate(zip(rows["variant"], 100 * rows["difference"], strict=True)):
-        axis.errorbar(points, at, xerr=errors[:, [at]], capsize=4, **_look(name))
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.axvspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
-    axis.set_yticks(range(len(rows)), [variants.label(name) for name in rows["variant"]])
-    axis.invert_yaxis()
-    axis.set(xlabel="Top-1 minus the baseline's (points), 95 % interval; shaded: within the margin")
-    return Plot(axis.figure, "Top-1 of each variant minus the baseline's, with its 95 % interval and the margin.")
 
 
 def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
@@ -265,34 +304,36 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
         names, left = [variants.label(name) for name in rows.index], np.zeros(len(rows))
         for number, part in enumerate(shown):
             label = "attention with its linears" if part == "attention" else part  # a table shows the kernel alone
-            axis.barh(names, rows[part], left=left, label=label, color=f"C{number}")
+            axis.barh(names, rows[part], left=left, label=label, color=_PARTS[number % len(_PARTS)], edgecolor="white")
             left += rows[part].to_numpy()
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
     figure.axes[0].set_title("Where the device time goes")
     figure.axes[-1].set_xlabel(f"device time of one pass (ms), batch size {kernels['batch'].iloc[0]}")
     _legend(figure.axes[-1])
-    return Plot(figure, "Device time of one forward pass by part of the model, a bar a variant.")
+    said = f"Device time of one pass: {_range(sums.sum(axis=1), ',.3g')} ms"
+    return Plot(figure, f"{said}; most of it in the part {sums.sum().idxmax()}.")
 
 
 def ladder(frame: pd.DataFrame) -> Plot:
-    """Median latency of each step with its interval, a panel a batch size, a row a step, colour by weight format.
+    """Median latency of each variant with its interval, a panel a batch size, a row a variant in order of appearance.
 
-    Columns: label (in words), weights, batch, ms, ms_low, ms_high. Rows keep the order of their first appearance.
+    Columns: variant, batch, latency_p50_ms, latency_low_ms, latency_high_ms.
     """
-    sizes, labels = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["label"]))
-    figure = _figure(1, max(len(sizes), 1), width=3.2 + 3.4 * len(sizes), height=0.3 * len(labels) + 1.2, sharey=True)
+    sizes, names = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["variant"]))
+    figure = _figure(1, max(len(sizes), 1), width=3 + 2.6 * len(sizes), height=0.24 * len(names) + 1.2, sharey=True)
+    said = []
     for axis, size in zip(figure.axes, sizes, strict=False):
-        rows = frame[frame["batch"] == size]
-        errors = _around(rows, "ms")
-        for at, row in enumerate(rows.itertuples()):
-            style = {"fmt": "o", "capsize": 3, "color": COLOURS.get(row.weights, _GREY)}
-            axis.errorbar(row.ms, labels.index(row.label), xerr=errors[:, [at]], **style)
+        rows = frame[frame["batch"] == size].set_index("variant")
+        for name, ms, low, high in rows[["latency_p50_ms", "latency_low_ms", "latency_high_ms"]].itertuples():
+            errors = [[ms - low], [high - ms]]
+            axis.errorbar(ms, names.index(name), xerr=errors, linestyle="", capsize=3, **_look(name))
         _log(axis, "x")
         axis.set(xlabel="median latency (ms, log scale)", title=f"batch size {size}")
-    figure.axes[0].set_yticks(range(len(labels)), labels, fontsize=9)
-    figure.axes[0].set_ylim(len(labels) - 0.5, -0.5)
-    return Plot(figure, "Median latency of each step with its 95 % interval, a panel a batch size.")
+        said.append(f"Median latency at batch size {size}: {_range(rows['latency_p50_ms'], ',.3g')} ms.")
+    figure.axes[0].set_yticks(range(len(names)), map(variants.label, names), fontsize=10)
+    figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
+    return Plot(figure, " ".join(said))
 
 
 def roofline(table: pd.DataFrame) -> Plot:
@@ -321,41 +362,47 @@ def roofline(table: pd.DataFrame) -> Plot:
     entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
     entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
     _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
-    return Plot(
-        axis.figure, "Achieved arithmetic rate of each part against operations per byte, below the measured ceilings."
-    )
+    top, peak = rows.loc[rows["tflop_s"].idxmax()], rows["ceiling_tflop_s"].max()
+    said = f"Achieved rates reach {top['tflop_s']:.3g} TFLOP/s ({top['part']}, {variants.label(top['variant'])})"
+    return Plot(axis.figure, f"{said}; the measured ceilings reach {peak:{',.0f' if peak >= 100 else '.3g'}} TFLOP/s.")
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16.
-
-    The most sensitive block is named. The dotted line is an equal share for every block.
-    """
-    said = []
-    for axis, rows in _by_bits(blocks.assign(shown=100 * blocks["kl_removed"])):
-        block, most, others = _ranked(axis, rows, "shown", lambda removed, _: f"{removed:.0f} %")
+    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16."""
+    shown = blocks.assign(**dict.fromkeys(("shown", "shown_low", "shown_high"), 100 * blocks["kl_removed"]))
+    plot = _block_bars(shown, "error removed (%)", "block kept in FP16 (dotted: equal share)", "{:.0f} %")
+    for axis in plot.figure.axes:
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.axhline(100 / len(rows), color="black", linestyle=":", linewidth=1)
-        axis.set(xlabel="block kept in FP16 (dotted: equal share)", ylabel="error removed (%)")
-        rest = f", no other more than {others.max():.0f} %" if len(others) else ""
-        said.append(f"at {axis.get_title()} block {block} removes {most:.0f} % of it{rest}")
-    return Plot(axis.figure, f"Quantization error (KL) removed by keeping one block in FP16: {'; '.join(said)}.")
+        axis.axhline(100 / len(axis.patches), color="black", linestyle=":", linewidth=1)
+    return plot
 
 
 def alone_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the quantization error (KL) when it alone is quantized, with its interval. The largest is named."""
+    """By block: the quantization error (KL) when it alone is quantized, with its interval."""
+    shown = blocks.rename(columns=lambda name: name.replace("kl_alone", "shown"))
+    return _block_bars(shown, "error (KL, nats)", "block quantized, all others in FP16", "{:.1e}")
+
+
+def _block_bars(blocks: pd.DataFrame, ylabel: str, xlabel: str, form: str) -> Plot:
+    """A bar a block as high as `shown`, with its interval; the highest is dark and has a label."""
     said = []
-    for axis, rows in _by_bits(blocks.assign(shown=blocks["kl_alone"])):
-        block, most, others = _ranked(axis, rows, "kl_alone_high", _times_others)
-        axis.errorbar(rows["block"], rows["kl_alone"], _around(rows, "kl_alone"), fmt="none", ecolor="black", capsize=2)
-        axis.set(xlabel="block quantized, all others in FP16", ylabel="error (KL, nats)")
+    for axis, rows in _by_bits(blocks):
+        first = rows["shown"].idxmax()
+        block, others = int(rows.loc[first, "block"]), rows["shown"].drop(first)
+        colours = [_BLUE if at == first else _PALE for at in rows.index]
+        axis.bar(rows["block"], rows["shown"], yerr=_around(rows, "shown"), color=colours)
+        left = block < rows["block"].median()  # the label extends towards the middle
+        place = (block - 0.4 if left else block + 0.4, max(0, rows.loc[first, "shown_high"]))
+        style = {"ha": "left" if left else "right", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2)}
+        label = f"block {block}: {form.format(rows.loc[first, 'shown'])}"
+        axis.annotate(label, place, **style)
+        axis.margins(y=0.12)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        said.append(f"at {axis.get_title()} block {block} has {most:.1e} nats, {_times_others(most, others)}")
-    return Plot(axis.figure, f"Quantization error (KL) when one block alone is quantized: {'; '.join(said)}.")
-
-
-def _times_others(kl: float, others: pd.Series) -> str:
-    return f"{kl / others.mean():.2g} times the mean of the others" if len(others) else f"{kl:.1e}"
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(axis="x", visible=False)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        said.append(f"{axis.get_title()}, {label}{f', others at most {form.format(others.max())}' * bool(len(others))}")
+    return Plot(axis.figure, f"{ylabel.capitalize()} by {xlabel}. {'; '.join(said)}.")
 
 
 def kept_parts(frame: pd.DataFrame, kept: Mapping[str, str]) -> Plot:
@@ -386,26 +433,6 @@ def verdict_bars(counts: pd.Series) -> Plot:
     axis.xaxis.set_visible(False)
     axis.grid(visible=False)
     return Plot(axis.figure, f"Claims by verdict: {', '.join(f'{kind} {count}' for kind, count in counts.items())}.")
-
-
-def _ranked(
-    axis: Axes, rows: pd.DataFrame, top: str, label: Callable[[float, pd.Series], str]
-) -> tuple[int, float, pd.Series]:
-    """A bar a block, as high as `shown`. The highest is dark and has a label, at the height of the column `top`.
-
-    Returns the highest's block and value, and the values of the others; `label` is given the last two.
-    """
-    first = rows["shown"].idxmax()
-    block, most, others = int(rows.loc[first, "block"]), float(rows.loc[first, "shown"]), rows["shown"].drop(first)
-    axis.bar(rows["block"], rows["shown"], color=[_BLUE if at == first else _PALE for at in rows.index])
-    left = block < rows["block"].median()  # the label extends towards the middle
-    place = (block - 0.4, max(0, rows.loc[first, top])) if left else (block + 0.4, max(0, rows.loc[first, top]))
-    style = {"ha": "left" if left else "right", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2)}
-    axis.annotate(f"block {block}: {label(most, others)}", place, **style)
-    axis.margins(y=0.12)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(axis="x", visible=False)
-    return block, most, others
 
 
 def _by_bits(frame: pd.DataFrame, height: float = 3.4) -> list[tuple[Axes, pd.DataFrame]]:

@@ -47,12 +47,16 @@ def execute(notebook: str | Path, *, parameters: Mapping[str, Any], folder: str 
     """Execute `notebook` into `folder`, its page beside it, with `parameters` from `params.load`; returns the path.
 
     Names that the notebook's parameters cell does not declare are left out: one set serves all notebooks.
+    ParameterError for parameters that cannot work, before a kernel starts.
     ReportError if any code cell did not run in order and without error; the last good report then stays.
     """
     notebook, folder = Path(notebook), Path(folder)
     cells = page.read(notebook).cells
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
-    chosen = {name: parameters[name] for name in params.assigned("\n".join(tagged)) if name in parameters}
+    declared = params.assigned("\n".join(tagged))
+    for remark in params.remarks(params.check(parameters), declared, parameters):
+        print(f"{notebook.stem}: {remark}", file=sys.stderr)
+    chosen = {name: parameters[name] for name in declared if name in parameters}
     _check_twin(notebook, cells)
     folder.mkdir(parents=True, exist_ok=True)
     target, running = folder / f"{notebook.stem}.ipynb", folder / f".{notebook.stem}.running.ipynb"
@@ -200,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute a notebook into the study's folder")
     run.add_argument("notebook", type=Path)
-    run.add_argument("--params", type=Path, help="parameter set (default: params/<study>.yaml)")
+    run.add_argument("--params", type=Path, help="parameter set (default: params/<study>.yaml; none with -p alone)")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set one parameter")
     commands.add_parser("index", help="write the study's index.html, and that of all studies")
     commands.add_parser("summary", help="print the table of variants")
     commands.add_parser("render", help="make the pages of executed notebooks again; nothing is run")
@@ -235,8 +240,9 @@ def _show(command: str, folder: Path) -> None:
 
 def _run(options: argparse.Namespace, folder: Path) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # without it each kernel prints a warning
-    values = params.load(options.params or files.project_root() / "params" / f"{options.study}.yaml")
-    values |= {"study": options.study}
+    own = files.project_root() / "params" / f"{options.study}.yaml"
+    values = {} if options.p and not options.params and not own.is_file() else params.load(options.params or own)
+    values |= params.given(options.p) | {"study": options.study}
     with Study(params.check(values), folder).locked():
         try:
             execute(options.notebook, parameters=values, folder=folder)

@@ -7,6 +7,7 @@ table(frame, {"variant": "variant", "top1": Column("Top-1 (%)", ".2f", 100),
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Collection, Mapping
 from numbers import Real
@@ -91,8 +92,9 @@ class Table:
             known = pd.notna(value)
             order = f' data-order="{value:.9g}"' if known else ' data-order=""'
             bar = f' style="--bar: {max(0, round(100 * value / longest))}%"' if about.bar and known else ""
-            shown = f"<strong>{_escaped(text)}</strong>" if known and value == best else _escaped(text)
-            made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}</td>')
+            shown, gap, interval = _escaped(text).partition(f"{NO_BREAK}(")
+            shown = f"<strong>{shown}</strong>" if known and value == best else shown
+            made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}{gap}{interval}</td>')
         return made
 
     _repr_html_ = to_html
@@ -117,8 +119,9 @@ def table(
 ) -> Table | Markdown:
     """A table to read: numbers rounded and grouped, a dash for what was not measured, `none` if there is no row.
 
-    `columns` chooses and orders what is shown; a key of two names is an interval, its lower and upper bound. Columns
-    that `frame` lacks and columns without any text are left out. Names of variants become words.
+    `columns` chooses and orders what is shown; a key of two names is an interval, its lower and upper bound, and one of
+    three is a value with its interval (`estimate`). Columns that `frame` lacks and columns without any text are left
+    out. Names of variants become words.
     """
     if frame.empty:
         return Markdown(f"*{none}*")
@@ -128,14 +131,30 @@ def table(
         names = key if isinstance(key, tuple) else (key,)
         if not set(names) <= set(frame):
             continue
-        parts = [_cells(frame[name], about, digits) for name in names]
-        if any(parts[0]):
+        if len(names) == 3:
+            each = zip(*(about.scale * frame[name] for name in names), strict=True)
+            text[about.title] = [estimate(*bounds, form=about.format) for bounds in each]
+        elif any((parts := [_cells(frame[name], about, digits) for name in names])[0]):
             text[about.title] = [_interval(bounds) for bounds in zip(*parts, strict=True)] if about.format else parts[0]
         if about.format or frame[names[0]].dtype.kind in "iuf":
             numbers.append(about.title)
             values[about.title], shown_as[about.title] = pd.to_numeric(frame[names[0]], errors="coerce"), about
     record = frame.attrs.get("record", "")  # `Study.write` and `Study.read` set it
     return Table(pd.DataFrame(text, index=frame.index), numbers, index, values, shown_as, record)
+
+
+def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
+    """A value with its interval, "7.3 (7.1 … 7.6)", in the digits that the interval allows, at most three as in "0.84".
+
+    The value alone where its bounds are NaN or equal. `form` is what a format specification has before the digits.
+    """
+    if math.isnan(value):
+        return MISSING
+    half, size = (high - low) / 2, math.floor(math.log10(abs(value) or 1.0))
+    known = 2 if size == -1 else 2 - size
+    digits = max(0, min(known, math.ceil(-math.log10(half))) if half > 0 else known)
+    text, *bounds = (f"{each:{form}.{digits}f}" for each in (value, low, high))
+    return f"{text} ({' … '.join(bounds)})".replace(" ", NO_BREAK) if half > 0 else text
 
 
 def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
