@@ -9,9 +9,8 @@
 # %% [markdown]
 # # Speed: what each technique adds
 #
-# Out of the box, a quantized network is smaller but slower than one in FP16: each pass launches more and smaller
-# kernels, and the GPU waits for the CPU. A CUDA graph removes the launches, fused kernels remove passes over the
-# memory, and only then do quantized weights pay.
+# Quantized weights need more and smaller kernels, and on a GPU the CPU issues kernels more slowly than they run. A CUDA
+# graph removes the launches; fused kernels remove passes over the memory.
 #
 # Nothing is measured here. All numbers are from the records of notebooks 1, 2 and 4, and variants compare with each
 # other because they were measured in the same run, in turns. Page 2 has their outputs, sizes and chosen kernels.

@@ -71,7 +71,7 @@ fetch = f"git clone --quiet --depth 1 {repository} vitlib" if repository else "u
 # !python -m vitlib.report summary --study {study}
 
 # %% [markdown]
-# The summary of each report is the output of its last cell.
+# The answer of each report: the outputs of its cells with the tag `summary`.
 
 # %%
 import nbformat
@@ -79,12 +79,13 @@ from IPython.display import display
 
 names = ("1_finetune", "2_evaluate", "3_ablation", "4_inference")
 reports = [nbformat.read(f"outputs/{study}/{name}.ipynb", as_version=4).cells for name in names]
-titles = [{"text/markdown": cells[0].source.splitlines()[0]} for cells in reports]
-answers = [[output.data for output in cells[-1].outputs] for cells in reports]
+shown = [cells[:1] + [cell for cell in cells if "summary" in cell.metadata.get("tags", ())] for cells in reports]
+titles = [{"text/markdown": cells[0].source.splitlines()[0]} for cells in shown]
+answers = [[out.data for cell in cells for out in cell.get("outputs", ()) if "data" in out] for cells in shown]
 display(*[part for title, answer in zip(titles, answers, strict=True) for part in (title, *answer)], raw=True)
 
 # %% [markdown]
 # Download `reports.zip` from the *Files* panel and open `index.html`, which leads to the four pages.
 
 # %%
-# !rm -f {place}/reports.zip && zip -qr {place}/reports.zip outputs/{study} -i '*.html' '*.csv' '*.json'
+# !rm -f {place}/reports.zip && zip -qr {place}/reports.zip outputs/{study} -i '*.html' '*.ipynb' '*.csv' '*.json' '*.npz' '*.svg'

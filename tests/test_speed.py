@@ -91,31 +91,24 @@ def test_factors_are_those_of_the_medians_with_an_interval(study):
 def test_the_row_of_the_readme(study):
     row = speed.overview(study).set_index("variant").loc["NF4 · fused · CUDA graph"]
     assert row["weights (MB)"] == "16.7" and row["ms, batch 1 (95 % interval)"] == "1.25"
-    assert row["times faster, batch 8"] == "8" and row["class changed"] == "5"
+    assert row["times faster, batch 8"] == "8.00" and row["class changed"] == "5"
 
 
 def test_the_readmes_table_and_the_hero_are_published_between_the_markers(study, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "GALLERY", "unit")
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results: here -->\nold\n<!-- end of results -->\nafter\n")
+    readme.write_text(
+        "before\n<!-- results: here -->\nold\n<!-- end of results -->\n<!-- findings: -->\n<!-- end of findings -->\n"
+    )
     speed.publish(tmp_path)
-    before, marker, head, align, *rows, end, after = readme.read_text().splitlines()
-    assert (before, marker, end, after) == ("before", "<!-- results: here -->", "<!-- end of results -->", "after")
+    before, marker, head, align, *rows, end, _, _ = readme.read_text().splitlines()
+    assert (before, marker, end) == ("before", "<!-- results: here -->", "<!-- end of results -->")
     assert head.startswith("| variant | weights (MB) |") and len(rows) == len(MEASURED)
     assert align.startswith("| --- | ---: |") and len({row.count("|") for row in (head, align, *rows)}) == 1
     assert "<svg" in (study.folder / "hero.svg").read_text()
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="0 places"):
         speed.publish(tmp_path)
-
-
-def test_factors_missing_in_old_records_are_computed_from_the_samples(study):
-    table, rates = study.read("variants"), study.read("latency").assign(throughput_img_s=100.0)
-    study.write("variants", table[[name for name in table if not name.startswith("times_baseline")]])
-    study.write("throughput", rates)
-    table = speed.compared(study).set_index(["variant", "batch"])
-    assert table.loc[("nf4-direct-fused-graph", 8), "times_baseline"] == 8.0
-    assert len(table) == 2 * len(MEASURED)
 
 
 def test_the_headline_walks_to_the_fastest(study):

@@ -18,11 +18,11 @@ from vitlib.network.testbench import Bench, engines_of
 from vitlib.network.testbench import prepare as prepare
 from vitlib.network.tuning import relative_error
 from vitlib.report import plots
-from vitlib.report.tables import Markdown
+from vitlib.report.tables import Markdown, number
 from vitlib.study import files, origin, provenance
 from vitlib.study.params import used_by
 from vitlib.study.study import Study
-from vitlib.study.variants import FORMATS, Variant, label
+from vitlib.study.variants import FORMATS, Variant, find, label
 
 open = Study.open
 
@@ -261,17 +261,26 @@ def _finding(points: pd.DataFrame) -> str:
     """What the best of `benchmark.points` gains and loses against the baseline; its first sentence is the finding."""
     base, batch = points.iloc[0], f"at batch size {points['batch'].iloc[0]:.0f}"
     if not points["best"].any():
-        return f"{label(base['variant'])} takes {base['latency_p50_ms']:.3g} ms {batch} and {base['model_mb']:,.0f} MB."
-    best, than = points[points["best"]].iloc[0], f"than {base['weights'].upper()}"
-    compared, size = _compared(best), base["model_mb"] / best["model_mb"]
-    smaller = f"**{size:.1f} times smaller**" if size >= 1.05 else "not smaller"
-    if best["against_baseline"] in ("faster", "slower"):
-        said = f"**{compared.partition(' (')[0]}** {than} {batch} and {smaller};"
-    else:
-        said = f"{smaller} {than}; latency {batch}: {compared}. Accuracy:"
+        ms, mb = number(base["latency_p50_ms"]), number(base["model_mb"])
+        return f"{label(base['variant'])} takes {ms} ms {batch} and {mb} MB."
+    best = points[points["best"]].iloc[0]
+    compared, smaller = _compared(best), _smaller(base["model_mb"] / best["model_mb"])
     change, low, high = (f"{100 * best[f'difference{side}']:+.1f}" for side in ("", "_low", "_high"))
     moved = f"Top-1 changes by {change} points (95 % interval {low} … {high})"
-    return f"{label(best['variant'])} is {said} {moved if best['flips'] else 'no picture changes class'}."
+    moved = moved if best["flips"] else "no picture changes class"
+    if best["against_baseline"] in ("faster", "slower"):
+        speed = compared.partition(" (")[0]
+        said = f"is **{speed}** than {base['weights'].upper()} {batch} and **{smaller}**; {moved}"
+    else:
+        said = f"is **{smaller}** than {base['weights'].upper()}; {moved}; latency {batch}: {compared}"
+    whole = f"With all that a call needs it is {_smaller(base['peak_memory_mb'] / best['peak_memory_mb'])}."
+    return f"{label(best['variant'])} {said}. {whole}"
+
+
+def _smaller(times: float) -> str:
+    if 1 / 1.05 < times < 1.05:
+        return "no smaller"
+    return f"{times:.1f} times smaller" if times > 1 else f"{1 / times:.1f} times larger"
 
 
 def _compared(row: pd.Series) -> str:
@@ -291,9 +300,23 @@ def _speed(ran: pd.DataFrame, baseline: str) -> str:
         name = str(rows["latency_p50_ms"].idxmin())
         how = "the baseline" if name == baseline else _compared(rows.loc[name])
         said.append(
-            f"**Fastest at batch size {batch:.0f}**: {label(name)}, {rows['latency_p50_ms'].min():.3g} ms, {how}."
+            f"**Fastest at batch size {batch:.0f}**: {label(name)}, {number(rows['latency_p50_ms'].min())} ms, {how}."
         )
-    return " ".join(said)
+    return " ".join(said) + _kernels_or_bits(first)
+
+
+def _kernels_or_bits(first: pd.DataFrame) -> str:
+    """Whether the speed of the fastest quantized variant is that of FP16 with the same execution; '' without both."""
+    quantized = [name for name in first.index if find(name).quantized]
+    name = first.loc[quantized, "latency_p50_ms"].idxmin() if quantized else ""
+    twin = f"fp16-{name.partition('-')[2]}"
+    if twin not in first.index or first["latency_p50_ms"].idxmin() == name:
+        return ""
+    times = first["latency_p50_ms"]
+    return (
+        f" {label(name)}, the fastest quantized one there, takes {times[name] / times[twin]:.2f} times as long as "
+        f"{label(twin)}: kernels make it fast, fewer bits make it small."
+    )
 
 
 def _quality(rows: pd.DataFrame) -> str:

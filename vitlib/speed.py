@@ -3,7 +3,6 @@
 python -m vitlib.speed      writes the README's results and findings, and the gallery's hero.svg
 """
 
-import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,23 +22,13 @@ _MARKED = r"(<!-- {0}\b.*?-->\n).*?(?=<!-- end of {0} -->)"
 
 
 def variants(study: Study) -> pd.DataFrame:
-    """The rows of `records/variants.csv` that ran. A record of an earlier version has the checkpoint's GELU only."""
-    table = study.read("variants").query("status == 'ok'").astype({"batch": int})
-    return table if "gelu" in table else table.assign(gelu="checkpoint")
-
-
-def compared(study: Study) -> pd.DataFrame:
-    """`variants` with times faster and intervals, which are computed where an earlier version left them out."""
-    table = variants(study)
-    if "times_baseline" in table:
-        return table
-    found = benchmark.speed(study.read("latency"), study.read("throughput"), table["variant"].iloc[0])
-    return table[["variant", "batch", *table.columns.difference(found.columns)]].merge(found)
+    """The rows of `records/variants.csv` that ran."""
+    return study.read("variants").query("status == 'ok'").astype({"batch": int})
 
 
 def overview(study: Study) -> pd.DataFrame:
     """The results as the README shows them, a row a variant, all text, for the smallest and the largest batch size."""
-    table = compared(study)
+    table = variants(study)
     ends = table[table["batch"].isin([table["batch"].min(), table["batch"].max()])]
     return tables.table(*columns.speed(ends, "model_mb", "flips")).text
 
@@ -54,8 +43,13 @@ def readme_table(study: Study) -> str:
 def readme_findings(study: Study) -> str:
     """The finding of each of the study's pages as a Markdown list with links, for a README at the project's root."""
     found = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
-    said = ((html.escape(card["finding"], quote=False), card["title"], card["href"]) for card in found)
-    return "\n".join(f"- {finding} ([{title}]({GALLERY}/{page}))" for finding, title, page in said)
+    said = (card for card in found if card["finding"] and "href" in card)
+    return "\n".join(f"- {_escaped(c['finding'])} ([{c['title']}]({GALLERY}/{c['href']}))" for c in said)
+
+
+def _escaped(plain: str) -> str:
+    """Plain text for Markdown; what only matters at the start of a line or in a pair of brackets stays readable."""
+    return re.sub(r"[\\`*_\[\]<>|$~]", lambda found: f"\\{found[0]}", plain)
 
 
 def publish(root: Path) -> None:
@@ -71,12 +65,7 @@ def publish(root: Path) -> None:
             )
     with files.atomic_path(readme) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    plots.hero(benchmark.points(compared(study))).saved(study.folder / "hero.svg")
-
-
-def _three(value: float) -> str:
-    """A number with three digits."""
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    plots.hero(benchmark.points(variants(study))).saved(study.folder / "hero.svg")
 
 
 def ladder(study: Study) -> pd.DataFrame:
@@ -182,8 +171,23 @@ def headline(study: Study) -> Markdown:
             said = benchmark.in_words(stats.times_faster(*rounds), stats.same_or_slower(*rounds), len(rounds[1]))
             said = "the baseline itself" if name == baseline else f"against {label(baseline)} {said}"
             path = _path(latencies, climbed, name, batch)
-            lines.append(f"**Batch size {batch}**: {words} is {label(name)}, {_three(times[name])} ms, {said}.{path}")
-    return Markdown("\n".join(f"- {line}" for line in lines))
+            lines.append(
+                f"**Batch size {batch}**: {words} is {label(name)}, {tables.number(times[name])} ms, {said}.{path}"
+            )
+    return Markdown("\n".join(f"- {line}" for line in [*lines, _quantized(study)] if line))
+
+
+def _quantized(study: Study) -> str:
+    """The range of factors of quantized variants against FP16, for the smallest and the largest batch size."""
+    said, frame = [], against_fp16(study)
+    for column in dict.fromkeys([*frame.columns[2:3], *frame.columns[-1:]]):
+        factors = pd.to_numeric(frame[column].str.split(NO_BREAK).str[0], errors="coerce").dropna()
+        if len(factors):
+            ends = " to ".join(
+                f"{factors[at]:g} ({label(frame['variant'][at])})" for at in (factors.idxmin(), factors.idxmax())
+            )
+            said.append(f"at {column} {ends}")
+    return f"**Quantized weights against FP16 in the same execution**, times faster: {'; '.join(said)}." if said else ""
 
 
 def _path(latencies: pd.DataFrame, climbed: dict[str, tuple[str, str]], name: str, batch: int) -> str:

@@ -46,7 +46,7 @@ def test_throughput_is_what_was_measured_at_that_batch_size():
     [
         (Interval(7.3, 7.1, 7.44), "faster", 20, "7.3 times faster (7.1 … 7.4)"),
         (Interval(0.4, 0.25, 0.5), "slower", 20, "2.5 times slower (2.0 … 4.0)"),
-        (Interval(1.03, 0.98, 1.05), "not shown", 20, "not shown to differ"),
+        (Interval(1.03, 0.98, 1.05), "not shown", 20, "1.03 times faster (0.98 … 1.05), not established by this run"),
         (Interval(1.0, 0.99, 1.01), "same", 20, "equally fast within 2 %"),
         (Interval(1.1, 0.9, 1.3), stats.TOO_FEW_ROUNDS, 4, "too few rounds to tell (8 needed, 4 run)"),
         (Interval(1.1, np.nan, np.nan), stats.TOO_FEW_ROUNDS, 1, "too few rounds to tell (8 needed, 1 run)"),
@@ -94,10 +94,13 @@ def test_clocks_that_differ_are_said():
 
 
 def test_failed_checks_are_named():
-    names = ["nothing changed", "2 % slower, batch size 1", "2 % slower, batch size 8", "clocks"]
-    checks = pd.DataFrame({"check": names, "reached": ["no", "no", "no", "yes"]})
+    names = [f"{check}, batch size {size}" for size in (1, 8) for check in (benchmark.SAME, benchmark.SLOWER)]
+    found = ["81 of 100", "68 of 100", "100 of 100", "99 of 100", "7 %", "yes"]
+    reached = ["no", "no", "yes", "yes", "no", "yes"]
+    checks = pd.DataFrame({"check": [*names, "error of a tensor", "clocks"], "found": found, "reached": reached})
     text = benchmark.failed(checks)
-    assert "*nothing changed*; *2 % slower* (batch size 1, 8)." in text and "clocks" not in text
+    assert "At batch size 1 timings vary too much" in text and "19 were not called the same, and 32 missed" in text
+    assert "batch size 8" not in text and "**Failed checks**: *error of a tensor* (7 %)." in text
     assert benchmark.failed(checks.tail(1)) == ""
 
 

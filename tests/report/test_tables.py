@@ -93,11 +93,12 @@ def test_an_empty_table_says_so():
 @pytest.mark.parametrize(
     ("bounds", "text"),
     [
-        ((7.346, 7.136, 7.602), "7.3 (7.1 … 7.6)"),
-        ((85.4, 82.7, 87.8), "85 (83 … 88)"),
+        ((7.346, 7.136, 7.602), "7.35 (7.14 … 7.60)"),
+        ((85.4, 82.7, 87.8), "85.4 (82.7 … 87.8)"),
         ((1153.2, 1150.1, 1160.0), "1,153 (1,150 … 1,160)"),
         ((1.2944, 1.2942, 1.2946), "1.29 (1.29 … 1.29)"),
         ((0.1114, 0.1068, 0.1161), "0.11 (0.11 … 0.12)"),
+        ((105.0, 98.0, 112.0), "105 (98 … 112)"),
         ((1.0, 1.0, 1.0), "1.00"),
         ((2.345, np.nan, np.nan), "2.35"),
         ((0.0, -0.5, 0.5), "0.0 (-0.5 … 0.5)"),
@@ -111,7 +112,7 @@ def test_an_estimate_has_the_digits_that_its_interval_allows(bounds, text):
 def test_a_value_with_its_interval_is_one_cell_whose_best_value_is_bold():
     frame = pd.DataFrame({"variant": ["a", "b"], "ms": [2.0, 1.0], "low": [1.9, 0.9], "high": [2.1, 1.1]})
     page = table(frame, {"variant": "variant", ("ms", "low", "high"): Column("ms", ",", best="low")}).to_html()
-    assert "<strong>1.0</strong>\u00a0(0.9\u00a0…\u00a01.1)</td>" in page and ">2.0\u00a0(1.9" in page
+    assert "<strong>1.00</strong>\u00a0(0.90\u00a0…\u00a01.10)</td>" in page and ">2.00\u00a0(1.90" in page
 
 
 def test_batch_sizes_become_columns():
@@ -122,7 +123,7 @@ def test_batch_sizes_become_columns():
     frame = frame.assign(latency_low_ms=frame["latency_p50_ms"], latency_high_ms=frame["latency_p50_ms"], model_mb=9.0)
     text = table(*columns.speed(frame, "model_mb")).text
     assert text["ms, batch 8 (95 % interval)"].tolist() == ["64.0", "32.0"]
-    assert text["times faster, batch 1"].tolist() == ["1", "2"] and list(text)[1] == "weights (MB)"
+    assert text["times faster, batch 1"].tolist() == ["1.00", "2.00"] and list(text)[1] == "weights (MB)"
     sizes = table(*columns.size(frame.assign(peak_memory_mb=50.0 * frame["batch"], disk_mb=9.0))).text
     assert sizes["weights + pass (MB), batch 8"].tolist() == ["400", "400"] and "with buffers (MB)" not in sizes
 

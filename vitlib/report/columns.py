@@ -5,7 +5,7 @@ A table shows those columns that its frame has, in this order.
 
 import pandas as pd
 
-from vitlib.report.tables import Column
+from vitlib.report.tables import Column, number
 from vitlib.study.variants import label
 
 OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
@@ -51,10 +51,10 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "attention_device_time_us": Column("attention (ms)", ",.3f", 1e-3),
     "unattributed_share": Column("not attributed (%)", ".2f", 100),
     "attention_kernel": "attention kernel",
-    "tflop_s": Column("TFLOP/s", ",.3g"),
-    "ceiling_tflop_s": Column("peak TFLOP/s", ",.3g"),
-    "gb_s": Column("GB/s", ",.3g"),
-    "ceiling_gb_s": Column("peak GB/s", ",.3g"),
+    "tflop_s": Column("TFLOP/s", number),
+    "ceiling_tflop_s": Column("peak TFLOP/s", number),
+    "gb_s": Column("GB/s", number),
+    "ceiling_gb_s": Column("peak GB/s", number),
     "bound": "limited by",
     "share_of_floor": Column("of the possible (%)", ".0f", 100),
     "reason": "not run because",
@@ -74,7 +74,7 @@ ACCURACY: dict[str | tuple[str, ...], str | Column] = {
 }
 _SPEED = {
     ("latency_p50_ms", "latency_low_ms", "latency_high_ms"): Column("ms, batch {:g} (95 % interval)", ",", best="low"),
-    "times_baseline": Column("times faster, batch {:g}", ".2g", best="high", bar=True),
+    "times_baseline": Column("times faster, batch {:g}", number, best="high", bar=True),
 }
 _SIZE = {
     "variant": "variant",

@@ -30,6 +30,7 @@ _BASES = {  # kind of base, see `origin`
 def write(folder: str | Path) -> Path:
     """Write the study's `index.html`, and that of all studies beside it (`overview`); returns the study's."""
     study = Study.at(folder)
+    page.relink(study.folder)
     frame, columns, note = _variants(study)
     made = _environment(study)
     name, all_studies = _name(study, made), overview(study.folder)
@@ -117,8 +118,8 @@ def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]
         "model_mb": Column("MB", ",.1f", best="low", bar=True),
     }
     for batch in speed:
-        frame[batch], form = speed[batch], "#.3g" if speed[batch].max() < 100 else ",.1f"
-        columns[batch] = Column(f"ms, batch {batch:g}", form, best="low", bar=True)
+        frame[batch] = speed[batch]
+        columns[batch] = Column(f"ms, batch {batch:g}", tables.number, best="low", bar=True)
     frame.attrs["record"] = measured.attrs["record"]
     return frame.reset_index(), {**columns, "reason": "not run because"}, ""
 
@@ -140,7 +141,8 @@ def _about(study: Study, made: Any, shown: list[dict[str, Any]]) -> dict[str, st
     """What the study is, its main finding, and its hero figure with a text; '' for what is not known."""
     first = sorted(shown, key=lambda card: card["stem"] != "2_evaluate")  # the main result comes first
     said = [card["finding"] for card in first if card["finding"]]
-    drawn = [image.alt for image in first[0]["thumbnails"] if image.drawn and image.alt] if first else []
+    main = [image for card in first if card["stem"] == "2_evaluate" for image in card["thumbnails"]]
+    drawn = [image.alt for image in main if image.drawn and image.alt]
     about = {"sentence": _sentence(study, made), "finding": said[0] if said else ""}
     return about | {"hero": cards.drawing(study.folder / HERO), "hero_alt": (drawn or [_HERO_ALT])[0]}
 
@@ -149,15 +151,23 @@ def _sentence(study: Study, made: Any) -> str:
     """Base, data and hardware of the study in one sentence."""
     base, parameters = origin.of_study(study.folder), provenance.part(made, "parameters")
     kind, source = str(base.get("kind", "")), str(parameters.get("data_source", ""))
-    count, hardware = len(parameters.get("variants", ())), provenance.part(made, "hardware")
+    count, hardware = _ran(study), provenance.part(made, "hardware")
     machine = provenance.facts(made)["hardware"].split(", ")[0] if hardware.get("gpus") else hardware.get("cpu")
     words = [
-        f"{count} variants of a Vision Transformer" if count else "A Vision Transformer",
+        f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer",
         _BASES.get(kind, "").format(base=Path(base.get("base", "")).name),
         f"evaluated on {'synthetic flowers' if source == 'synthetic' else source}" if source else "",
         f"measured on {machine}" if machine else "",
     ]
     return ", ".join(filter(None, words)) + "."
+
+
+def _ran(study: Study) -> int:
+    """Number of variants that ran; 0 where that is not recorded."""
+    try:
+        return study.read("variants").query("status == 'ok'")["variant"].nunique()
+    except (OSError, ValueError):
+        return 0
 
 
 def _last(shown: list[dict[str, Any]]) -> str:

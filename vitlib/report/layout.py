@@ -20,6 +20,8 @@ _SECTION = re.compile(
     r'<h2 id="(?P<id>[^"]+)">(?P<title>.*?)<a class="anchor-link"'
     r'|<details class="fold level2" id="(?P<fold>[^"]+)"><summary>(?P<folded>.*?)</summary>'
 )
+# The end of a sentence; a full stop in a name is an entity there, see `tables.text`.
+_SENTENCE = re.compile(r"(?<=[.!?])(?:\*\*)? +(?=[A-Z0-9*])")
 FEWEST_SECTIONS = 3  # a page with fewer needs no list of contents
 
 
@@ -30,7 +32,8 @@ def arrange(notebook: NotebookNode) -> NotebookNode:
         tags = list(cell.metadata.get("tags", ()))
         cell.metadata = type(cell.metadata)(tags=tags, around=["", ""])  # nothing that a notebook's file may hold
     answer = [cell for cell in cells if _is(cell, SUMMARY) and cell.get("outputs")]
-    if answer:  # a notebook that failed has none, and is shown as it is
+    faults = [output for cell in answer for output in cell.outputs if output.output_type == "error"]
+    if answer and not faults:  # a notebook that failed is shown as it is
         rest = _folded([cell for cell in cells if not _is(cell, SUMMARY)])
         answer[0].metadata.around[0] = '<section class="answer">'
         answer[-1].metadata.around[1] = "</section>\n<!--contents-->"
@@ -96,9 +99,8 @@ def finding_of(notebook: NotebookNode) -> str:
     """The first sentence of the answer as plain text; '' where the notebook has none."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()) if SUMMARY in cell.metadata.get("tags", ()) else ():
-            text = plain(_text_of(output))
-            if text:
-                return re.split(r"(?<=[.!?]) +(?=[A-Z0-9])", text)[0]
+            if text := _text_of(output):
+                return plain(_SENTENCE.split(text)[0])
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import logging
 import os
 import re
@@ -198,13 +199,37 @@ def page_of(executed: NotebookNode, page: Path) -> str:
     exporter.log.setLevel(logging.ERROR)
     # A copied study may be in a folder of any name; the notebook's parameters say which study it is.
     study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
-    siblings = list(dict.fromkeys([*(stem for stem, _ in reports(page.parent)), name]))
-    about = {"study": study, "name": name, "siblings": siblings, "description": layout.finding_of(executed)}
+    about = {"study": study, "navigation": _navigation(page), "description": layout.finding_of(executed)}
     about |= {"made": _made(executed), "date": executed.metadata.get("vitlib", {}).get("made", "")}
     about |= {"notebook": f"{page.stem}.ipynb", "failed": page.stem.endswith(".failed")}
     resources = {"metadata": {"name": f"{layout.title_of(executed) or name} – {study}"}, "report": about}
     text, _ = exporter.from_notebook_node(layout.arrange(_shown(executed)), resources)
     return sorting.with_script(layout.with_contents(linked(text)))
+
+
+def _navigation(page: Path) -> str:
+    """Links from `page` to the study's reports; those that have not run yet are words."""
+    own, items = page.stem.removesuffix(".failed"), []
+    for stem in dict.fromkeys([*(stem for stem, _ in reports(page.parent)), own]):
+        name, words = html.escape(stem), html.escape(stem.replace("_", " "))
+        ends = (end for end in (".html", ".failed.html") if (page.parent / f"{stem}{end}").exists())
+        there = name + end if (end := next(ends, "")) else ""
+        if stem == own:
+            items.append(f'<a href="{html.escape(page.name)}" aria-current="page">{words}</a>')
+        else:
+            items.append(f'<a href="{there}">{words}</a>' if there else f"<span>{words}</span>")
+    return f'<nav aria-label="Reports">{" ".join(items)}</nav>'
+
+
+def relink(folder: Path) -> None:
+    """Bring the links between the pages in `folder` up to date: a page was written before those that came later."""
+    for page in folder.glob("[0-9]*_*.html"):
+        text = page.read_text(encoding="utf-8")
+        before, found, rest = text.partition('<nav aria-label="Reports">')
+        renewed = before + _navigation(page) + rest.partition("</nav>")[2]
+        if found and renewed != text:
+            with files.atomic_path(page) as temporary:
+                temporary.write_text(renewed, encoding="utf-8")
 
 
 def linked(text: str) -> str:

@@ -10,13 +10,14 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from vitlib.report.tables import number
 from vitlib.study import files, variants
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def hero(points: pd.DataFrame) -> Plot:
     axis.set_ylabel("weights (MB, log scale)", fontsize=12)
     for name, middle in zip(rows.index, arrow, strict=True):
         axis.plot(ms[name], mb[name], linestyle="", markersize=12, zorder=3, **_look(name))
-        size = f"{ms[name]:.3g} ms, {mb[name]:{',.0f' if mb[name] >= 100 else '.2g'}} MB"
+        size = f"{number(ms[name])} ms, {mb[name]:{',.0f' if mb[name] >= 100 else '.2g'}} MB"
         away, ha, va = ((-12, 0), "right", "center") if ms[name] < middle else ((12, 0), "left", "center")
         if name == rows.index[0] or rows.loc[name, "best"]:  # the ends of the arrow
             away, ha, va = ((0, 11), "center", "bottom") if name == rows.index[0] else ((0, -11), "center", "top")
@@ -197,7 +198,8 @@ def hero(points: pd.DataFrame) -> Plot:
         axis.annotate(f"{_short(name)}\n{size}", (ms[name], mb[name]), **where)
         said.append(f"{_short(name)} {size}")
     for name in rows.index[rows["best"]]:
-        factors = [_times(mb.iloc[0] / mb[name], "smaller", "larger")]
+        size = mb.iloc[0] / mb[name]
+        factors = [] if 1 / 1.05 < size < 1.05 else [_times(size, "smaller", "larger")]
         if rows.loc[name, "against_baseline"] in ("faster", "slower"):
             factors.insert(0, _times(rows.loc[name, "times_baseline"], "faster", "slower"))
         _arrow(axis, (ms.iloc[0], mb.iloc[0]), (ms[name], mb[name]), "\n".join(factors))
@@ -226,10 +228,10 @@ def _times(ratio: float, more: str, less: str) -> str:
     return f"{ratio:.{2 if ratio < 2 else 1}f}× {word}"
 
 
-def _range(values: pd.Series, form: str) -> str:
+def _range(values: pd.Series, form: Callable[[float], str]) -> str:
     """The least and the largest value with the variants that have them: "1.1 (NF4 · fused) to 9.5 (FP32 · SDPA)"."""
     ends = ((values.min(), values.idxmin()), (values.max(), values.idxmax()))
-    return " to ".join(f"{value:{form}} ({variants.label(name)})" for value, name in ends)
+    return " to ".join(f"{form(value)} ({variants.label(name)})" for value, name in ends)
 
 
 def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
@@ -250,7 +252,7 @@ def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> 
     axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
     axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points)")
     axis.set(title=f"Accuracy against latency, batch size {batch}")
-    across, up = _range(rows["latency_p50_ms"], ".3g"), _range(points, "+.1f")
+    across, up = _range(rows["latency_p50_ms"], number), _range(points, "{:+.1f}".format)
     return Plot(axis.figure, f"Top-1 changes by {up} points; latency at batch size {batch} is {across} ms.")
 
 
@@ -271,7 +273,7 @@ def throughput_by_batch(table: pd.DataFrame) -> Plot:
             va="center", fontsize=8.5, color=_look(name)["color"],
         )  # fmt: skip
     last = rows[rows["batch"] == rows["batch"].max()].set_index("variant")["throughput_img_s"]
-    said = f"Throughput at batch size {rows['batch'].max():.0f}: {_range(last, ',.0f')} images per second."
+    said = f"Throughput at batch size {rows['batch'].max():.0f}: {_range(last, '{:,.0f}'.format)} images per second."
     return Plot(axis.figure, said)
 
 
@@ -302,16 +304,16 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     shown = [part for part in parts if part in sums and sums[part].sum() > 0]
     for axis, rows in zip(figure.axes, panels, strict=True):
         names, left = [variants.label(name) for name in rows.index], np.zeros(len(rows))
-        for number, part in enumerate(shown):
+        for place, part in enumerate(shown):
             label = "attention with its linears" if part == "attention" else part  # a table shows the kernel alone
-            axis.barh(names, rows[part], left=left, label=label, color=_PARTS[number % len(_PARTS)], edgecolor="white")
+            axis.barh(names, rows[part], left=left, label=label, color=_PARTS[place % len(_PARTS)], edgecolor="white")
             left += rows[part].to_numpy()
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
     figure.axes[0].set_title("Where the device time goes")
     figure.axes[-1].set_xlabel(f"device time of one pass (ms), batch size {kernels['batch'].iloc[0]}")
     _legend(figure.axes[-1])
-    said = f"Device time of one pass: {_range(sums.sum(axis=1), ',.3g')} ms"
+    said = f"Device time of one pass: {_range(sums.sum(axis=1), number)} ms"
     return Plot(figure, f"{said}; most of it in the part {sums.sum().idxmax()}.")
 
 
@@ -330,7 +332,7 @@ def ladder(frame: pd.DataFrame) -> Plot:
             axis.errorbar(ms, names.index(name), xerr=errors, linestyle="", capsize=3, **_look(name))
         _log(axis, "x")
         axis.set(xlabel="median latency (ms, log scale)", title=f"batch size {size}")
-        said.append(f"Median latency at batch size {size}: {_range(rows['latency_p50_ms'], ',.3g')} ms.")
+        said.append(f"Median latency at batch size {size}: {_range(rows['latency_p50_ms'], number)} ms.")
     figure.axes[0].set_yticks(range(len(names)), map(variants.label, names), fontsize=10)
     figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
     return Plot(figure, " ".join(said))
@@ -354,7 +356,7 @@ def roofline(table: pd.DataFrame) -> Plot:
         axis.plot(span, np.minimum(ceiling, span * shown["ceiling_gb_s"].iloc[0] / 1e3), color="black", linewidth=1)
     ceilings = np.sort(rows["ceiling_tflop_s"].dropna().unique())
     for near in np.split(ceilings, 1 + np.flatnonzero(ceilings[1:] > 1.5 * ceilings[:-1])):  # one label: no overlap
-        ends = dict.fromkeys(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (near[0], near[-1]))
+        ends = dict.fromkeys(number(value) for value in (near[0], near[-1]))
         axis.annotate(f"{' – '.join(ends)} TFLOP/s", (span[-1], near[-1]), ha="right", va="bottom", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="achieved TFLOP/s")
     axis.set_title("Achieved rate and the measured ceilings")
@@ -363,8 +365,8 @@ def roofline(table: pd.DataFrame) -> Plot:
     entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
     _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
     top, peak = rows.loc[rows["tflop_s"].idxmax()], rows["ceiling_tflop_s"].max()
-    said = f"Achieved rates reach {top['tflop_s']:.3g} TFLOP/s ({top['part']}, {variants.label(top['variant'])})"
-    return Plot(axis.figure, f"{said}; the measured ceilings reach {peak:{',.0f' if peak >= 100 else '.3g'}} TFLOP/s.")
+    said = f"Achieved rates reach {number(top['tflop_s'])} TFLOP/s ({top['part']}, {variants.label(top['variant'])})"
+    return Plot(axis.figure, f"{said}; the measured ceilings reach {number(peak)} TFLOP/s.")
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:

@@ -61,9 +61,10 @@ def execute(notebook: str | Path, *, parameters: Mapping[str, Any], folder: str 
     folder.mkdir(parents=True, exist_ok=True)
     target, running = folder / f"{notebook.stem}.ipynb", folder / f".{notebook.stem}.running.ipynb"
     running.unlink(missing_ok=True)
+    facts = provenance.facts(provenance.environment(parameters={}))  # of the commit that the kernel imports
     try:
         ended = _papermill(notebook, running, chosen)
-        executed, problem = _judged(running, ended)
+        executed, problem = _judged(running, ended, facts | {"made": time.strftime("%Y-%m-%d %H:%M")})
     finally:
         running.unlink(missing_ok=True)
     if problem is None:
@@ -118,7 +119,7 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> Base
     return None
 
 
-def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, Problem | None]:
+def _judged(running: Path, ended: BaseException | None, made: Mapping[str, str]) -> tuple[NotebookNode, Problem | None]:
     """The run, fit to publish, and why it does not count as done; ReportError if it was not written whole."""
     from papermill.exceptions import PapermillExecutionError
 
@@ -127,8 +128,7 @@ def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, P
     except page.PageError as error:  # the kernel did not start, or the disk is full
         reason = f"{type(ended).__name__}: {_one_line(ended)}" if ended is not None else str(error)
         raise ReportError(f"{running.name} was not written: {reason}") from None
-    made = {"made": time.strftime("%Y-%m-%d %H:%M")}
-    executed.metadata["vitlib"] = provenance.facts(provenance.environment(parameters={})) | made
+    executed.metadata["vitlib"] = dict(made)  # for the page's footer
     problem = first_problem(executed)
     if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # Ctrl-C, a dead kernel
         started = sum(bool(cell.metadata.get("papermill", {}).get("start_time")) for cell in _code_cells(executed))

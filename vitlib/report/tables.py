@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import NamedTuple
 
@@ -30,17 +30,24 @@ class Markdown(str):
 
 def text(name: object) -> str:
     """A name of a class or a file for a sentence in Markdown, in which nothing of it counts as markup."""
-    return re.sub(r"[\\`*_{}\[\]()<>#|$~&!:@^=]", lambda found: f"&#{ord(found[0])};", " ".join(str(name).split()))
+    return re.sub(r"[\\`*_{}\[\]()<>#|$~&!:@^=.]", lambda found: f"&#{ord(found[0])};", " ".join(str(name).split()))
+
+
+def number(value: float) -> str:
+    """Three significant digits, zeros kept: 1.06, 14.5, 1,230."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 class Column(NamedTuple):
-    """How a column is shown: heading, format specification ('' for text) and the factor that it is multiplied by.
+    """How a column is shown: heading, format ('' for text) and the factor that it is multiplied by.
+
+    The format is a specification or a function, `number` say.
 
     `best`, "low" or "high", says which value is printed in bold; `bar` draws each value as a bar behind its figure.
     """
 
     title: str
-    format: str = ""
+    format: str | Callable[[float], str] = ""
     scale: float = 1.0
     best: str = ""
     bar: bool = False
@@ -146,13 +153,15 @@ def table(
 def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
     """A value with its interval, "7.3 (7.1 … 7.6)", in the digits that the interval allows, at most three as in "0.84".
 
+    Half an interval keeps two digits up to 3.55 and one above, the rule of the Particle Data Group's review (5.3).
+
     The value alone where its bounds are NaN or equal. `form` is what a format specification has before the digits.
     """
     if math.isnan(value):
         return MISSING
     half, size = (high - low) / 2, math.floor(math.log10(abs(value) or 1.0))
     known = 2 if size == -1 else 2 - size
-    digits = max(0, min(known, math.ceil(-math.log10(half))) if half > 0 else known)
+    digits = max(0, min(known, math.ceil(-math.log10(half / 3.55))) if half > 0 else known)
     text, *bounds = (f"{each:{form}.{digits}f}" for each in (value, low, high))
     return f"{text} ({' … '.join(bounds)})".replace(" ", NO_BREAK) if half > 0 else text
 
@@ -166,10 +175,12 @@ def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
     return [_cell(value, form, about.scale) for value in values]
 
 
-def _cell(value: object, form: str, scale: float) -> str:
+def _cell(value: object, form: str | Callable[[float], str], scale: float) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return MISSING
-    return format(scale * value, form) if isinstance(value, Real) and not isinstance(value, bool) else str(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return str(value)
+    return form(scale * value) if callable(form) else format(scale * value, form)
 
 
 def _interval(bounds: tuple[str, ...]) -> str:

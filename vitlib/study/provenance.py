@@ -117,8 +117,10 @@ def _gpus() -> tuple[list[dict[str, Any]] | None, str | None]:
     """The GPUs that torch sees, each with its state, or None and the reason; without torch those that NVML sees."""
     torch = sys.modules.get("torch")
     if torch is None:
-        states, _ = gpu_state()
-        return ([{"name": state["name"]} for state in states], None) if states else (None, "no NVIDIA GPU")
+        names = [{"name": state["name"]} for state in gpu_state()[0] or ()]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # indices, or names of cards and slices
+            names = names[: len(visible.split(","))]
+        return (names, None) if names else (None, "no CUDA device")
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     states, reason = gpu_state()
