@@ -13,7 +13,7 @@
 # The result is saved as three checkpoints (FP16, NF4 and INT8) with everything that the other notebooks need: weights,
 # class names, image size and normalisation.
 #
-# For your own data, change `study` (a new name), `data_source`, and `base_model` with `epochs` first.
+# For your own data, first change `study` (a new name), `data_source`, `base_model` and `epochs`.
 
 # %% tags=["parameters"]
 study: str = "lab"  # results go to outputs/<study>/
@@ -71,8 +71,7 @@ tables.table(dataset.summary(), index=True)
 # %% [markdown]
 # ## The base
 #
-# The base determines how pictures are resized and normalised. `pretrain` trains a small network on *other* flowers from
-# the generator; a Hub id or a folder loads a pretrained network.
+# The base determines how pictures are resized and normalised.
 
 # %%
 tables.table(finetune.describe(base))

@@ -116,7 +116,7 @@ tables.table(reliable, ablation.RELIABILITY)
 # ## Summary
 
 # %% tags=["summary"]
-ablation.headline(frame, blocks, reliable)
+ablation.headline(study, frame, blocks, reliable)
 
 # %% [markdown] tags=["summary"]
 # The share of the error that is removed when one block is kept in FP16:

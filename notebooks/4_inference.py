@@ -13,8 +13,8 @@
 # study, or its validation split. The result is a record with the five most probable classes of every file, or the
 # reason why it was skipped.
 #
-# For your own pictures, change `study` (a new name), `pictures` (the folder) and `checkpoints_of` (the study whose
-# weights are used) first.
+# For your own pictures, first change `study` (a new name), `pictures` (the folder) and `checkpoints_of` (the study
+# whose weights are used).
 
 # %% tags=["parameters"]
 study: str = "lab"  # results go to outputs/<study>/
@@ -55,7 +55,7 @@ parted, different = inference.disagreement(study, predictor, study.settings.grid
 # ## The most confident mistakes
 #
 # The wrong predictions with the highest probability. Beside each is a picture of the predicted class that the network
-# classifies correctly, if the folder has one for all of them.
+# classifies correctly, if every such class has one.
 
 # %%
 missed

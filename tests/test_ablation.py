@@ -185,24 +185,36 @@ def records_of(removed: list[float], bits: int = 4, classifier: float = 0.0, p: 
         ([0.3], {}, "Keeping block 0 in FP16 removes 30 % of the 4-bit error."),
         ([-0.1, -0.2], {}, "Keeping a single block in FP16 does not reduce the 4-bit error."),
         ([0.28, 0.03], {"classifier": 0.64}, "removes 28 % of the 4-bit error, keeping the classifier 64 %; no other"),
+        ([0.52, 0.08], {"classifier": 0.2}, "removes 52 % of the 4-bit error, keeping the classifier 20 %; no other"),
+        ([0.7, 0.15], {"classifier": 0.02}, "removes 70 % of the 4-bit error; no other block removes more than 15 %."),
     ],
 )
 def test_the_first_sentence_names_the_most_sensitive_block(removed, changes, first):
     frame = records_of(removed, **changes)
-    text = ablation.headline(frame, ablation.sensitivity(frame), pd.DataFrame([RELIABLE]))
+    text = ablation.headline(study(), frame, ablation.sensitivity(frame), pd.DataFrame([RELIABLE]))
     sentence = text.split("**")[1]
     assert first in sentence and len(sentence) <= 160 and len(text.splitlines()) == 4
-    assert "7 of 818 pictures change class" in text and "0.46 and 0.94 at 4 bits" in text and "none of" in text
+    assert "the classifier too (page 2 keeps it in FP16), at 4 bits" in text and "7 of 818 pictures change" in text
+    assert "that ranking repeats on other pictures (rank correlation 0.94 at 4 bits); the ranking by kept" in text
+    assert "by kept blocks does not repeat (0.46 at 4 bits)." in text
+    assert text.endswith("network: 0 of the {} configurations tested.".format(frame["holm_p"].count()))
+    some = ablation.headline(study(ablation_pictures=818), frame, ablation.sensitivity(frame), pd.DataFrame([RELIABLE]))
+    assert "7 of the 818 validation pictures used here change class" in some
 
 
 def test_the_answer_covers_all_bits_and_counts_significant_differences():
     removed = {4: [0.6, 0.02], 8: [0.1, 0.2]}
     frame = pd.concat([records_of(shares, bits, p=0.01) for bits, shares in removed.items()], ignore_index=True)
     blocks, reliable = ablation.sensitivity(frame), pd.DataFrame([RELIABLE, RELIABLE | {"bits": 8}])
-    text = ablation.headline(frame, blocks, reliable)
-    assert (
-        "block 0 at 4 bits and of block 1 at 8 bits is the largest" in text and f"{len(frame)} of {len(frame)}." in text
-    )
+    text = ablation.headline(study(), frame, blocks, reliable)
+    assert "quantized, the error is largest for block 0 at 4 bits and block 1 at 8 bits, and that ranking" in text
+    assert "(0.46 at 4 bits and 0.46 at 8 bits).\n- Accuracy differs significantly from" in text
+    assert text.endswith(f"in {len(frame)} of the {len(frame)} configurations tested.")
+    frame = pd.concat([records_of([0.6, 0.02], bits) for bits in (4, 8)], ignore_index=True)
+    reliable.loc[1, "split_half_kl_only_kept"] = 0.7
+    same = ablation.headline(study(), frame, ablation.sensitivity(frame), reliable)
+    assert "- Block 0 also has the largest error when it alone is quantized, and that ranking repeats" in same
+    assert "kept blocks repeats (0.70 at 8 bits) and does not repeat (0.46 at 4 bits)." in same
     assert "Keeping block 1 in FP16 removes 20 % of the 8-bit error" in text
 
 

@@ -186,7 +186,7 @@ def test_of_another_network_one_row_counts_the_claims(made):
     assert text.startswith(
         "- **Of 55 claims of the original study, 2 hold, 12 do not hold and 41 cannot be tested here.**"
     )
-    assert "41 because the network is not ViT-L/16" in text and "The other 14 compare" in text
+    assert "41 because the network is not ViT-L/16" in text and " 14 claims only compare" in text
     assert "[Vision Model Optimization with Quantization & Efficient Attention](https://" in text
     with pytest.raises(Missing, match="not ViT-L/16"):
         quantities.require(made.study)
@@ -222,7 +222,7 @@ def test_the_gallerys_records_give_verdicts_and_a_summary(tmp_path):
     """Without checkpoints; the original's contradictions are found whatever was measured."""
     shutil.copytree(GALLERY / "records", tmp_path / "records", ignore=shutil.ignore_patterns("traces", "*.npz"))
     study = Study.at(tmp_path)
-    frame = claims.verdicts(study).set_index("id")
+    frame = claims.verdicts(study).set_index("id", drop=False)
     assert not frame["verdict"].str.contains(quantities.OTHER_NETWORK).any()
     assert frame.loc["objective-speed", "verdict"] == f"{HOLDS_ONLY} at batch 32"
     assert frame.loc["own-top1", "verdict"] == FAILS and "31.1 points" in frame.loc["own-top1", "measured"]
@@ -234,8 +234,13 @@ def test_the_gallerys_records_give_verdicts_and_a_summary(tmp_path):
         plots.verdict_bars(of)
     )
     summary = claims.summary(study, frame, study.read("preprocessing"))
-    assert f"{of[FAILS]} do not hold" in summary and "differ by **31 points**" in summary
-    assert len(summary.split("**")[1]) <= 160 and "compare the original's README" not in summary
+    assert f"{of[FAILS]} do not hold" in summary and "**31 points apart**" in summary
+    assert len(summary.split("**")[1]) <= 160 and "14 claims only compare the original's README" in summary
+    named = summary[summary.index("these do not hold") :].split("\n")[0]
+    assert named.count("→") == 4 and "closest" not in named and "read as" not in named
+    assert re.search(
+        r"fastest\*.*4-bit networks by 20 to 30 %\* .*, block 21 is the most sensitive\* \(block 21 →", named
+    )
 
 
 def test_eight_of_818_pictures_are_not_significant():

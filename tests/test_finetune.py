@@ -165,9 +165,26 @@ def test_headline_starts_with_the_accuracy_and_says_what_overfits(base, trained)
     assert text.startswith(first) and len(first) < 160
     assert "8 pictures ran at about 1,200 images/s" in text and "changed Top-1 by 1 picture." in text
     assert "best epoch was 2 with 100.0 %" in text
-    assert "overfits after epoch 2**: validation loss rose from 0.50 to 0.60, while training loss" in text
+    assert "**After epoch 2 the validation loss no longer falls** (0.50 → 0.60) while the training loss goes on" in text
+    assert "falling (0.50 → 0.10): the network overfits. " in text and "the base reached" not in text
     assert "No picture appears in both" in text
-    assert "NF4 takes 4.0 times and INT8 2.0 times less memory than FP16; 1 and 0 of 4 pictures change" in text
+    assert "NF4 takes 4.0 times and INT8 2.0 times less memory than FP16. They give 1 and 0 of 4 pictures" in text
+    assert "another class than the FP16 checkpoint does, in batches of 32 (notebook 2" in text
+
+
+def test_headline_says_what_a_stand_in_reached_and_where_top1_rises_despite_overfitting(base, trained):
+    history, reloaded = trained
+    base.origin = {"kind": "stand-in", "top1": 0.7555012}
+    text = finetune.headline(
+        settings(),
+        history.assign(top1=[0.4, 0.45, 0.5]),
+        reloaded,
+        base,
+        {"train": _split(base, 8, 1), "valid": _split(base, 4)},
+    )
+    first = text.split(" The 95 %")[0]
+    assert first.endswith("after 3 epochs (the base reached 75.6 % on the same pictures).") and len(first) <= 160
+    assert "the network overfits, although Top-1 still rises (45.0 → 50.0 %). " in text
 
 
 def test_headline_without_top5_overfitting_or_rounding(base, trained):
@@ -195,6 +212,7 @@ def test_a_leak_is_said_with_its_weight(base, trained):
         ([0.98, 0.88, 0.90], [2.8, 0.14, 0.02], 2),  # flat, while training learns by heart
         ([0.98, 0.88, 0.90], [2.8, 1.4, 1.2], None),  # noise
         ([0.98, 0.88, 0.80], [2.8, 0.14, 0.02], None),
+        ([0.9, 0.5, 0.7], [0.9, 0.6, 0.8], None),  # both rise: it diverges
         ([0.98], [2.8], None),
     ],
 )

@@ -123,14 +123,40 @@ def test_only_known_labels_count_for_accuracy(study, predicted):
     right = sum(rows.loc[file, "name_1"] == name for file, name in names.items())
     text = inference.headline(study, frame, predictor, 1234.0, ["Said."], "Pixels differ.")
     assert text.startswith(
-        f"- **FP32 · SDPA** classifies {right} of 2 pictures correctly: Top-1 is **{50 * right:.1f} %**."
+        f'- **FP32 · SDPA** classifies {right} of 2 pictures of the folder "pictures" correctly: '
+        f"Top-1 is **{50 * right:.1f} %**."
     )
     assert "The class of 2 more pictures is not known." in text and "Top-5" not in text  # of three classes
-    assert "- Said." in text and "About 1,200 images/s are read and classified on the CPU. Pixels differ." in text
+    assert "- Said." in text and "From file to class: 1,200 images/s on the CPU. Pixels differ." in text
     assert r"2 of 6 files were skipped: \.DS\_Store (hidden file of the system); 2\/broken\.jpg" in text
     grid = inference.grid(frame, passed, 12)
     assert len(grid["images"]) == 4 and grid["right"].count(True) == right and grid["right"].count(None) == 2
     assert ["; is " in title for title in grid["titles"]] == [mark is False for mark in grid["right"]]
+
+
+@pytest.mark.parametrize(("first", "split"), [("test/2/a.png", "test"), ("valid/2/a.png", "validation")])
+def test_the_split_is_named(study, predicted, first, split):
+    predictor, frame, *_ = predicted
+    own = changed(study, pictures="")
+    text = inference.headline(own, frame.assign(file=first), predictor, 1.0)
+    assert f" of 2 pictures of the {split} split correctly" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [({}, True), ({"throughput_img_s": 149.0}, False), ({"peak_vram_mb": 1.0}, False), ({"variant": "x"}, False)],
+)
+def test_the_network_alone_is_compared_where_decoding_limits(study, predicted, change, limit):
+    """At the batch size nearest to the one used, of the same variant on such a device."""
+    rows = [{"variant": "fp32-sdpa", "batch": 8, "throughput_img_s": 999.0}]
+    rows.append({"variant": "fp32-sdpa", "batch": 32, "throughput_img_s": 1234.0} | change)
+    rows[0] |= {name: value for name, value in change.items() if name != "throughput_img_s"}
+    study.write("variants", pd.DataFrame(rows).reindex(columns=records.COLUMNS["variants"]))
+    said = inference.headline(study, predicted[1], predicted[0], 100.0)
+    alone = "100 images/s on the CPU; the network alone does 1,234 (notebook 2, batch size 32), so reading and decoding"
+    assert (alone in said) == limit and ("the network alone" in said) == limit
+    elsewhere = inference.headline(changed(study, checkpoints_of="other"), predicted[1], predicted[0], 100.0)
+    assert "the network alone" not in elsewhere
 
 
 def _told(frame, guesses):
@@ -176,7 +202,7 @@ def test_without_mistakes_or_known_classes_that_is_said(study, predicted):
     said, wrong = inference.mistakes(unknown, passed, predictor)
     assert "classes of these pictures are not known" in said and not wrong["images"]
     text = inference.headline(study, unknown, predictor, 1.0, [said, inference.NOT_COMPARED])
-    assert text.startswith("- **FP32 · SDPA** classifies 4 pictures, most often as ")
+    assert text.startswith('- **FP32 · SDPA** classifies 4 pictures of the folder "pictures", most often as ')
     assert "Top-1" not in text and said not in text and text.count("\n- ") == 1  # what is not known is no answer
 
 
@@ -236,7 +262,10 @@ def test_pictures_that_notebook_2_did_not_classify_are_not_shown(compared, tmp_p
         arrays = dict(stored)
     np.savez(study.record("logits.npz"), **arrays | {"nf4-sdpa": arrays["fp32-sdpa"]})
     said, found = inference.disagreement(study, predictor, 12)
-    assert said == "NF4 and FP32 choose the same class for all 5 validation pictures." and not found["images"]
+    assert (
+        said == "In notebook 2, NF4 and FP32 choose the same class for all 5 validation pictures."
+        and not found["images"]
+    )
     np.savez(study.record("logits.npz"), labels=arrays["labels"], **{"fp32-sdpa": arrays["fp32-sdpa"]})
     assert "did not run both" in inference.disagreement(study, predictor, 12)[0]
     np.savez(study.record("logits.npz"), **arrays | {"labels": arrays["labels"][::-1]})

@@ -225,40 +225,59 @@ def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subje
     return study.write("reliability", pd.DataFrame(rows))
 
 
-def headline(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> Markdown:
+def headline(study: Study, frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> Markdown:
     """The block that matters most, the size of the error, whether the order repeats, and differences of accuracy."""
-    removed, errors, alone, repeated = [], [], {}, []
+    removed, errors, first, trusted = [], [], {}, reliable.set_index("bits")
+    used = "of the {:,.0f} validation pictures used here" if study.settings.ablation_pictures else "of {:,.0f} pictures"
     for bits, rows in frame.groupby("bits", sort=False):
         by_name, own = rows.set_index("kept"), blocks[blocks["bits"] == bits].set_index("block")
-        trust, flips = reliable.set_index("bits").loc[bits], int(by_name.loc[ALL, "flips"])
         classifier = 1 - by_name["logit_kl"].get(HEADS, np.nan) / by_name.loc[NONE, "logit_kl"]
         removed.append(_removed(bits, own["kl_removed"], classifier))
-        error = f"{by_name.loc[NONE, 'logit_kl']:.1e} nats"
-        errors.append(f"at {bits} bits it is {error}, and {flips} of {trust['pictures']:,.0f} pictures change class")
-        alone.setdefault(own["kl_alone"].idxmax(), []).append(str(bits))
-        each = (trust["split_half_kl_only_kept"], trust["split_half_kl_only_quantized"])
-        repeated.append(f"{each[0]:.2f} and {each[1]:.2f} at {bits} bits")
-    worst = " and of ".join(f"block {block} at {' and '.join(bits)} bits" for block, bits in alone.items())
+        changed = f"{by_name.loc[ALL, 'flips']:.0f} {used.format(trusted.loc[bits, 'pictures'])} change class"
+        errors.append(f"at {bits} bits it is {by_name.loc[NONE, 'logit_kl']:.1e} nats, and {changed}")
+        kept = own["kl_removed"].idxmax() if own["kl_removed"].max() > 0 else None
+        first[bits] = (kept, own["kl_alone"].idxmax())
+    alone = _ranking(trusted["split_half_kl_only_quantized"], " on other pictures", "rank correlation ")
     tested, different = frame["holm_p"].notna().sum(), (frame["holm_p"] < stats.SIGNIFICANCE).sum()
+    accuracy = "No configuration's accuracy differs significantly from that of the fully quantized network: 0"
+    if different:
+        accuracy = f"Accuracy differs significantly from that of the fully quantized network in {different}"
     lines = [
         f"**{removed[0]}** {' '.join(removed[1:])}",
         "The error is the KL divergence: how far the class probabilities are from those of the FP16 network (0: the "
-        f"same). With everything quantized, {'; '.join(errors)}.",
-        f"If one block alone is quantized, the error of {worst} is the largest. Rank correlation between halves of the "
-        f"pictures, by blocks kept and by blocks quantized alone: {'; '.join(repeated)} (1: the same order).",
-        f"Configurations whose accuracy differs significantly from that of the fully quantized network: "
-        f"{different or 'none'} of {tested}.",
+        "same). With everything quantized, the classifier too (page 2 keeps it in FP16), "
+        f"{'; '.join(errors)}.",
+        f"{_alone(first)}, and that ranking {alone}; the ranking by kept blocks "
+        f"{_ranking(trusted['split_half_kl_only_kept'])}.",
+        f"{accuracy} of the {tested} configurations tested.",
     ]
     return Markdown("\n".join(f"- {line.strip()}" for line in lines))
 
 
+def _alone(first: dict[int, tuple[int | None, int]]) -> str:
+    """The block with the largest error when quantized alone; `first` has, by bits, the first when kept and this one."""
+    if len({block for pair in first.values() for block in pair}) == 1:
+        return f"Block {next(iter(first.values()))[1]} also has the largest error when it alone is quantized"
+    worst = " and ".join(f"block {alone} at {bits} bits" for bits, (_, alone) in first.items())
+    return f"If one block alone is quantized, the error is largest for {worst}"
+
+
+def _ranking(correlations: pd.Series, where: str = "", what: str = "") -> str:
+    """Whether a ranking repeats, with its rank correlations by bits."""
+    said = []
+    for word, chosen in (("repeats", correlations >= REPEATS), ("does not repeat", ~(correlations >= REPEATS))):
+        figures = " and ".join(f"{value:.2f} at {bits} bits" for bits, value in correlations[chosen].items())
+        said += [f"{word}{where} ({what}{figures})"] * bool(figures)
+    return " and ".join(said)
+
+
 def _removed(bits: int, shares: pd.Series, classifier: float) -> str:
-    """The block that removes most of the error, the classifier if it removes more, and the most by another block."""
+    """The block that removes most of the error, the classifier if it removes more than the second, and the second."""
     best, others = shares.idxmax(), shares.drop(shares.idxmax())
     if shares[best] <= 0:
         return f"Keeping a single block in FP16 does not reduce the {bits}-bit error."
     said = f"Keeping block {best} in FP16 removes {100 * shares[best]:.0f} % of the {bits}-bit error"
-    if classifier > shares[best]:
+    if classifier > max([0, *others]):
         said += f", keeping the classifier {100 * classifier:.0f} %"
     if len(others):
         most = f"removes more than {100 * others.max():.0f} %" if others.max() > 0 else "helps"

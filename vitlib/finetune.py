@@ -57,6 +57,7 @@ TRAINED = {
 # ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
 MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
 RELOAD_TOLERANCE = 1e-3
+BATCH = 32  # of the comparison with the checkpoints
 
 
 class FinetuneError(RuntimeError):
@@ -250,14 +251,14 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
     """
     rows, truth = [], base.labels.ids(valid.pictures).numpy()
     memory = checkpoint.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
-    expected = engine.logits(engine.Engine(memory), valid.pixels, 32)
+    expected = engine.logits(engine.Engine(memory), valid.pixels, BATCH)
     for name, path in paths.items():
         loaded = checkpoint.load(path.parent, Variant("fp16" if name == "merged" else name), base.device)
-        found = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
+        found = engine.logits(engine.Engine(loaded), valid.pixels, BATCH)  # in batches that the first 64 fill
         saved_from = expected[:64]
         if name != "merged":
             again = checkpoint.quantize_checkpoint(paths["merged"], name, base.device)
-            saved_from = engine.logits(engine.Engine(replace(memory, model=again)), valid.pixels[:64], 32)
+            saved_from = engine.logits(engine.Engine(replace(memory, model=again)), valid.pixels[:64], BATCH)
         difference = tuning.relative_error(found[:64], saved_from)
         if not difference <= RELOAD_TOLERANCE:
             raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
@@ -276,10 +277,12 @@ def headline(
     merged, device = reloaded.loc["merged", "top1"], "GPU" if base.device.type == "cuda" else "CPU"
     (low, high), rate = stats.wilson(round(merged * valid), valid), history["images_per_s"].median()
     epochs, trained = _count(last["epoch"], "epoch"), _count(len(decoded["train"].pictures), "picture")
+    known = 0 if study.settings.limit else base.origin.get("top1", 0)  # of a stand-in, on the whole split
+    before = f" (the base reached {100 * known:.1f} % on the same pictures)" if known else ""
     first = (
         f"{METHODS[study.settings.method]} reaches **{100 * merged:.1f} % Top-1** on {valid:,} validation pictures "
-        f"of {len(base.labels.names)} classes after {epochs}. The 95 % interval is {100 * low:.1f} … {100 * high:.1f} "
-        f"%. Training on {trained} ran at about {float(f'{rate:.2g}'):,g} images/s on the {device}."
+        f"of {len(base.labels.names)} classes after {epochs}{before}. The 95 % interval is {100 * low:.1f} … "
+        f"{100 * high:.1f} %. Training on {trained} ran at about {float(f'{rate:.2g}'):,g} images/s on the {device}."
     )
     if "top5" in history:
         first += f" Top-5 is {100 * last['top5']:.1f} %."
@@ -300,21 +303,25 @@ def _count(number: float, what: str) -> str:
 def overfits_after(history: pd.DataFrame) -> int | None:
     """The epoch of the lowest validation loss where the network overfits from then on, else None.
 
-    It does where that loss has risen by a tenth, or by a hundredth while the training loss has halved.
+    It does where that loss has risen by a tenth while the training loss fell, or by a hundredth while it halved.
     """
     curves = history.set_index("epoch")[["valid_loss", "train_loss"]]
     lowest = curves["valid_loss"].idxmin()
     rise, fall = curves.iloc[-1] / curves.loc[lowest]
-    return int(lowest) if rise > 1.1 or (rise > 1.01 and fall < 0.5) else None
+    return int(lowest) if (rise > 1.1 and fall < 1) or (rise > 1.01 and fall < 0.5) else None
 
 
 def _overfits(history: pd.DataFrame) -> str:
     """A sentence where the network overfits, else ''."""
-    epoch, curves = overfits_after(history), history.set_index("epoch")[["valid_loss", "train_loss"]]
-    if epoch is None:
+    if (epoch := overfits_after(history)) is None:
         return ""
-    valid, train = (f"from {curves.loc[epoch, name]:.2f} to {curves[name].iloc[-1]:.2f}" for name in curves)
-    return f"**It overfits after epoch {epoch}**: validation loss rose {valid}, while training loss went {train}. "
+    before, last = history.set_index("epoch").loc[epoch], history.iloc[-1]
+    valid, train = (f"{before[loss]:.2f} → {last[loss]:.2f}" for loss in ("valid_loss", "train_loss"))
+    risen = f", although Top-1 still rises ({100 * before['top1']:.1f} → {100 * last['top1']:.1f} %)"
+    return (
+        f"**After epoch {epoch} the validation loss no longer falls** ({valid}) while the training loss goes on "
+        f"falling ({train}): the network overfits{risen if last['top1'] > before['top1'] else ''}. "
+    )
 
 
 def _copies(found: pd.DataFrame, valid: int) -> str:
@@ -334,6 +341,7 @@ def _quantized(reloaded: pd.DataFrame, valid: int) -> str:
     size, changed = reloaded["model_mb"], (valid * (1 - reloaded["same_class"])).round().astype(int)
     nf4, int8 = (f"{size['merged'] / size[name]:.1f} times" for name in ("nf4", "int8"))
     return (
-        f"NF4 takes {nf4} and INT8 {int8} less memory than FP16; {changed['nf4']} and {changed['int8']} of {valid:,} "
-        "pictures change class."
+        f"NF4 takes {nf4} and INT8 {int8} less memory than FP16. They give {changed['nf4']} and {changed['int8']} of "
+        f"{valid:,} pictures another class than the FP16 checkpoint does, in batches of {BATCH} (notebook 2 compares "
+        "with its own baseline and batch size)."
     )

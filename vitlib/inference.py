@@ -24,6 +24,7 @@ from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 
 TOP = 5
+LIMITED = 1.5  # times the rate from file to class that the network alone does where decoding is said to limit it
 PREDICTIONS = {"file": "file", "label_name": "class", "name_1": "prediction"}
 PREDICTIONS |= {"probability_1": Column("probability (%)", ".1f", 100), "name_2": "second", "name_3": "third"}
 FAULTS = {"file": "file", "reason": "reason"}
@@ -265,7 +266,9 @@ def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdo
     order = np.lexsort((-best.sum(axis=0), ~right.any(axis=0)))  # those that one of them gets right come first
     differ = order[(ids[0] != ids[1])[order]]
     if not len(differ):
-        return Markdown(f"NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."), _looks()
+        return Markdown(
+            f"In notebook 2, NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."
+        ), _looks()
     for at in differ[:count]:
         told = [
             f"{who}: {names[ids[k, at]]} {100 * best[k, at]:.0f}{NO_BREAK}%" for k, who in enumerate(("FP32", "NF4"))
@@ -275,8 +278,8 @@ def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdo
     first, second = right[:, differ].sum(axis=1)
     neither = len(differ) - first - second
     return Markdown(
-        f"NF4 and FP32 choose different classes for **{len(differ)} of {len(truth):,}** validation pictures: FP32 is "
-        f"right in {first}, NF4 in {second}{f', neither in {neither}' if neither else ''}."
+        f"In notebook 2, NF4 and FP32 choose different classes for **{len(differ)} of {len(truth):,}** validation "
+        f"pictures: FP32 is right in {first}, NF4 in {second}{f', neither in {neither}' if neither else ''}."
     ), _looks(shown)
 
 
@@ -287,22 +290,42 @@ def headline(
     read, labels = frame[frame["status"] == "ok"], predictor.engine.loaded.labels
     if read.empty:
         return Markdown(f"- No picture could be read. {_skipped(frame)}")
-    known, who = _known(read, labels), predictor.variant.label
+    known, who, place = _known(read, labels), predictor.variant.label, _where(read, study.settings.pictures)
     if known.empty:
         most = ", ".join(f"{_text(name)} ({count})" for name, count in read["name_1"].value_counts().head(3).items())
-        first = f"**{who}** classifies {len(read):,} pictures, most often as {most}."
+        first = f"**{who}** classifies {len(read):,} pictures of {place}, most often as {most}."
     else:
         right, n = int(known["right"].sum()), len(known)
         low, high = stats.wilson(right, n)
-        first = f"**{who}** classifies {right:,} of {n:,} pictures correctly: Top-1 is **{100 * right / n:.1f} %**. "
-        first += f"The 95 % interval is {100 * low:.1f} … {100 * high:.1f} %."
+        first = f"**{who}** classifies {right:,} of {n:,} pictures of {place} correctly: "
+        first += f"Top-1 is **{100 * right / n:.1f} %**. The 95 % interval is {100 * low:.1f} … {100 * high:.1f} %."
         first += f" Top-5 is {100 * known['right_5'].mean():.1f} %." * (len(labels.names) > TOP)
         first += f" The class of {len(read) - n:,} more pictures is not known." * (n < len(read))
-    place = "GPU" if predictor.engine.loaded.device.type == "cuda" else "CPU"
-    speed = f"About {float(f'{rate:.2g}'):,g} images/s are read and classified on the {place}. {note} {_skipped(frame)}"
+    speed = f"{_speed(study, predictor, rate)} {note} {_skipped(frame)}"
     told = [one for one in said if one not in (NOT_KNOWN, NOT_COMPARED)]
     lines = [first, _drawn(predictor, study.settings.pictures), *told, speed.strip()]
     return Markdown("\n".join(f"- {line}" for line in lines if line))
+
+
+def _where(read: pd.DataFrame, pictures: str) -> str:
+    """The folder or the split of the study that was classified, as `find_pictures` chose it."""
+    if pictures:
+        return f'the folder "{_text(files.resolve(pictures).name)}"'
+    return f"the {'test' if read['file'].iloc[0].startswith('test') else 'validation'} split"
+
+
+def _speed(study: Study, predictor: Predictor, rate: float) -> str:
+    """Images per second, and those of the network alone where notebook 2 measured far more on such a device."""
+    settings, cuda = study.settings, predictor.engine.loaded.device.type == "cuda"
+    said = f"From file to class: {float(f'{rate:.2g}'):,g} images/s on the {'GPU' if cuda else 'CPU'}"
+    own = settings.checkpoints_of in ("", study.name) and study.has("variants")
+    rows = study.read("variants") if own else pd.DataFrame(columns=records.COLUMNS["variants"])
+    rows = rows[(rows["variant"] == predictor.variant.name) & (rows["peak_vram_mb"].notna() == cuda)]
+    for row in rows.iloc[(rows["batch"] - settings.eval_batch_size).abs().argsort()[:1]].itertuples():
+        if row.throughput_img_s > LIMITED * rate:
+            said += f"; the network alone does {row.throughput_img_s:,.0f} (notebook 2, batch size {row.batch}), so "
+            said += "reading and decoding limit it"
+    return f"{said}."
 
 
 def _skipped(frame: pd.DataFrame) -> str:

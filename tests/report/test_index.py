@@ -73,7 +73,7 @@ def test_a_copied_study_keeps_its_name_and_says_what_its_base_is(study):
     assert "Study h200" in text and "params/h200.yaml" in text and "Study demo" not in text
     assert "no CUDA device, <i>CPU</i>, 2 cores" in text
     assert "seed = 0" in text and "image_size" not in text  # of synthetic pictures, and these are none
-    assert "no pretrained network. It was trained here" in text
+    assert "not a pretrained network. It was trained here" in text
     assert soup.select_one(".lead").get_text() == (
         "A Vision Transformer, fine-tuned from a stand-in for pretrained weights, evaluated on data/flowers, "
         "measured on <i>CPU</i>."

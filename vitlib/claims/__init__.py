@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,9 @@ from vitlib.study.study import Study
 
 __all__ = ["FAILS", "HOLDS", "HOLDS_ONLY", "MISTAKE", "UNTESTED", "looks", "mistake", "mistake_in_words"]
 open = Study.open
+
+MAIN = ("objectives", "recommendations", "speed and accuracy", "sensitivity")  # subjects that the answer names first
+BASELINES = "own-top1"  # the claim that `baselines` is about
 
 REANALYSIS = {
     **{"bits": "bits", "kept": "kept in FP16", "right": "right", "n": "of", "top1": Column("Top-1 (%)", ".1f", 100)},
@@ -114,7 +118,7 @@ def reanalysis_in_words(frame: pd.DataFrame) -> Markdown:
 
 
 def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
-    """The page in three sentences: counts, what could not be tested and why, and the two baselines."""
+    """The page in a few sentences: counts, what could not be tested and why, failed claims, and the two baselines."""
     of, original = counts(frame), content()["study"]
     kinds = of[of > 0].rename({HOLDS_ONLY: f"{HOLDS_ONLY} in some cases"}).items()
     said = [f"{n} {kind if n == 1 else kind.replace('holds', 'hold').replace('does', 'do')}" for kind, n in kinds]
@@ -126,12 +130,22 @@ def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
     reasons = untested.str.extract(": (.*)", expand=False).value_counts()
     if len(reasons):
         lines.append(f"Not tested: {_and([f'{count} because {reason}' for reason, count in reasons.items()])}.")
-    if untested.str.contains(OTHER_NETWORK, regex=False).any():
-        lines[-1] += (
-            f" The other {len(frame) - len(untested)} compare the original's README, slides and notebooks with each "
-            "other."
-        )
-    return Markdown("\n".join(f"- {line}" for line in [*lines, baselines(costs)]))
+    own = sum(claim.quantity.kind == "own" for claim in load().values())
+    lines[-1] += f" {own} claims only compare the original's README, slides and notebooks with each other."
+    return Markdown("\n".join(f"- {line}" for line in [*lines, *_examples(frame), baselines(costs)]))
+
+
+def _examples(frame: pd.DataFrame, count: int = 3) -> list[str]:
+    """A sentence with `count` claims that do not hold: the first of each subject, those of MAIN before others."""
+    failed = frame[(frame["verdict"].map(kind_of) == FAILS) & (frame["id"] != BASELINES)].drop_duplicates("subject")
+    rank = {subject: place for place, subject in enumerate(MAIN)}
+    chosen = failed.iloc[failed["subject"].map(rank).fillna(len(rank)).argsort(kind="stable")].head(count)
+    said = [
+        f"*{re.sub(r' [(]read as.*', '', row.claim).rstrip('.')}* "
+        f"({row.original} → {re.sub(r' [(](closest: |[\d.,]+ [/−] )[^)]*[)]', '', row.measured)})"
+        for row in chosen.itertuples()
+    ]
+    return [f"For example, these do not hold (the original → measured): {'; '.join(said)}."] * bool(said)
 
 
 def _and(parts: list[str]) -> str:
