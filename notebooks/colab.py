@@ -77,12 +77,13 @@ fetch = f"git clone --quiet --depth 1 {repository} vitlib" if repository else "u
 import nbformat
 from IPython.display import display
 
+# %%
 names = ("1_finetune", "2_evaluate", "3_ablation", "4_inference")
 reports = [nbformat.read(f"outputs/{study}/{name}.ipynb", as_version=4).cells for name in names]
 shown = [cells[:1] + [cell for cell in cells if "summary" in cell.metadata.get("tags", ())] for cells in reports]
-titles = [{"text/markdown": cells[0].source.splitlines()[0]} for cells in shown]
 answers = [[out.data for cell in cells for out in cell.get("outputs", ()) if "data" in out] for cells in shown]
-display(*[part for title, answer in zip(titles, answers, strict=True) for part in (title, *answer)], raw=True)
+pairs = zip(shown, answers, strict=True)
+display(*[part for (title, *_), answer in pairs for part in ({"text/markdown": title.source}, *answer)], raw=True)
 
 # %% [markdown]
 # Download `reports.zip` from the *Files* panel and open `index.html`, which leads to the four pages.
