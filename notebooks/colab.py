@@ -89,4 +89,4 @@ display(*[part for (title, *_), answer in pairs for part in ({"text/markdown": t
 # Download `reports.zip` from the *Files* panel and open `index.html`, which leads to the four pages.
 
 # %%
-# !rm -f {place}/reports.zip && zip -qr {place}/reports.zip outputs/{study} -i '*.html' '*.ipynb' '*.csv' '*.json' '*.npz' '*.svg'
+# !rm -f {place}/reports.zip && zip -qr {place}/reports.zip outputs/{study} -x '*/checkpoints/*' '*/training/*'
