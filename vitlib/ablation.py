@@ -280,8 +280,7 @@ def _removed(bits: int, shares: pd.Series, classifier: float) -> str:
     if classifier > max([0, *others]):
         said += f", keeping the classifier {100 * classifier:.0f} %"
     if len(others):
-        most = f"removes more than {100 * others.max():.0f} %" if others.max() > 0 else "helps"
-        said += f"; no other block {most}"
+        said += f"; the next block removes {100 * others.max():.0f} %" if others.max() > 0 else "; no other block helps"
     return f"{said}."
 
 

@@ -314,8 +314,9 @@ def _kernels_or_bits(first: pd.DataFrame) -> str:
         return ""
     times = first["latency_p50_ms"]
     return (
-        f" {label(name)}, the fastest quantized one there, takes {times[name] / times[twin]:.2f} times as long as "
-        f"{label(twin)}: kernels make it fast, fewer bits make it small."
+        f" {label(name)}, the fastest quantized variant at batch size {first['batch'].iloc[0]:.0f}, takes "
+        f"{times[name] / times[twin]:.2f} times as long as {label(twin)}: kernels make it fast, fewer bits make it "
+        "small."
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import string
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from vitlib.network import attention, checkpoint, stream, verify
 from vitlib.network.engine import Engine
 from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Picture
-from vitlib.report.tables import NO_BREAK, Column, Markdown
+from vitlib.report.tables import NO_BREAK, Column, Markdown, text
 from vitlib.study import files, origin, records, variants
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
@@ -235,7 +233,7 @@ def mistakes(
     most, sure = wrong.iloc[0], int((wrong["probability_1"] > 0.9).sum()) or "none"
     return Markdown(
         f"**{len(wrong):,} of {len(known):,} pictures are misclassified**, {sure} of them with a probability above "
-        f"90 %. In the most confident mistake, {_text(most['label_name'])} is called {_text(most['name_1'])} "
+        f"90 %. In the most confident mistake, {text(most['label_name'])} is called {text(most['name_1'])} "
         f"({100 * most['probability_1']:.1f} %)."
     ), _looks(shown, 4 if paired else 0)
 
@@ -292,7 +290,7 @@ def headline(
         return Markdown(f"- No picture could be read. {_skipped(frame)}")
     known, who, place = _known(read, labels), predictor.variant.label, _where(read, study.settings.pictures)
     if known.empty:
-        most = ", ".join(f"{_text(name)} ({count})" for name, count in read["name_1"].value_counts().head(3).items())
+        most = ", ".join(f"{text(name)} ({count})" for name, count in read["name_1"].value_counts().head(3).items())
         first = f"**{who}** classifies {len(read):,} pictures of {place}, most often as {most}."
     else:
         right, n = int(known["right"].sum()), len(known)
@@ -310,7 +308,7 @@ def headline(
 def _where(read: pd.DataFrame, pictures: str) -> str:
     """The folder or the split of the study that was classified, as `find_pictures` chose it."""
     if pictures:
-        return f'the folder "{_text(files.resolve(pictures).name)}"'
+        return f'the folder "{text(files.resolve(pictures).name)}"'
     return f"the {'test' if read['file'].iloc[0].startswith('test') else 'validation'} split"
 
 
@@ -331,7 +329,7 @@ def _speed(study: Study, predictor: Predictor, rate: float) -> str:
 def _skipped(frame: pd.DataFrame) -> str:
     """How many files were skipped and why, naming the first three; '' without one."""
     rows = frame[frame["status"] == "skipped"]
-    named = "; ".join(f"{_text(row.file)} ({_text(row.reason)})" for row in rows.head(3).itertuples())
+    named = "; ".join(f"{text(row.file)} ({text(row.reason)})" for row in rows.head(3).itertuples())
     return f"{len(rows)} of {len(frame):,} files were skipped: {named}{' …' * (len(rows) > 3)}." if len(rows) else ""
 
 
@@ -344,8 +342,3 @@ def _drawn(predictor: Predictor, pictures: str) -> str:
     which = "network" if learned == "synthetic" else "base network" if base == "generator" else ""
     said = f"**The {which} was trained on drawn flowers only**: its predictions of photographs are not reliable."
     return said if pictures and which else ""
-
-
-def _text(value: object) -> str:
-    """A name of a file or class in one line of Markdown, without what Markdown would interpret."""
-    return re.sub(f"([{re.escape(string.punctuation)}])", r"\\\1", " ".join(str(value).split()))
