@@ -120,6 +120,15 @@ def test_every_measured_column_is_filled(table):
     assert ran[list(not_here)].isna().all(axis=None)
 
 
+def test_the_latency_of_one_picture_on_the_cpu_is_measured_once(study, bench, measured):
+    """Where the device is the CPU, the benchmark has it; without batch size 1 it is measured apart."""
+    one = measured.latencies.query("batch == 1").groupby("variant")["latency_ms"].median()
+    found = evaluate.cpu_latency(study, bench, measured.latencies).set_index("variant")["cpu_latency_ms"]
+    assert found.to_dict() == one.to_dict()
+    apart = evaluate.cpu_latency(study, bench, measured.latencies.query("batch == 4")).set_index("variant")
+    assert set(apart.index) == set(NAMES[:3]) and (apart["cpu_latency_ms"] > 0).all()
+
+
 def test_the_headline_is_a_few_sentences_and_names_no_identifier(table, checks):
     text = evaluate.headline(table, checks)
     first, *others = text.splitlines()

@@ -3,6 +3,7 @@
 python -m vitlib.speed      writes the README's results and findings, and the gallery's hero.svg
 """
 
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,8 +54,8 @@ def readme_table(study: Study) -> str:
 def readme_findings(study: Study) -> str:
     """The finding of each of the study's pages as a Markdown list with links, for a README at the project's root."""
     found = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
-    lines = [f"- {tables.text(card['finding'])} ([{card['title']}]({GALLERY}/{card['href']}))" for card in found]
-    return "\n".join(lines)
+    said = ((html.escape(card["finding"], quote=False), card["title"], card["href"]) for card in found)
+    return "\n".join(f"- {finding} ([{title}]({GALLERY}/{page}))" for finding, title, page in said)
 
 
 def publish(root: Path) -> None:

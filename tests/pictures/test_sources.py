@@ -46,10 +46,10 @@ def tree(tmp_path) -> Path:
 
 
 def test_synthetic_pictures_are_drawn_when_opened_and_follow_the_seed():
-    dataset, again, other = (load("synthetic", pictures_per_class=4, image_size=16, seed=seed) for seed in (1, 1, 2))
+    dataset, again, other = (load("synthetic", pictures_per_class=6, image_size=16, seed=seed) for seed in (1, 1, 2))
     classes = len(synthetic.TARGET_CLASSES)
     counts = {split: len(pictures) for split, pictures in dataset.splits.items()}
-    assert counts == {"train": 4 * classes, "valid": 2 * classes, "test": 2 * classes}
+    assert counts == {"train": 6 * classes, "valid": 2 * classes, "test": 2 * classes}
     assert set(dataset.names) == set(dataset.classes("train"))
     first, same, changed = (np.asarray(d.splits["valid"][0].open()) for d in (dataset, again, other))
     assert first.shape == (16, 16, 3)

@@ -123,7 +123,7 @@ def evenly(pictures: list[Picture], limit: int) -> list[Picture]:
 
 
 def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
-    """Flower pictures drawn when they are opened; valid and test hold half as many of a class as train."""
+    """Flower pictures drawn when they are opened; valid and test hold a third as many of a class as train."""
 
     def draw(flower: synthetic.FlowerClass, index: int, split: str) -> Image.Image:
         size, seed = settings.image_size, settings.seed
@@ -135,7 +135,7 @@ def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
             for flower in flowers
             for index in range(settings.pictures_per_class // share)
         ]
-        for split, share in (("train", 1), ("valid", 2), ("test", 2))
+        for split, share in (("train", 1), ("valid", 3), ("test", 3))
     }
     return Dataset(splits, {flower.key: flower.name for flower in flowers})
 
