@@ -142,7 +142,7 @@ def _examples(frame: pd.DataFrame, count: int = 3) -> list[str]:
     chosen = failed.iloc[failed["subject"].map(rank).fillna(len(rank)).argsort(kind="stable")].head(count)
     said = [
         f"*{re.sub(r' [(]read as.*', '', row.claim).rstrip('.')}* "
-        f"({row.original} → {re.sub(r' [(](closest: |[\d.,]+ [/−] )[^)]*[)]', '', row.measured)})"
+        f"({row.original} → {re.sub(r' [(](closest: |[0-9.,]+ [/−] )[^)]*[)]', '', row.measured)})"
         for row in chosen.itertuples()
     ]
     return [f"For example, these do not hold (the original → measured): {'; '.join(said)}."] * bool(said)
