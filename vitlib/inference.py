@@ -321,7 +321,9 @@ def _speed(study: Study, predictor: Predictor, rate: float) -> str:
     rows = rows[(rows["variant"] == predictor.variant.name) & (rows["peak_vram_mb"].notna() == cuda)]
     for row in rows.iloc[(rows["batch"] - settings.eval_batch_size).abs().argsort()[:1]].itertuples():
         if row.throughput_img_s > LIMITED * rate:
-            said += f"; the network alone does {row.throughput_img_s:,.0f} (notebook 2, batch size {row.batch}), so "
+            said += (
+                f"; the network alone does {row.throughput_img_s:,.0f} (notebook 2, batch size {row.batch:.0f}), so "
+            )
             said += "reading and decoding limit it"
     return f"{said}."
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -139,9 +140,11 @@ def _examples(frame: pd.DataFrame, count: int = 3) -> list[str]:
     failed = frame[(frame["verdict"].map(kind_of) == FAILS) & (frame["id"] != BASELINES)].drop_duplicates("subject")
     rank = {subject: place for place, subject in enumerate(MAIN)}
     chosen = failed.iloc[failed["subject"].map(rank).fillna(len(rank)).argsort(kind="stable")].head(count)
-    claimed = chosen["claim"].str.replace(r" [(]read as.*", "", regex=True).str.rstrip(".")
-    found = chosen["measured"].str.replace(r" [(](closest: |[\d.,]+ [/−] )[^)]*[)]", "", regex=True)
-    said = [f"*{claim}* ({was} → {now})" for claim, was, now in zip(claimed, chosen["original"], found, strict=True)]
+    said = [
+        f"*{re.sub(r' [(]read as.*', '', row.claim).rstrip('.')}* "
+        f"({row.original} → {re.sub(r' [(](closest: |[0-9.,]+ [/−] )[^)]*[)]', '', row.measured)})"
+        for row in chosen.itertuples()
+    ]
     return [f"For example, these do not hold (the original → measured): {'; '.join(said)}."] * bool(said)
 
 
