@@ -270,11 +270,11 @@ def _finding(points: pd.DataFrame) -> str:
     moved = moved if best["flips"] else "no picture changes class"
     if best["against_baseline"] in ("faster", "slower"):
         speed = compared.partition(" (")[0]
-        said = f"is **{speed}** than {base['weights'].upper()} {batch} and **{smaller}**; {moved}"
+        said = f"is **{speed}** than {base['weights'].upper()} {batch} and **{smaller}**; {moved}."
     else:
-        said = f"is **{smaller}** than {base['weights'].upper()}; {moved}; latency {batch}: {compared}"
+        said = f"is **{smaller}** than {base['weights'].upper()}; {moved}. Latency {batch}: {compared}."
     whole = f"With all that a call needs it is {_smaller(base['peak_memory_mb'] / best['peak_memory_mb'])}."
-    return f"{label(best['variant'])} {said}. {whole}"
+    return f"{label(best['variant'])} {said} {whole}"
 
 
 def _smaller(times: float) -> str:
