@@ -1,4 +1,4 @@
-# The two commands: `make study` and `make test`. Both set up .venv first, from pyproject.toml.
+# The two commands: `make study` and `make test`. Both set up .venv first, in the versions of constraints.txt.
 PYTHON ?= python3
 STUDY ?= demo
 CORES ?= all
@@ -11,7 +11,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test lab sync clean
+.PHONY: help setup study test shots lab sync clean
 
 help:  ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,11 +19,11 @@ help:  ## print this list
 
 setup: .venv/installed  ## make .venv with the pinned versions
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, $(PYTHON) is {v}; try make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/uv pip install -e '.[dev]'
+	VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/uv pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 study: setup  ## run the notebooks of STUDY that are out of date, then print the table of variants
@@ -36,11 +36,15 @@ test: setup  ## linters and tests; the tests of one file share a process, becaus
 	$(BIN)/deptry .
 	$(BIN)/python -m pytest -n 2 --dist loadscope -q
 
-lab: setup  ## open the notebooks in JupyterLab
+shots: setup  ## screenshots of the pages of STUDY (or of FOLDER=outputs/gallery/<name>) into its folder shots/
+	@$(BIN)/python -m vitlib.report shots --study $(STUDY) $(if $(FOLDER),--folder $(FOLDER))
+
+lab: setup  ## open the notebooks in JupyterLab; they write to outputs/lab/
 	$(BIN)/jupyter lab notebooks
 
-sync: setup  ## bring each notebook's .py and .ipynb in step (the newer one wins)
+sync: setup  ## bring each notebook's .py and .ipynb in step (the newer one wins), and write the repository's address
 	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/python tools/address.py
 
 # An empty name would remove every study, one with a slash or a dot first anything; the gallery is kept in git.
 clean: export CLEANED := $(STUDY)

@@ -7,31 +7,33 @@
 # ---
 
 # %% [markdown]
-# # Fine-tuning: train small adapters on a Vision Transformer
+# # Fine-tuning: a Vision Transformer learns the classes of this study
 #
-# The base is a Vision Transformer. It gets a new head for the classes of this study, and small LoRA adapters are
-# trained while its own weights stay frozen. The result is saved as three checkpoints (FP16, NF4 and INT8) with
-# everything that the other notebooks need: weights, class names, image size and normalisation.
+# The base is a Vision Transformer. It gets a new head for the classes of this study and is trained on their pictures.
+# The result is saved as three checkpoints (FP16, NF4 and INT8) with everything that the other notebooks need: weights,
+# class names, image size and normalisation.
+#
+# For your own data, first change `study` (a new name), `data_source`, `base_model` and `epochs`.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
+base_model: str = "pretrain"  # pretrain (on other synthetic flowers), random, a folder, or a Hub id
+base_revision: str = ""  # commit of a base from the Hub; required there
+epochs: int = 6  # epochs of fine-tuning
+method: str = "lora"  # lora, qlora, full, head; what is trained in addition to the head
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation
 limit: int = 0  # pictures used of each split, spread over the classes; 0: all
 pictures_per_class: int = 60  # training pictures per class (synthetic data only)
 max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures
-base_model: str = "pretrain"  # pretrain (on other synthetic flowers), random, a folder, or a Hub id
-base_revision: str = ""  # commit of a base from the Hub; required there
 architecture: str = "vit-micro"  # architecture of a base that is not loaded
 image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
-pretrain_epochs: int = 10  # epochs of pretraining if base_model is pretrain
-method: str = "lora"  # lora, qlora, full, head; what is trained in addition to the head
+pretrain_epochs: int = 6  # epochs of pretraining if base_model is pretrain
 lora_rank: int = 8  # rank r of the adapters
 lora_alpha: int = 32  # adapters are scaled by lora_alpha / lora_rank
 lora_dropout: float = 0.1  # dropout on the inputs of the adapters
-epochs: int = 6  # epochs of fine-tuning
 train_batch_size: int = 32  # batch size in training
 learning_rate: float = 0.003  # peak of the schedule
 weight_decay: float = 0.01  # of AdamW, on weight matrices only
@@ -50,43 +52,79 @@ study = finetune.open(globals())
 # %% [markdown]
 # ## The pictures
 #
-# Every data source provides pictures with a class, in a training, a validation and optionally a test split.
+# A training picture of each class (of the first ones, if there are many), resized to what the network sees.
 
 # %%
 from vitlib.report import plots, tables
 
 dataset = finetune.dataset(study)
+base = finetune.load_base(study, dataset)
+decoded = finetune.decoded(study, dataset, base)
+plots.picture_grid(*finetune.examples(decoded, base, 18))
+
+# %% [markdown]
+# Every data source provides pictures with a class, in a training, a validation and optionally a test split.
+
+# %%
 tables.table(dataset.summary(), index=True)
 
 # %% [markdown]
-# The base comes first, because it determines how pictures are resized and normalised. `pretrain` trains a small network
-# on *other* flowers from the generator; a Hub id or a folder loads a pretrained network.
+# ## The base
+#
+# The base determines how pictures are resized and normalised.
 
 # %%
-base = finetune.load_base(study, dataset)
 tables.table(finetune.describe(base))
 
 # %%
 finetune.introduce(study, base)
 
 # %% [markdown]
-# The first block of the network: attention and an MLP, each after a layer norm.
+# ## Training
+#
+# Training uses random crops and flips, AdamW and a cosine schedule. Validation after each epoch has no augmentation.
 
 # %%
-base.model.vit.layers[0]
+model = finetune.make_trainable(study, base)
+parameters = finetune.parameter_table(model)
+finetune.trained(study, parameters)
 
-# %% [markdown]
+# %%
+history = finetune.train(study, model, base, decoded)
+tables.table(history, finetune.HISTORY)
+
+# %% [markdown] tags=["details"]
+# ## Trainable and frozen parameters
+#
+# The head is new and therefore always trained, with every method.
+
+# %%
+tables.table(parameters, index=True)
+
+# %% [markdown] tags=["details"]
+# ## Copies between the splits
+#
+# A picture in two splits would reward memorization, so every pair of splits is searched for copies: exact ones and near
+# ones (the same photograph, saved again). The test split is read for this search only; training does not use it.
+
+# %%
+tables.table(finetune.duplicates(decoded), finetune.COPIES, none="no picture appears in two splits")
+
+# %% [markdown] tags=["details"]
+# ## Files that could not be used
+#
+# Each with the reason:
+
+# %%
+tables.table(dataset.problems(), none="every file could be used")
+
+# %% [markdown] tags=["details"]
+# ## Preprocessing and the first block
+#
 # The preprocessing of the base is applied to every picture, in training and in evaluation:
 
 # %%
-base.preprocess.describe()
-
-# %% [markdown]
-# The pictures are read and resized once. This is what the network sees, one picture of each class:
-
-# %%
-decoded = finetune.decoded(study, dataset, base)
-plots.picture_grid(*finetune.examples(decoded, base, 18))
+finetune.preprocessing(base)
 
 # %% [markdown]
 # The network's input is a tensor of normalised values: a batch of pictures with channels, rows and columns.
@@ -96,47 +134,17 @@ pixels = base.preprocess.normalise(decoded["train"].pixels[:1])
 pixels.shape, pixels.dtype, (pixels.min().item(), pixels.max().item())
 
 # %% [markdown]
-# Files that could not be used, and why:
+# The first block of the network: attention and an MLP, each after a layer norm.
 
 # %%
-tables.table(dataset.problems(), none="every file could be used")
+base.model.vit.layers[0]
 
-# %% [markdown]
-# A picture in two splits would reward memorization, so every pair of splits is searched for copies: exact ones and near
-# ones (the same photograph, saved again). The test split is read for this search only; training does not use it.
-
-# %%
-tables.table(finetune.duplicates(decoded), digits=4, none="no picture appears in two splits")
-
-# %% [markdown]
-# ## What is trained
+# %% [markdown] tags=["details"]
+# ## The three checkpoints, loaded again
 #
-# LoRA adds to each weight matrix *W* a product *BA* of rank *r*, scaled by α / r (Hu et al. 2021). All linear layers of
-# attention and MLP get such an adapter. The new head has random weights and is always trained: adapters cannot make up
-# for a random head.
-
-# %%
-model = finetune.make_trainable(study, base)
-tables.table(finetune.parameter_table(model), index=True)
-
-# %% [markdown]
-# ## Training
-#
-# Training uses random crops and flips, AdamW and a cosine schedule. Validation after each epoch has no augmentation.
-
-# %%
-history = finetune.train(study, model, base, decoded)
-tables.table(history, finetune.HISTORY)
-
-# %%
-plots.learning_curves(history)
-
-# %% [markdown]
-# ## Three checkpoints
-#
-# The adapters are merged into the weights, and the result is saved in FP16, NF4 (4 bits per weight) and INT8. Each
-# checkpoint is loaded again and compared with the network in memory: the FP16 one must give the same logits, and the
-# other two show what quantization alone changes.
+# The adapters, if any, are merged into the weights, and the result is saved in FP16, NF4 (4 bits per weight) and INT8.
+# Each checkpoint is loaded again and compared with the network in memory: the FP16 one must give the same logits, and
+# the other two show what quantization alone changes.
 
 # %%
 merged = finetune.merge(study, model, base)
@@ -150,4 +158,7 @@ tables.table(reloaded, finetune.RELOADED)
 # ## Summary
 
 # %% tags=["summary"]
-finetune.headline(history, reloaded, base, decoded)
+finetune.headline(study, history, reloaded, base, decoded)
+
+# %% tags=["summary"]
+plots.learning_curves(history, finetune.overfits_after(history))

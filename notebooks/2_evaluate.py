@@ -7,13 +7,14 @@
 # ---
 
 # %% [markdown]
-# # Evaluation: what do quantization and attention kernels cost, and what do they bring?
+# # Accuracy, speed and size of each variant
 #
 # A *variant* is one choice of weight format, attention and execution. All variants are made from the same checkpoint
-# and go through the same pipeline: the same pictures, the same preprocessing, the same instruments.
+# and go through the same pipeline: the same pictures, the same preprocessing, the same instruments. Times, sizes and
+# changes are compared with the first variant, the *baseline*.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation
@@ -45,7 +46,9 @@ from vitlib import evaluate
 
 study = evaluate.open(globals())
 
-# %% [markdown]
+# %% [markdown] tags=["details"]
+# ### Preparation
+#
 # Each variant is loaded from the checkpoints of notebook 1. A variant that cannot run on this machine keeps its row
 # with the reason; nothing is replaced by something else.
 
@@ -73,81 +76,93 @@ bench = bench.without(profiled.refused)
 # ## Accuracy
 #
 # *Class changed* counts the pictures whose predicted class differs from the baseline's. KL is the mean divergence of
-# the class probabilities from the baseline's, in nats; it shows a change long before accuracy does.
+# the class probabilities from the baseline's; it shows a change long before accuracy does. *Different* means that a
+# difference was found, *non-inferior* that a loss larger than the margin is excluded, *not shown* that there are too
+# few pictures to tell. Intervals are in parentheses.
 
 # %%
 from vitlib.report import columns, plots, tables
 
 logits = evaluate.outputs(study, bench)
 quality = evaluate.accuracy(study, bench, logits)
-tables.table(quality, columns.OF_VARIANTS)
+tables.table(quality, columns.ACCURACY)
 
 # %%
 evaluate.base(study)
 
 # %% [markdown]
-# Only pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
-# test, with Holm's adjustment for the number of rows). *Different* means that a difference was found, *non-inferior*
-# that a loss larger than the margin is excluded, *not shown* that there are too few pictures to tell.
-
-# %%
-plots.accuracy_intervals(quality, study.settings.margin)
-
-# %% [markdown]
 # ## Speed
 #
-# Latency is the time of one call, from an idle device to a finished result. Throughput is measured separately, with
-# calls queued one behind the other. Variants are measured in turns, in random order, with changing inputs. *Times
-# faster* is the ratio of the median latencies; all intervals are bootstrap intervals over rounds. P95 needs 130 samples
-# and P99 needs 662; with fewer the cell is empty.
+# A call lasts from an idle device to a finished result. The variants are measured in turns, in random order, with
+# changing inputs. *Times faster* is the ratio of the baseline's median latency to the variant's.
 
 # %%
 measured = evaluate.measure(study, bench)
-tables.table(measured.speed, columns.OF_VARIANTS)
+tables.table(*columns.speed(measured.speed))
 
 # %% [markdown]
-# ## Memory
+# ## Size
 #
 # Weights include the scales that quantization adds. Variants that dequantize whole blocks at once keep *buffers* for
-# them. The peak of a pass is everything that it allocates. *Reserved* is what the allocator gets from the GPU's driver.
-# One MB is 2²⁰ bytes.
+# them. *Weights + pass* is the peak of a forward pass, with everything that it allocates. One MB is 2²⁰ bytes.
 
 # %%
 memories = evaluate.memory(study, bench)
-tables.table(memories, columns.OF_VARIANTS)
+tables.table(*columns.size(memories))
 
 # %% [markdown]
-# ## The table of variants
+# ## Evidence and details
+
+# %% [markdown] tags=["details"]
+# ### Accuracy: tests and other scores
 #
-# All of it together, a row for each variant and batch size, is `records/variants.csv`. The columns that one compares:
+# Only pictures that one variant gets right and the other wrong decide whether two accuracies differ (McNemar's exact
+# test, with Holm's adjustment for the number of rows).
+
+# %%
+tables.table(quality, columns.OF_VARIANTS)
+
+# %% [markdown] tags=["details"]
+# ### Speed: throughput, percentiles and intervals
+#
+# Throughput is measured separately, with calls queued one behind the other. All intervals are bootstrap intervals over
+# rounds. P95 needs 130 samples and P99 needs 662; with fewer the cell is empty.
+
+# %%
+plots.throughput_by_batch(measured.speed)
+
+# %%
+tables.table(measured.speed, columns.OF_VARIANTS)
+
+# %% [markdown] tags=["details"]
+# ### Size: peaks, reserved memory and preparation
+#
+# *Reserved* is what the allocator gets from the GPU's driver. *Preparation* is the time to transform, tune and capture.
+
+# %%
+tables.table(memories, columns.OF_VARIANTS)
+
+# %% [markdown] tags=["details"]
+# ### All measurements in one table
+#
+# A row for each variant and batch size, with the reason where a variant did not run, is `records/variants.csv`. The
+# columns that one compares, with the latency of one picture on the CPU:
 
 # %%
 references = evaluate.against_reference(study, bench, logits)
-cpu = evaluate.cpu_latency(study, bench)
+cpu = evaluate.cpu_latency(study, bench, measured.latencies)
 found = (measured.speed, memories, quality, references, profiled.totals, cpu)
 table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
 tables.table(table, columns.SUMMARY)
 
 # %% [markdown]
-# Up and to the left is better:
+# Up and to the left is better. The shaded band is the margin; non-inferior variants are shown without their interval.
 
 # %%
 plots.accuracy_against_latency(table, study.settings.batch_sizes[0], study.settings.margin)
 
-# %% [markdown]
-# Down and to the left is better:
-
-# %%
-plots.size_against_memory(table, study.settings.batch_sizes[-1])
-
-# %% [markdown]
-# Higher is better:
-
-# %%
-plots.throughput_by_batch(table)
-
-# %% [markdown]
-# ## Where the device time goes
+# %% [markdown] tags=["details"]
+# ### Device time by part of the model
 #
 # The profiler lists every kernel (on a CPU: every operator) with its time. A kernel belongs to the part of the model
 # that launched it. Conversion between number formats is a part of its own: it is the price of small weights.
@@ -158,7 +173,9 @@ plots.device_time_by_part(profiled.kernels, evaluate.PARTS)
 # %%
 tables.table(profiled.totals, columns.OF_VARIANTS)
 
-# %% [markdown]
+# %% [markdown] tags=["details"]
+# ### Achieved rates and the limits of the hardware
+#
 # A part can run no faster than its arithmetic at the peak rate, nor than its bytes at the peak bandwidth. Both peaks
 # are measured here, with a large linear layer and a large copy. The lines are these ceilings; a point's distance below
 # its line is what is lost. Variants that multiply in 8 bits are compared with the rate of 8-bit products, where this
@@ -176,22 +193,26 @@ plots.roofline(limits)
 # %%
 tables.table(limits[limits["share_of_time"] >= 0.05], columns.OF_VARIANTS)
 
-# %% [markdown]
-# ## Evidence
+# %% [markdown] tags=["details"]
+# ### What each variant consists of
 #
 # The layer classes and number formats found in each network:
 
 # %%
 tables.table(evaluate.status(bench))
 
-# %% [markdown]
+# %% [markdown] tags=["details"]
+# ### Outputs compared with the eager network
+#
 # The logits of each variant against those of the eager network with the same weights. Variants that quantize their
 # inputs too are another function than their reference.
 
 # %%
 tables.table(columns.with_reference(references), columns.OF_VARIANTS, none="nothing to compare")
 
-# %% [markdown]
+# %% [markdown] tags=["details"]
+# ### Kernels of the fused variants
+#
 # A *fused* variant is the same network with fewer and larger kernels. Each of its layers has several implementations.
 # On a GPU they are timed when the variant is loaded and the fastest is used; on a CPU the first is. *all blocks* means
 # that the weights of a whole block are dequantized at once. `records/tuning.csv` has all that were timed.
@@ -199,7 +220,9 @@ tables.table(columns.with_reference(references), columns.OF_VARIANTS, none="noth
 # %%
 tables.table(evaluate.tuning(study, bench), none="this study has no fused variant")
 
-# %% [markdown]
+# %% [markdown] tags=["details"]
+# ### Checks of this measurement
+#
 # The instruments are checked with a call and a tensor of known size. The comparison is checked with this run's own
 # samples: two halves of the same calls must be called the same, and a half made slower by a fiftieth must be found.
 
@@ -212,3 +235,6 @@ tables.table(checks)
 
 # %% tags=["summary"]
 evaluate.headline(table, checks)
+
+# %% tags=["summary"]
+evaluate.hero(study, table)

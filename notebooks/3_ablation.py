@@ -7,13 +7,13 @@
 # ---
 
 # %% [markdown]
-# # Ablation: which blocks are sensitive to quantization
+# # Ablation: blocks sensitive to quantization
 #
 # Quantizing the whole network changes its outputs a little. Here one part at a time is kept in FP16 while everything
 # else is quantized: the more of the change this removes, the more sensitive the part is.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation
@@ -31,8 +31,8 @@ from vitlib import ablation
 
 study = ablation.open(globals())
 
-# %% [markdown]
-# ## One network, exchanged block by block
+# %% [markdown] tags=["details"]
+# ## How blocks are exchanged
 #
 # The FP16 network is loaded once. Every block gets a quantized twin, and a configuration chooses between the two. The
 # patch embedding is a convolution, which bitsandbytes does not quantize. It is in FP16 in every configuration, so
@@ -56,8 +56,8 @@ ablation.twin(subject, 0, study.settings.ablation_bits[0])
 logits, share = ablation.measure(study, subject)
 print(f"{share:.0%} of the block evaluations of a full pass for each configuration were needed")
 
-# %% [markdown]
-# ## All configurations
+# %% [markdown] tags=["details"]
+# ## Table of all configurations
 #
 # KL is the mean divergence of the probabilities from those of the FP16 network, with its bootstrap interval over
 # pictures. Flips are pictures whose class differs from that of the fully quantized network ("none"). Discordant are
@@ -70,46 +70,56 @@ from vitlib.report import plots, tables
 frame = ablation.table(study, logits, subject)
 tables.table(frame, ablation.TABLE)
 
-# %%
-ablation.introduce(study)
-
 # %% [markdown]
-# ## First and last
+# ## One block quantized
 #
-# The KL that remains when nothing, the first and the last encoder block, or the classifier is kept:
-
-# %%
-plots.kept_parts(frame, [ablation.NONE, ablation.ENDS, ablation.HEADS])
-
-# %% [markdown]
-# ## Every single block
-#
-# The share of the KL that is removed when one block is kept. If all blocks were equally sensitive, each bar would be
-# near the dotted line. A bar below zero means that the error of this block had cancelled errors of other blocks.
+# Where one block is kept in FP16, errors of the others can cancel each other, and a block whose error had cancelled
+# others removes less than nothing. The opposite experiment quantizes one block and keeps everything else in FP16, so
+# nothing can cancel.
 
 # %%
 blocks = ablation.sensitivity(frame)
-plots.sensitivity_bars(blocks)
-
-# %% [markdown]
-# The opposite experiment: one block is quantized and everything else is in FP16. Here errors of different blocks cannot
-# cancel each other.
-
-# %%
 plots.alone_bars(blocks)
 
 # %% [markdown]
+# ## First block, last block and classifier
+#
+# The error that is left when nothing, the first and the last block, or the classifier is kept in FP16:
+
+# %%
+plots.kept_parts(frame, ablation.PARTS)
+
+# %% [markdown]
+# ## Other pictures, other networks
+#
 # Would other pictures rank the blocks in the same order? The pictures are split into random halves, and the rankings of
-# the two halves are compared: a rank correlation near 1 is reliable, one near 0 is chance. A half in which all blocks
-# tie gives no ranking; such splits are left out and counted. The last two columns are the smallest difference of
-# accuracy that could be significant after Holm's adjustment, if all changes were in one direction.
+# the two halves are compared: a rank correlation near 1 is reliable, one near 0 is chance.
 
 # %%
 reliable = ablation.reliability(study, logits, subject)
+ablation.reliability_in_words(reliable)
+
+# %%
+ablation.introduce(study)
+
+# %% [markdown] tags=["details"]
+# ## Table of rank correlations
+#
+# A half in which all blocks tie gives no ranking; such splits are left out and counted. The last two columns are the
+# smallest difference of accuracy that could be significant after Holm's adjustment, if all changes were in one
+# direction.
+
+# %%
 tables.table(reliable, ablation.RELIABILITY)
 
 # %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]
-ablation.headline(frame, blocks, reliable)
+ablation.headline(study, frame, blocks, reliable)
+
+# %% [markdown] tags=["summary"]
+# The share of the error that is removed when one block is kept in FP16:
+
+# %% tags=["summary"]
+plots.sensitivity_bars(blocks)

@@ -7,15 +7,22 @@
 # ---
 
 # %% [markdown]
-# # Inference: classify a folder of pictures
+# # Inference: a folder of pictures and their predicted classes
 #
-# The input is a folder of pictures, flat or with a folder for each class. The result is a record with the five most
-# probable classes of every file, or the reason why it was skipped. If the folders name the classes, the accuracy is
-# reported too.
+# The input is a folder of pictures, flat or with a folder for each class; without one, it is the test split of the
+# study, or its validation split. The result is a record with the five most probable classes of every file, or the
+# reason why it was skipped.
+#
+# For your own pictures, first change `study` (a new name), `pictures` (the folder) and `checkpoints_of` (the study
+# whose weights are used).
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
+pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
+checkpoints_of: str = ""  # study whose checkpoints are used; empty: this one
+variant: str = "auto"  # name of a variant; auto is the fastest that this study measured
+grid: int = 12  # pictures shown
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation
 limit: int = 0  # pictures used of each split, spread over the classes; 0: all
@@ -24,11 +31,7 @@ max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures
 image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
 eval_batch_size: int = 32  # batch size where only the outputs matter
-pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
-variant: str = "auto"  # name of a variant; auto is the fastest that this study measured
-checkpoints_of: str = ""  # study whose checkpoints are used; empty: this one
 decoder: str = "pil"  # pil, nvjpeg, auto; auto is nvJPEG on the GPU where it works; its pixels differ slightly
-grid: int = 12  # pictures shown
 
 # %%
 from vitlib import inference
@@ -36,56 +39,81 @@ from vitlib import inference
 study = inference.open(globals())
 
 # %% [markdown]
-# ## The network
-#
-# `auto` takes the fastest variant that notebook 2 measured and that runs on this machine. Preprocessing and class names
-# come with the checkpoint. For your own pictures, set `study` to a new name and `checkpoints_of` to the study whose
-# checkpoints are used, so that the page of that study keeps its predictions.
+# The network comes with its preprocessing and class names. The next pictures are decoded while it classifies the
+# current batch.
 
 # %%
 from vitlib.report import plots, tables
 
 predictor = inference.load(study)
+found, skipped = inference.find_pictures(study)
+frame, passed, rate = inference.predict(study, predictor, found, skipped)
+missed, wrong = inference.mistakes(frame, passed, predictor)
+parted, different = inference.disagreement(study, predictor, study.settings.grid)
+
+# %% [markdown]
+# ## The most confident mistakes
+#
+# The wrong predictions with the highest probability. Beside each is a picture of the predicted class that the network
+# classifies correctly, if every such class has one.
+
+# %%
+missed
+
+# %%
+plots.picture_grid(**wrong)
+
+# %% [markdown]
+# ## Where NF4 and FP32 disagree
+#
+# Pictures whose class changes when the weights are quantized to four bits, from the outputs that notebook 2 recorded
+# for the validation pictures. Those that one format classifies correctly come first: a green caption means that NF4
+# does, a red one that FP32 does.
+
+# %%
+parted
+
+# %%
+plots.picture_grid(**different)
+
+# %% [markdown] tags=["details"]
+# ## The network
+#
+# `auto` takes the fastest variant that notebook 2 measured and that runs on this machine.
+
+# %%
 tables.table(predictor.describe())
 
 # %%
 predictor.reason()
 
 # %% [markdown]
-# ## The pictures
-#
-# Without a folder of your own, these are the pictures of the test split, or of the validation split if there is no test
-# split. Files that are clearly not pictures are skipped here; damaged ones are found when they are read.
-
-# %%
-found, skipped = inference.find_pictures(study)
-print(f"{len(found)} files to read, {len(skipped)} skipped without reading")
-
-# %% [markdown]
-# ## Predictions
-#
-# The next pictures are decoded while the network classifies the current batch.
-
-# %%
-frame, passed, rate = inference.predict(study, predictor, found, skipped)
-plots.picture_grid(**inference.grid(frame, passed, study.settings.grid))
-
-# %% [markdown]
-# Where the class is known, the title is green for a right and red for a wrong prediction. The network's output is a
-# tensor with a row for each picture and a logit for each class:
+# Its output is a tensor with a row for each picture and a logit for each class:
 
 # %%
 passed.logits.shape, passed.logits[:1, :5]
 
-# %% [markdown]
-# A sample of the files with their three most probable classes. All files, with five classes each, are in
-# `records/predictions.csv`.
+# %% [markdown] tags=["details"]
+# ## Predictions by file
+#
+# A sample with the three most probable classes. The record has all files, with five classes each.
 
 # %%
 tables.table(inference.sample(frame), inference.PREDICTIONS)
+
+# %% [markdown] tags=["details"]
+# ## Files that were skipped
+#
+# Hidden and empty files are not opened. Others turn out to be no picture, or damaged, when they are read.
+
+# %%
+tables.table(frame[frame["status"] == "skipped"], inference.FAULTS, none="every file could be used")
 
 # %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]
-inference.headline(frame, predictor, rate, passed.note)
+inference.headline(study, frame, predictor, rate, [missed, parted], passed.note)
+
+# %% tags=["summary"]
+plots.picture_grid(**inference.grid(frame, passed, study.settings.grid))

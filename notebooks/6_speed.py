@@ -7,17 +7,16 @@
 # ---
 
 # %% [markdown]
-# # Speed: what makes it fast?
+# # Speed: what each technique adds
 #
-# Out of the box, a quantized network is smaller but slower than one in FP16: each pass launches more and smaller
-# kernels, and the GPU waits for the CPU. A CUDA graph removes the launches, fused kernels remove passes over the
-# memory, and only then do quantized weights pay. This page shows what each technique adds.
+# Quantized weights need more and smaller kernels, and on a GPU the CPU issues kernels more slowly than they run. A CUDA
+# graph removes the launches; fused kernels remove passes over the memory.
 #
-# Nothing is measured here. All numbers are from the records of notebooks 1 and 2, and variants compare with each other
-# because they were measured in the same run, in turns.
+# Nothing is measured here. All numbers are from the records of notebooks 1, 2 and 4, and variants compare with each
+# other because they were measured in the same run, in turns. Page 2 has their outputs, sizes and chosen kernels.
 
 # %% tags=["parameters"]
-study: str = "demo"  # results go to outputs/<study>/
+study: str = "lab"  # results go to outputs/<study>/
 
 # %%
 from vitlib import speed
@@ -25,69 +24,36 @@ from vitlib import speed
 study = speed.open(globals())
 
 # %% [markdown]
-# ## Step by step
+# ## Techniques, one at a time
 #
-# Each row adds one technique to the variant in the column *added to*. *Times faster* is the ratio of the two median
-# latencies with its bootstrap interval; below 1 the technique makes it slower.
+# Each row adds one technique to the variant in the column *added to*. For each batch size: how many times faster that
+# makes it, the ratio of the two median latencies with its bootstrap interval; below 1 it becomes slower.
 
 # %%
-from vitlib.report import columns, plots, tables
+from vitlib.report import plots, tables
 
 tables.table(speed.ladder(study))
 
-# %%
-plots.ladder(speed.steps(study))
-
 # %% [markdown]
-# ## As fast as FP16?
+# ## Quantized variants against FP16
 #
-# Each quantized variant against FP16 with the same attention and execution. The weights are smaller either way.
+# How many times faster each quantized variant is than FP16 with the same attention and execution. The weights are
+# smaller either way.
 
 # %%
 tables.table(speed.against_fp16(study), none="this study has no quantized variant beside its FP16 counterpart")
 
 # %% [markdown]
-# ## Which kernel was chosen
-#
-# Each layer of a fused variant has several implementations, and the fastest depends on the batch size, so they are
-# timed when the variant is loaded. *all blocks* is the captured pass with the weights of a whole block dequantized at
-# once: *by block* before the block runs, *ahead* while the block before it runs.
+# ## Images per second, from training to predictions
 
 # %%
-tables.table(speed.chosen(study), none="this study has no fused variant")
-
-# %% [markdown]
-# ## Are the outputs the same?
-#
-# The logits of the validation pictures against those of the eager network with the same weights, at the batch size
-# where they differ most. Variants that quantize their inputs too (W8A8, FP8) are another function than their reference.
-
-# %%
-tables.table(speed.agreement(study), columns.OF_VARIANTS, none="not recorded")
-
-# %% [markdown]
-# ## Memory held
-#
-# Dequantized weights of a block need one or two buffers, whatever the number of blocks. The scales of NF4 are expanded
-# when the network is made.
-
-# %%
-tables.table(speed.memory(study), columns.MEMORY)
-
-# %% [markdown]
-# ## Images per second
-
-# %%
-tables.table(speed.rates(study))
-
-# %% [markdown]
-# ## Test machine
-
-# %%
-tables.table(speed.conditions(study))
+tables.table(speed.rates(study), digits=0)
 
 # %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]
 speed.headline(study)
+
+# %% tags=["summary"]
+plots.ladder(speed.steps(study))

@@ -13,6 +13,7 @@ from vitlib.claims import claim as judging
 from vitlib.claims import quantities
 from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, Claim
 from vitlib.claims.quantities import Figure, Missing, exact
+from vitlib.report import plots
 from vitlib.study import records
 from vitlib.study.study import Study
 
@@ -175,29 +176,71 @@ def test_of_another_network_one_row_counts_the_claims(made):
     made.verdict("objective-size")
     frame = made.study.read("claims")
     assert list(frame.columns) == list(records.COLUMNS["claims"])
-    rows = claims.show(frame, "sensitivity", "objectives").text
-    assert rows["claim (source)"].tolist() == ["13 claims"]
-    assert rows["verdict"].tolist() == [f"{UNTESTED}: the network is not ViT-L/16 (4 blocks of width 128)"]
-    rows = claims.show(frame, "slides table").text
-    assert len(rows) == 3 and rows["claim (source)"].iloc[-1] == "9 claims"  # two need no measurement
-    assert rows["original (criterion)"].iloc[0].endswith("(at least 1 times the shortest possible time)")
+    untested = claims.show(frame, UNTESTED).text
+    assert untested["claim"].tolist() == ["claims about ViT-L/16: 41"] and untested["why"].item().endswith(
+        "(4 blocks of width 128)"
+    )
+    assert claims.show(frame, HOLDS_ONLY) == "*none*" and claims.counted(frame, HOLDS_ONLY) == "**0 of 55 claims**"
+    assert claims.photographs(made.study, None, frame) is None
+    text = claims.summary(made.study, frame, COSTS)
+    assert text.startswith(
+        "- **Of 55 claims of the original study, 2 hold, 12 do not hold and 41 cannot be tested here.**"
+    )
+    assert "41 because the network is not ViT-L/16" in text and " 14 claims only compare" in text
+    assert "[Vision Model Optimization with Quantization & Efficient Attention](https://" in text
     with pytest.raises(Missing, match="not ViT-L/16"):
         quantities.require(made.study)
+
+
+COSTS = pd.DataFrame(
+    {"preprocessing": ["its own", "the original's"], "weights": "fp32", "top1": 0.8, "difference": [0.0, -0.1]}
+).assign(difference_low=-0.12, difference_high=-0.08)
+
+
+def test_a_table_has_source_criterion_and_cases_as_small_text(made):
+    made.verdict("objective-size")
+    frame = made.study.read("claims").set_index("id", drop=False)
+    shown = claims.show(frame.loc[["objective-speed", "slides-kernel-time"]], HOLDS_ONLY)
+    assert list(shown.text) == ["claim", "original", "measured", "why"] and shown.record == "records/claims.csv"
+    html = shown.to_html()
+    assert "README, Objectives</small>" in html and "at least 2 times the speed</small>" in html
+    assert "batch 1: 0.4, batch 32: 2.5 times the speed<br><small>holds only at batch 32</small>" in html
+    kernel = claims.show(frame.loc[["slides-kernel-time"]], FAILS).text["measured"].item()
+    assert kernel.startswith("FP32 · SDPA: 0.301 (237.5 / 789.1), ") and kernel.endswith(
+        "times the shortest possible time"
+    )
+
+
+def test_a_figure_is_shown_with_its_interval_and_several_with_their_cases():
+    one = claim(2, "at least").model_copy(update={"unit": "times"})
+    assert one.text({"": Figure(3, 2.5, 3.5, "note")}) == "3 times (2.5 … 3.5) (note)"
+    assert one.text({"batch 1": Figure(3, 2.5, 3.5), "nf4-sdpa": exact(4)}) == "batch 1: 3, NF4 · SDPA: 4 times"
+    assert claim({"a": 1.0, "b": 2.0}, "at least").text({"a": exact(3), "b": exact(4)}) == "3, 4"  # as in the original
 
 
 def test_the_gallerys_records_give_verdicts_and_a_summary(tmp_path):
     """Without checkpoints; the original's contradictions are found whatever was measured."""
     shutil.copytree(GALLERY / "records", tmp_path / "records", ignore=shutil.ignore_patterns("traces", "*.npz"))
     study = Study.at(tmp_path)
-    frame = claims.verdicts(study).set_index("id")
+    frame = claims.verdicts(study).set_index("id", drop=False)
     assert not frame["verdict"].str.contains(quantities.OTHER_NETWORK).any()
     assert frame.loc["objective-speed", "verdict"] == f"{HOLDS_ONLY} at batch 32"
     assert frame.loc["own-top1", "verdict"] == FAILS and "31.1 points" in frame.loc["own-top1", "measured"]
     assert frame.loc["slides-kernel-time", "verdict"] == frame.loc["slides-attention-time", "verdict"] == FAILS
-    counted = claims.counts(frame)
-    assert counted.loc["all"].sum() == len(frame) == len(claims.load())
+    of = claims.counts(frame)
+    assert of.sum() == len(frame) == len(claims.load())
+    assert f"{of[FAILS]} of 55 claims" in claims.counted(frame, FAILS)
+    assert len(claims.show(frame, FAILS).text) == of[FAILS] and f"does not hold {of[FAILS]}" in repr(
+        plots.verdict_bars(of)
+    )
     summary = claims.summary(study, frame, study.read("preprocessing"))
-    assert f"**{counted.loc['all', FAILS]} do not hold**" in summary and "differ by **31 points**" in summary
+    assert f"{of[FAILS]} do not hold" in summary and "**31 points apart**" in summary
+    assert len(summary.split("**")[1]) <= 160 and "14 claims only compare the original's README" in summary
+    named = summary[summary.index("these do not hold") :].split("\n")[0]
+    assert named.count("→") == 4 and "closest" not in named and "read as" not in named
+    assert re.search(
+        r"fastest\*.*4-bit networks by 20 to 30 %\* .*, block 21 is the most sensitive\* \(block 21 →", named
+    )
 
 
 def test_eight_of_818_pictures_are_not_significant():

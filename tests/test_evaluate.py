@@ -18,6 +18,7 @@ from vitlib.network.verify import GateError
 from vitlib.pictures import synthetic
 from vitlib.pictures.decode import Decoded, Picture
 from vitlib.pictures.sources import DataError, Dataset
+from vitlib.report import layout
 from vitlib.study import files, params, records
 from vitlib.study.study import Study
 
@@ -92,7 +93,7 @@ def table(study, bench, measured, profiled):
         evaluate.memory(study, bench),
         evaluate.against_reference(study, bench, logits),
         evaluate.accuracy(study, bench, logits),
-        evaluate.cpu_latency(study, bench),
+        evaluate.cpu_latency(study, bench, measured.latencies),
         profiled.totals,
         clocks=measured.clocks,
     )
@@ -119,15 +120,46 @@ def test_every_measured_column_is_filled(table):
     assert ran[list(not_here)].isna().all(axis=None)
 
 
+def test_the_latency_of_one_picture_on_the_cpu_is_measured_once(study, bench, measured):
+    """Where the device is the CPU, the benchmark has it; without batch size 1 it is measured apart."""
+    one = measured.latencies.query("batch == 1").groupby("variant")["latency_ms"].median()
+    found = evaluate.cpu_latency(study, bench, measured.latencies).set_index("variant")["cpu_latency_ms"]
+    assert found.to_dict() == one.to_dict()
+    apart = evaluate.cpu_latency(study, bench, measured.latencies.query("batch == 4")).set_index("variant")
+    assert set(apart.index) == set(NAMES[:3]) and (apart["cpu_latency_ms"] > 0).all()
+
+
 def test_the_headline_is_a_few_sentences_and_names_no_identifier(table, checks):
     text = evaluate.headline(table, checks)
-    assert len(text.splitlines()) == 6  # accuracy, two batch sizes, size, not run, checks
+    first, *others = text.splitlines()
+    assert len(others) == 3  # speed, accuracy, what did not run and the checks that failed
+    assert "NF4 · SDPA" in first and "times smaller" in first and len(layout.plain(first).split(". ")[0]) <= 160
     assert "FlashAttention-2 needs a CUDA device" in text and "-sdpa" not in text
     assert "of 9" in text or "no picture changes class" in text
     same = table[table["variant"] == "fp32-sdpa"]
     same = pd.concat([same, same.assign(variant="fp16-sdpa", verdict="non-inferior", against_baseline="same")])
     text = evaluate.headline(same, checks[checks["reached"] == "yes"])
-    assert "no picture changes class" in text and "no variant is smaller" in text and "Failed" not in text
+    assert "FP16 · SDPA is **no smaller** than FP32; no picture changes class." in text
+    assert "Latency at batch size 1: equally fast within 2 %." in text and "Failed" not in text
+
+
+def test_a_study_of_one_variant_has_a_headline_and_a_figure(study, table, checks):
+    alone = table[table["variant"] == "fp32-sdpa"]
+    text = evaluate.headline(alone, checks[checks["reached"] == "yes"])
+    assert text.startswith("- FP32 · SDPA takes") and len(text.splitlines()) == 1
+    assert "FP32 out of the box" in repr(evaluate.hero(study, alone))
+    assert (study.folder / "hero.svg").read_text().startswith("<?xml")
+
+
+def test_the_finding_names_factors_and_the_change_of_accuracy(table):
+    quick = {"times_baseline": 7.35, "times_baseline_low": 7.1, "times_baseline_high": 7.6, "flips": 3}
+    quick |= {"against_baseline": "faster", "difference": 0.002, "difference_low": -0.002, "difference_high": 0.009}
+    rows = table[table["variant"].isin(["fp32-sdpa", "nf4-sdpa"])]
+    rows = pd.concat([rows[rows["variant"] == "fp32-sdpa"], rows[rows["variant"] == "nf4-sdpa"].assign(**quick)])
+    none = pd.DataFrame({"check": [], "found": [], "reached": []})
+    said = layout.plain(evaluate.headline(rows, none).splitlines()[0])
+    assert said.startswith("NF4 · SDPA is 7.3 times faster than FP32 at batch size 1 and ")
+    assert "Top-1 changes by +0.2 points (95 % interval -0.2 … +0.9). With all that a call needs it is" in said
 
 
 def test_a_variant_that_the_gate_refuses_keeps_its_row(bench):

@@ -1,6 +1,7 @@
 """What is trained, and that what is saved is what was trained."""
 
 import copy
+import re
 
 import pandas as pd
 import peft
@@ -12,6 +13,7 @@ from vitlib.finetune import Base, FinetuneError
 from vitlib.network import checkpoint, quantize
 from vitlib.pictures import decode, preprocess
 from vitlib.pictures.sources import DataError
+from vitlib.report import plots
 from vitlib.study import files, params
 from vitlib.study.study import Study
 from vitlib.training import adapters
@@ -97,7 +99,9 @@ def test_a_missing_base_or_data_folder_is_named(tmp_path, monkeypatch):
     with pytest.raises(FinetuneError, match="pretrain, random, a folder"):
         finetune.load_base(chosen, finetune.dataset(chosen))
     with pytest.raises(DataError, match="no data folder"):
-        finetune.dataset(finetune.open({"study": "unit", "data_source": "no/such/folder"}))
+        finetune.dataset(settings(data_source="no/such/folder"))
+    with pytest.raises(params.ParameterError, match="no data folder"):
+        finetune.open({"study": "unit", "data_source": "no/such/folder"})
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,6 @@ def test_a_missing_base_or_data_folder_is_named(tmp_path, monkeypatch):
     [
         ({}, ""),
         ({"data_source": "data/photographs"}, "trained on drawn flowers only"),
-        ({"base_model": "random"}, "leaves random weights frozen"),
         ({"base_model": "random", "method": "full"}, ""),
     ],
 )
@@ -140,18 +143,98 @@ def _pictures(base):
     return [decode.Picture(str(k), base.labels.folders[k % len(base.labels.folders)], None) for k in range(8)]
 
 
-def test_headline_names_the_best_epoch_the_merged_accuracy_and_copies(base):
-    history = pd.DataFrame({"epoch": [1, 2, 3], "top1": [0.7, 0.79, 0.78], "top5": 0.9, "images_per_s": 500.0})
-    history["valid_loss"] = [0.9, 0.5, 0.6]
-    rows = {"model_mb": [4.0, 1.0, 2.0], "top1": [0.776, 0.77, 0.77], "reload_difference": 0.0, "same_class": 1.0}
-    reloaded = pd.DataFrame(rows, index=["merged", "nf4", "int8"])
-    empty = decode.Decoded(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], [])
-    text = finetune.headline(history, reloaded, base, {"train": empty, "valid": empty})
-    assert "best epoch was 2 with 79.00 %" in text and "lowest in epoch 2 and rose afterwards" in text
-    assert "has Top-1 **77.60 %**, because its weights are rounded to FP16" in text
+@pytest.fixture
+def trained():
+    """A history that overfits, and what was found of the three checkpoints of 4 validation pictures."""
+    history = pd.DataFrame({"epoch": [1, 2, 3], "top1": [0.5, 1.0, 0.75], "top5": 0.9, "images_per_s": 1234.0})
+    history["train_loss"], history["valid_loss"] = [0.9, 0.5, 0.1], [0.9, 0.5, 0.6]
+    rows = {"model_mb": [4.0, 1.0, 2.0], "top1": [0.5, 0.5, 0.5], "same_class": [1.0, 0.75, 1.0]}
+    return history, pd.DataFrame(rows, index=["merged", "nf4", "int8"])
+
+
+def _split(base, count, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return decode.Decoded(
+        torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=draw), _pictures(base)[:count], []
+    )
+
+
+def test_headline_starts_with_the_accuracy_and_says_what_overfits(base, trained):
+    text = finetune.headline(settings(), *trained, base, {"train": _split(base, 8, 1), "valid": _split(base, 4)})
+    first = "- LoRA reaches **50.0 % Top-1** on 4 validation pictures of 3 classes after 3 epochs. "
+    assert text.startswith(first) and len(first) < 160
+    assert "8 pictures ran at about 1,200 images/s" in text and "changed Top-1 by 1 picture." in text
+    assert "best epoch was 2 with 100.0 %" in text
+    assert "**After epoch 2 the validation loss no longer falls** (0.50 → 0.60) while the training loss goes on" in text
+    assert "falling (0.50 → 0.10): the network overfits. " in text and "the base reached" not in text
     assert "No picture appears in both" in text
-    reloaded["top1"], history["valid_loss"] = 0.78, 0.5
-    one = decode.Decoded(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8), _pictures(base)[:1], [])
-    text = finetune.headline(history, reloaded, base, {"train": one, "valid": one})
-    assert "has Top-1 **78.00 %**." in text and "overfits" not in text
-    assert "**Training and validation share pictures** (1 exact and 0 near copies)" in text
+    assert "NF4 takes 4.0 times and INT8 2.0 times less memory than FP16. They give 1 and 0 of 4 pictures" in text
+    assert "another class than the FP16 checkpoint does, in batches of 32 (notebook 2" in text
+
+
+def test_headline_says_what_a_stand_in_reached_and_where_top1_rises_despite_overfitting(base, trained):
+    history, reloaded = trained
+    base.origin = {"kind": "stand-in", "top1": 0.7555012}
+    text = finetune.headline(
+        settings(),
+        history.assign(top1=[0.4, 0.45, 0.5]),
+        reloaded,
+        base,
+        {"train": _split(base, 8, 1), "valid": _split(base, 4)},
+    )
+    first = text.split(" The 95 %")[0]
+    assert first.endswith("after 3 epochs (the base reached 75.6 % on the same pictures).") and len(first) <= 160
+    assert "the network overfits, although Top-1 still rises (45.0 → 50.0 %). " in text
+
+
+def test_headline_without_top5_overfitting_or_rounding(base, trained):
+    history, reloaded = trained
+    history = history.assign(valid_loss=0.5, top1=0.5).drop(columns="top5")
+    text = finetune.headline(
+        settings(method="full"), history, reloaded, base, {"train": _split(base, 1, 1), "valid": _split(base, 4)}
+    )
+    assert text.startswith("- Training all weights reaches ") and "LoRA" not in text
+    assert not [word for word in ("Top-5", "overfits", "FP16 changed", "1 pictures") if word in text]
+
+
+def test_a_leak_is_said_with_its_weight(base, trained):
+    """Two of the four validation pictures are in training, one of them twice."""
+    valid = _split(base, 4)
+    leaked = decode.Decoded(valid.pixels[[0, 1, 1]], _pictures(base)[:3], [])
+    text = finetune.headline(settings(), *trained, base, {"train": leaked, "valid": valid})
+    assert "share 2 pictures** (3 exact and 0 near copies)" in text and "too high by at most 50.0 points" in text
+
+
+@pytest.mark.parametrize(
+    ("valid", "train", "epoch"),
+    [
+        ([0.9, 0.5, 0.6], [0.9, 0.8, 0.7], 2),  # risen by a fifth
+        ([0.98, 0.88, 0.90], [2.8, 0.14, 0.02], 2),  # flat, while training learns by heart
+        ([0.98, 0.88, 0.90], [2.8, 1.4, 1.2], None),  # noise
+        ([0.98, 0.88, 0.80], [2.8, 0.14, 0.02], None),
+        ([0.9, 0.5, 0.7], [0.9, 0.6, 0.8], None),  # both rise: it diverges
+        ([0.98], [2.8], None),
+    ],
+)
+def test_overfitting_needs_a_rising_validation_loss(valid, train, epoch):
+    history = pd.DataFrame({"epoch": range(1, len(valid) + 1), "valid_loss": valid, "train_loss": train, "top1": 0.5})
+    assert finetune.overfits_after(history) == epoch
+    plot = plots.learning_curves(history, epoch)
+    marked = [line for line in plot.figure.axes[0].lines if line.get_label().startswith("lowest")]
+    assert [list(line.get_xdata()) for line in marked] == ([[epoch, epoch]] if epoch else [])
+    assert ("it overfits" in repr(plot)) == bool(epoch) and "50.0 %" in repr(plot)
+
+
+def test_what_is_trained_is_said_without_adapters_that_are_not_there(base):
+    model = finetune.make_trainable(settings(method="full"), base)
+    table = finetune.parameter_table(model)
+    assert "adapters" not in table.index
+    said = finetune.trained(settings(method="full"), table)
+    assert "All weights are trained" in said and said.endswith("parameters are trained, all of the network.")
+    said = finetune.trained(settings(), finetune.parameter_table(finetune.make_trainable(settings(), base)))
+    assert "LoRA adds" in said and re.search(r"parameters are trained, [\d.]+ % of the network", said)
+
+
+def test_preprocessing_is_said_in_words(base):
+    said = finetune.preprocessing(base)
+    assert "resized to 32 × 32 pixels; its values are divided by 255; normalised with means 0.5, 0.5, 0.5" in said

@@ -1,5 +1,9 @@
 """A row a file, whatever the file; labels that the checkpoint does not know do not count."""
 
+import dataclasses
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +12,7 @@ from PIL import Image
 
 from vitlib import inference
 from vitlib.network import engine
+from vitlib.pictures import decode, sources
 from vitlib.pictures.sources import DataError
 from vitlib.report import plots, tables
 from vitlib.study import files, params, records, variants
@@ -110,25 +115,191 @@ def test_every_file_has_a_row_and_the_rate_its_conditions(predicted, study):
     assert study.settings.pictures not in str(about)  # no path of this machine
 
 
-def test_only_known_labels_count_for_accuracy(predicted):
+def test_only_known_labels_count_for_accuracy(study, predicted):
     predictor, frame, passed, _ = predicted
     rows = frame.set_index("file")
     names = {"2/a.png": "hard-leaved pocket orchid", "10/b.png": "globe thistle", "weeds/c.png": "", "d.png": ""}
     assert rows["label_name"].loc[list(names)].to_dict() == names
     right = sum(rows.loc[file, "name_1"] == name for file, name in names.items())
-    text = inference.headline(frame, predictor, 1.0, "Pixels differ.")
-    assert "** classified 4 pictures at 1 images/s on the CPU" in text and text.endswith("- Pixels differ.")
-    assert "skipped, each with its reason: 2." in text
-    assert f"The class of 2 is known: Top-1 **{50 * right:.2f} %**, Top-5 100.00 %." in text
+    text = inference.headline(study, frame, predictor, 1234.0, ["Said."], "Pixels differ.")
+    assert text.startswith(
+        f'- **FP32 · SDPA** classifies {right} of 2 pictures of the folder "pictures" correctly: '
+        f"Top-1 is **{50 * right:.1f} %**."
+    )
+    assert "The class of 2 more pictures is not known." in text and "Top-5" not in text  # of three classes
+    assert "- Said." in text and "From file to class: 1,200 images/s on the CPU. Pixels differ." in text
+    assert r"2 of 6 files were skipped: \.DS\_Store (hidden file of the system); 2\/broken\.jpg" in text
     grid = inference.grid(frame, passed, 12)
     assert len(grid["images"]) == 4 and grid["right"].count(True) == right and grid["right"].count(None) == 2
-    assert [", is " in title for title in grid["titles"]] == [mark is False for mark in grid["right"]]
+    assert ["; is " in title for title in grid["titles"]] == [mark is False for mark in grid["right"]]
+
+
+@pytest.mark.parametrize(("first", "split"), [("test/2/a.png", "test"), ("valid/2/a.png", "validation")])
+def test_the_split_is_named(study, predicted, first, split):
+    predictor, frame, *_ = predicted
+    own = changed(study, pictures="")
+    text = inference.headline(own, frame.assign(file=first), predictor, 1.0)
+    assert f" of 2 pictures of the {split} split correctly" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [({}, True), ({"throughput_img_s": 149.0}, False), ({"peak_vram_mb": 1.0}, False), ({"variant": "x"}, False)],
+)
+def test_the_network_alone_is_compared_where_decoding_limits(study, predicted, change, limit):
+    """At the batch size nearest to the one used, of the same variant on such a device."""
+    rows = [{"variant": "fp32-sdpa", "batch": 8, "throughput_img_s": 999.0}]
+    rows.append({"variant": "fp32-sdpa", "batch": 32, "throughput_img_s": 1234.0} | change)
+    rows[0] |= {name: value for name, value in change.items() if name != "throughput_img_s"}
+    study.write("variants", pd.DataFrame(rows).reindex(columns=records.COLUMNS["variants"]))
+    said = inference.headline(study, predicted[1], predicted[0], 100.0)
+    alone = "100 images/s on the CPU; the network alone does 1,234 (notebook 2, batch size 32), so reading and decoding"
+    assert (alone in said) == limit and ("the network alone" in said) == limit
+    elsewhere = inference.headline(changed(study, checkpoints_of="other"), predicted[1], predicted[0], 100.0)
+    assert "the network alone" not in elsewhere
+
+
+def _told(frame, guesses):
+    """The record with the probabilities (3,) of its first pictures in place of the network's."""
+    frame = frame.copy()
+    for row, probabilities in enumerate(guesses):
+        for rank, number in enumerate(np.argsort(probabilities)[::-1], 1):
+            frame.loc[row, [f"id_{rank}", f"name_{rank}"]] = number, NAMES[number]
+            frame.loc[row, f"probability_{rank}"] = probabilities[number]
+    return frame
+
+
+NAMES = ("hard-leaved pocket orchid", "globe thistle", "pink primrose")
+
+
+def test_the_most_confident_mistakes_come_first_each_beside_an_example(predicted):
+    predictor, frame, passed, _ = predicted
+    frame.loc[2:3, ["label", "label_name"]] = ["1", NAMES[2]], ["10", NAMES[1]]
+    told = _told(frame, [(0.1, 0.8, 0.1), (0.1, 0.9, 0.0), (0.1, 0.95, 0.0), (0.2, 0.5, 0.3)])
+    said, wrong = inference.mistakes(told, passed, predictor)
+    assert "**2 of 4 pictures are misclassified**, 1 of them with a probability above 90 %" in said
+    assert "mistake, pink primrose is called globe thistle (95.0 %)" in said
+    assert [title.replace(tables.NO_BREAK, " ") for title in wrong["titles"]] == [
+        *("globe thistle 95 %; is pink primrose", "for comparison: globe thistle"),
+        *("globe thistle 80 %; is hard-leaved pocket orchid", "for comparison: globe thistle"),
+    ]
+    assert list(wrong["right"]) == [False, None] * 2 and wrong["columns"] == 4
+    shown = [
+        np.asarray(passed.pictures[position].open()) for position in (2, 1, 0, 1)
+    ]  # the best example is the second
+    assert all(np.array_equal(*pair) for pair in zip(wrong["images"], shown, strict=True))
+    alone = _told(told, [(0.1, 0.8, 0.1), (0.9, 0.1, 0.0), (0.1, 0.95, 0.0), (0.2, 0.3, 0.5)])
+    _, wrong = inference.mistakes(alone, passed, predictor)
+    assert wrong["columns"] == 0 and list(wrong["right"]) == [False] * 4  # no example of each predicted class
+
+
+def test_without_mistakes_or_known_classes_that_is_said(study, predicted):
+    predictor, frame, passed, _ = predicted
+    told = _told(frame, [(0.9, 0.1, 0.0), (0.1, 0.9, 0.0)])
+    said, wrong = inference.mistakes(told, passed, predictor)
+    assert said == "No mistake: the classes of all 2 pictures are predicted correctly." and not wrong["images"]
+    unknown = told.assign(label="", label_name="")
+    said, wrong = inference.mistakes(unknown, passed, predictor)
+    assert "classes of these pictures are not known" in said and not wrong["images"]
+    text = inference.headline(study, unknown, predictor, 1.0, [said, inference.NOT_COMPARED])
+    assert text.startswith('- **FP32 · SDPA** classifies 4 pictures of the folder "pictures", most often as ')
+    assert "Top-1" not in text and said not in text and text.count("\n- ") == 1  # what is not known is no answer
+
+
+@pytest.fixture
+def compared(study, checkpoints, pre, tmp_path):
+    """A study whose notebook 2 classified 5 of 6 validation pictures; FP32 and NF4 differ on two of them."""
+    for number, name in enumerate(("1/a", "2/a", "2/b", "2/c", "10/a")):
+        for split in ("train", "valid"):
+            file = tmp_path / "data" / split / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng([number, split == "valid"]).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(file)
+    (tmp_path / "data" / "valid" / "2" / "aa.png").write_text("no picture")
+    chosen = changed(study, pictures="", data_source=str(tmp_path / "data"))
+    valid = decode.decode(sources.load(chosen.settings).splits["valid"], pre)
+    assert [picture.file for picture in valid.pictures] == [
+        f"valid/{n}.png" for n in ("1/a", "2/a", "2/b", "2/c", "10/a")
+    ]
+    chosen.write_json("environment", {"checksums": {"data": decode.checksum(valid)}})
+    labels = np.array([2, 0, 0, 0, 1])  # ids are in the checkpoint's order: 2, 10, 1
+    fp32 = 5.0 * np.eye(3, dtype=np.float32)[[2, 0, 0, 1, 1]]
+    nf4 = fp32.copy()
+    nf4[1], nf4[3] = (0, 1, 0), (0, 0, 9)
+    chosen.record("logits.npz").parent.mkdir(exist_ok=True)
+    np.savez(chosen.record("logits.npz"), labels=labels, **{"fp32-sdpa": fp32, "nf4-sdpa": nf4})
+    return chosen, inference.load(chosen), valid
+
+
+def test_pictures_of_the_disagreement_are_those_of_their_logits(compared):
+    study, predictor, valid = compared
+    said, found = inference.disagreement(study, predictor, 12)
+    assert "classes for **2 of 5** validation pictures: FP32 is right in 1, NF4 in 0, neither in 1." in said
+    assert [title.replace(tables.NO_BREAK, " ") for title in found["titles"]] == [
+        f"FP32: {NAMES[0]} 99 % · NF4: {NAMES[1]} 58 % · is {NAMES[0]}",
+        f"FP32: {NAMES[1]} 99 % · NF4: {NAMES[2]} 100 % · is {NAMES[0]}",
+    ]
+    assert list(found["right"]) == [False, None]
+    for image, row in zip(found["images"], (1, 3), strict=True):  # the files have the size of the network's input
+        assert np.array_equal(image, valid.pixels[row].permute(1, 2, 0).numpy())
+    assert len(inference.disagreement(study, predictor, 1)[1]["images"]) == 1
+    with np.load(study.record("logits.npz")) as stored:
+        arrays = dict(stored)
+    arrays["nf4-sdpa"][3] = arrays["fp32-sdpa"][3]
+    np.savez(study.record("logits.npz"), **arrays)
+    said, found = inference.disagreement(study, predictor, 12)
+    assert "**1 of 5** validation pictures: FP32 is right in 1, NF4 in 0." in said
+    assert len(found["images"]) == 1
+
+
+def test_pictures_that_notebook_2_did_not_classify_are_not_shown(compared, tmp_path):
+    study, predictor, _ = compared
+    for elsewhere in ({"pictures": str(tmp_path / "data" / "valid")}, {"checkpoints_of": "another"}):
+        said, found = inference.disagreement(changed(study, **elsewhere), predictor, 12)
+        assert "notebook 2 has no outputs for these pictures" in said and not found["images"]
+    assert "has no outputs" in inference.disagreement(Study.at(tmp_path / "outputs" / "new"), predictor, 12)[0]
+    with np.load(study.record("logits.npz")) as stored:
+        arrays = dict(stored)
+    np.savez(study.record("logits.npz"), **arrays | {"nf4-sdpa": arrays["fp32-sdpa"]})
+    said, found = inference.disagreement(study, predictor, 12)
+    assert (
+        said == "In notebook 2, NF4 and FP32 choose the same class for all 5 validation pictures."
+        and not found["images"]
+    )
+    np.savez(study.record("logits.npz"), labels=arrays["labels"], **{"fp32-sdpa": arrays["fp32-sdpa"]})
+    assert "did not run both" in inference.disagreement(study, predictor, 12)[0]
+    np.savez(study.record("logits.npz"), **arrays | {"labels": arrays["labels"][::-1]})
+    said, found = inference.disagreement(study, predictor, 12)
+    assert "not those that notebook 2 classified" in said and not found["images"]
+    np.savez(study.record("logits.npz"), **arrays)
+    valid = tmp_path / "data" / "valid" / "2"
+    shutil.copy(valid / "b.png", valid / "a.png")  # another picture of the same name and class
+    said, found = inference.disagreement(study, predictor, 12)
+    assert "not those that notebook 2 classified" in said and not found["images"]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "which"),
+    [("synthetic", "hub", "network"), ("data/mine", "generator", "base network"), ("data/mine", "hub", "")],
+)
+def test_photographs_for_a_network_that_knows_drawn_flowers_are_said(predicted, tmp_path, data, kind, which):
+    predictor, folder = predicted[0], tmp_path / "checkpoints" / "merged"
+    for name in ("merged", "nf4"):
+        about = {"parameters": {"data_source": data}, "origin": {"kind": kind, "base": "x"}}
+        records.write_json(about, folder.with_name(name) / "provenance.json")
+    loaded = dataclasses.replace(predictor.engine.loaded, folder=tmp_path / "checkpoints" / "nf4")
+    other = dataclasses.replace(predictor, engine=SimpleNamespace(loaded=loaded))
+    said = inference._drawn(other, "photographs")
+    assert said.startswith(f"**The {which} was trained on drawn flowers only**" if which else "") and bool(
+        said
+    ) == bool(which)
+    assert inference._drawn(other, "") == ""
 
 
 def test_a_folder_that_is_missing_or_empty_is_named(study, tmp_path):
-    with pytest.raises(DataError, match="no folder of pictures"):
+    with pytest.raises(params.ParameterError, match="no folder of pictures"):
         inference.open({"study": "unit", "pictures": "nowhere"})
-    with pytest.raises(DataError, match="no data folder"):
+    with pytest.raises(params.ParameterError, match="no data folder"):
         inference.open({"study": "unit", "data_source": "nowhere"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no picture"):
@@ -155,7 +326,8 @@ def test_without_a_readable_picture_every_file_has_its_row_and_later_cells_work(
     assert len(written) == 6 and set(written["status"]) == {"skipped"}
     assert written["id_1"].isna().all() and written["reason"].notna().all() and "empty file" in set(written["reason"])
     assert pd.isna(rate)
-    tables.table(inference.sample(frame), inference.PREDICTIONS).to_html()
+    assert tables.table(inference.sample(frame), inference.PREDICTIONS) == "*none*"
+    assert not inference.mistakes(frame, passed, predictor)[1]["images"]
     assert plots.picture_grid(**inference.grid(frame, passed, 12))._repr_html_().count("<img") == 0
-    said = inference.headline(frame, predictor, rate)
-    assert said == "- No picture could be read. Files skipped, each with its reason: 6."
+    said = inference.headline(study, frame, predictor, rate)
+    assert said.startswith("- No picture could be read. 6 of 6 files were skipped: ") and said.endswith(" ….")

@@ -1,10 +1,14 @@
 """What the README says of the gallery, of commands and of files is so."""
 
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from vitlib import speed
 from vitlib.report import run
+from vitlib.study import params
 from vitlib.study.study import Study
 
 ROOT = Path(__file__).parents[1]
@@ -12,16 +16,24 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GALLERY = Study.at(ROOT / "outputs" / "gallery" / "h200-vit-l16")
 
 
-def test_the_table_of_results_is_that_of_the_gallerys_records():
-    shown = README.partition("<!-- results")[2].partition("-->")[2].partition("<!-- end of results -->")[0]
-    assert shown.strip() == speed.readme_table(GALLERY).strip(), "put there what vitlib.speed.readme_table gives"
+def test_results_and_findings_are_those_of_the_gallery(tmp_path):
+    """The same command on a copy must change nothing."""
+    (tmp_path / "README.md").write_text(README)
+    copy = tmp_path / speed.GALLERY
+    shutil.copytree(GALLERY.folder, copy, ignore=shutil.ignore_patterns("*.ipynb", "shots", "screenshots", "traces"))
+    speed.publish(tmp_path)
+    assert (tmp_path / "README.md").read_text() == README, "run: python -m vitlib.speed"
+    drawn = [re.sub(r"[\d.]+", "#", (folder / "hero.svg").read_text()) for folder in (copy, GALLERY.folder)]
+    assert len(drawn[0]) == pytest.approx(len(drawn[1]), rel=0.05)  # another matplotlib draws glyphs otherwise
+    assert len(README.splitlines()) <= 200
 
 
-def test_factors_in_the_text_are_those_of_the_records():
-    ladder = speed.ladder(GALLERY).set_index("variant")
-    for name, batch, digits in re.findall(r"<!-- (\S+) (\d+) -->([\d.]+)×", README):
-        found = float(ladder.loc[name, f"times faster, batch size {batch}"].split("\u00a0")[0])
-        assert f"{found:.{len(digits.partition('.')[2])}f}" == digits, (name, batch)
+def test_the_parameter_set_for_own_pictures_is_complete(tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(example)
+    params.remarks(
+        params.check(params.load(tmp_path / "mine.yaml") | {"data_source": "synthetic"}), set(params.MISSING)
+    )
 
 
 def test_every_file_that_is_named_exists():
@@ -37,10 +49,20 @@ def test_every_module_that_is_named_can_be_called():
 
 
 def test_the_map_names_every_module():
-    house = README.partition("## The house")[2]
+    house = README.partition("## The house")[2].partition("vitlib/\n")[2].partition("```")[0]
     modules = {path.stem for path in (ROOT / "vitlib").glob("*/*.py")} - {"__init__", "__main__"}
     modules -= {path.stem for path in (ROOT / "vitlib" / "claims").glob("*.py")}
     assert not {name for name in modules if not re.search(rf"\b{name}\b", house)}
+
+
+def test_messages_under_troubleshooting_are_real():
+    """Each is in quotes; what a message fills in is left out of it as an ellipsis."""
+    code = " ".join(path.read_text() for path in [*(ROOT / "vitlib").rglob("*.py"), ROOT / "Makefile"])
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    messages = re.findall(r"^\| `(.*?)` \|", README.partition("## Troubleshooting")[2], re.MULTILINE)
+    assert len(messages) >= 6
+    parts = [part.strip() for message in messages for part in message.split("…") if len(part.strip()) > 3]
+    assert [part for part in parts if part not in code] == []
 
 
 def test_its_notebooks_are_those_of_a_study():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +17,12 @@ from vitlib.network.engine import Engine
 from vitlib.network.testbench import Bench, engines_of
 from vitlib.network.testbench import prepare as prepare
 from vitlib.network.tuning import relative_error
-from vitlib.report.tables import Markdown
+from vitlib.report import plots
+from vitlib.report.tables import Markdown, number
 from vitlib.study import files, origin, provenance
 from vitlib.study.params import used_by
 from vitlib.study.study import Study
-from vitlib.study.variants import Variant, label
+from vitlib.study.variants import FORMATS, Variant, find, label
 
 open = Study.open
 
@@ -69,7 +70,7 @@ def accuracy(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> 
 def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """Outputs of each variant against those of the eager network with the same weights, a row a batch size.
 
-    Fused variants and CUDA graphs have kernels of their own for each batch size; the others are compared at the
+    On a GPU, fused variants and CUDA graphs have kernels of their own for each batch size; all else is compared at the
     evaluation's. NaN where the reference is the variant itself or did not run.
     """
     rows = []
@@ -79,7 +80,7 @@ def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Ten
             error = agreement = np.nan
             if reference in logits and reference != variant.name:
                 own, expected = logits[variant.name], logits[reference]
-                if variant.fused or variant.graphed:
+                if (variant.fused or variant.graphed) and bench.device.type == "cuda":
                     own = engine.logits(bench.engines[variant.name], bench.valid.pixels, size)
                 error = relative_error(own, expected)
                 error = np.inf if np.isnan(error) else error  # missing means not measured
@@ -109,7 +110,9 @@ def measure(study: Study, bench: Bench) -> Measured:
     latencies, rates = (_in_order(frame, list(bench.engines)) for frame in (latencies, rates))
     study.write("latency", latencies)
     study.write("throughput", rates)
-    return Measured(latencies, benchmark.speed(latencies, rates, bench.baseline), clocks.summary())
+    table = benchmark.speed(latencies, rates, bench.baseline)
+    table.attrs = latencies.attrs
+    return Measured(latencies, table, clocks.summary())
 
 
 def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
@@ -119,15 +122,20 @@ def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
     return frame.sort_values("variant", key=lambda names: names.map(variants.index), kind="stable", ignore_index=True)
 
 
-def cpu_latency(study: Study, bench: Bench) -> pd.DataFrame:
-    """Median latency of one picture on this machine's CPU in `cpu_latency_ms`, for variants without a CUDA graph."""
+def cpu_latency(study: Study, bench: Bench, latencies: pd.DataFrame) -> pd.DataFrame:
+    """Median latency of one picture on this machine's CPU in `cpu_latency_ms`, for variants without a CUDA graph.
+
+    On a CPU it is among the `latencies` of `measure`, where that has batch size 1.
+    """
     cpu, cuda = torch.device("cpu"), bench.device.type == "cuda"
-    # Beside a GPU only unquantized ones: bitsandbytes takes seconds per picture for ViT-L/16 on a CPU.
-    chosen = [v for v in bench.ran() if not v.graphed and not (v.quantized and cuda)]
-    engines, _ = engines_of(chosen if study.settings.cpu_samples else [], bench.checkpoints, cpu, (1,))
-    calls = {name: bench.calls(runner, 1) for name, runner in engines.items()}
-    budget = timing.Budget(rounds=2, samples=study.settings.cpu_samples, seconds=5.0)
-    samples = timing.latency(calls, cpu, budget, study.settings.seed).rename(columns={"candidate": "variant"})
+    samples = latencies[(latencies["batch"] == 1) & (not cuda)]
+    if samples.empty:
+        # Beside a GPU only unquantized ones: bitsandbytes takes seconds per picture for ViT-L/16 on a CPU.
+        chosen = [v for v in bench.ran() if not v.graphed and not (v.quantized and cuda)]
+        engines, _ = engines_of(chosen if study.settings.cpu_samples else [], bench.checkpoints, cpu, (1,))
+        calls = {name: bench.calls(runner, 1) for name, runner in engines.items()}
+        budget = timing.Budget(rounds=2, samples=study.settings.cpu_samples, seconds=5.0)
+        samples = timing.latency(calls, cpu, budget, study.settings.seed).rename(columns={"candidate": "variant"})
     return samples.groupby("variant", sort=False)["latency_ms"].median().rename("cpu_latency_ms").reset_index()
 
 
@@ -231,23 +239,91 @@ def variants_table(study: Study, bench: Bench, *measured: pd.DataFrame, clocks: 
     return study.write("variants", table)
 
 
+def hero(study: Study, table: pd.DataFrame) -> plots.Plot:
+    """Size against latency of five variants of `variants_table`; also written to `hero.svg` beside the reports."""
+    return plots.hero(benchmark.points(table)).saved(study.folder / "hero.svg")
+
+
 def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
-    """What the table of variants and the checks of `validity` say, in a few sentences."""
+    """What the table of variants and the checks of `validity` say, in three or four sentences."""
     ran, baseline = table[table["status"] == "ok"], str(table["variant"].iloc[0])
     others = ran[ran["variant"] != baseline].drop_duplicates("variant").set_index("variant")
-    sentences = [_fastest(ran, batch) for batch in sorted({ran["batch"].min(), ran["batch"].max()})]
+    lines = [_finding(benchmark.points(table)), _speed(ran, baseline)]
     if len(others):
-        sentences = [_quality(others), *sentences, _smallest(others, ran["model_mb"].iloc[0])]
-    for reason, rows in table[table["status"] != "ok"].groupby("reason", sort=False):
-        sentences.append(f"**Not run**: {', '.join(map(label, rows['variant']))} ({reason}).")
-    sentences.append(benchmark.failed(checks))
-    return Markdown("\n".join(f"- {sentence}" for sentence in sentences if sentence))
+        lines.append(_quality(others))
+    missing = table[table["status"] != "ok"].groupby("reason", sort=False)["variant"]
+    limits = [f"**Not run**: {_listed(names)} ({reason})." for reason, names in missing]
+    lines.append(" ".join(filter(None, [*limits, benchmark.failed(checks)])))
+    return Markdown("\n".join(f"- {line}" for line in lines if line))
+
+
+def _finding(points: pd.DataFrame) -> str:
+    """What the best of `benchmark.points` gains and loses against the baseline; its first sentence is the finding."""
+    base, batch = points.iloc[0], f"at batch size {points['batch'].iloc[0]:.0f}"
+    if not points["best"].any():
+        ms, mb = number(base["latency_p50_ms"]), number(base["model_mb"])
+        return f"{label(base['variant'])} takes {ms} ms {batch} and {mb} MB."
+    best = points[points["best"]].iloc[0]
+    compared, smaller = _compared(best), _smaller(base["model_mb"] / best["model_mb"])
+    change, low, high = (f"{100 * best[f'difference{side}']:+.1f}" for side in ("", "_low", "_high"))
+    moved = f"Top-1 changes by {change} points (95 % interval {low} … {high})"
+    moved = moved if best["flips"] else "no picture changes class"
+    if best["against_baseline"] in ("faster", "slower"):
+        speed = compared.partition(" (")[0]
+        said = f"is **{speed}** than {base['weights'].upper()} {batch} and **{smaller}**; {moved}."
+    else:
+        said = f"is **{smaller}** than {base['weights'].upper()}; {moved}. Latency {batch}: {compared}."
+    whole = f"With all that a call needs it is {_smaller(base['peak_memory_mb'] / best['peak_memory_mb'])}."
+    return f"{label(best['variant'])} {said} {whole}"
+
+
+def _smaller(times: float) -> str:
+    if 1 / 1.05 < times < 1.05:
+        return "no smaller"
+    return f"{times:.1f} times smaller" if times > 1 else f"{1 / times:.1f} times larger"
+
+
+def _compared(row: pd.Series) -> str:
+    """How the latency of a row compares with the baseline's."""
+    times = Interval(*(row[f"times_baseline{side}"] for side in ("", "_low", "_high")))
+    return benchmark.in_words(times, row["against_baseline"], int(row["rounds"]))
+
+
+def _speed(ran: pd.DataFrame, baseline: str) -> str:
+    """What quantization out of the box does to latency, and the fastest variants."""
+    said, first = [], ran[ran["batch"] == ran["batch"].min()].set_index("variant")
+    plain = (Variant(name).name for name, row in FORMATS.items() if row.bits < 16 and not row.fused_only)
+    if found := [f"{label(name)} {_compared(first.loc[name])}" for name in plain if name in first.index[1:]]:
+        said.append(f"**Quantized out of the box**, batch size {first['batch'].iloc[0]:.0f}: {', '.join(found)}.")
+    for batch in sorted({ran["batch"].min(), ran["batch"].max()} if ran["variant"].nunique() > 1 else ()):
+        rows = ran[ran["batch"] == batch].set_index("variant")
+        name = str(rows["latency_p50_ms"].idxmin())
+        how = "the baseline" if name == baseline else _compared(rows.loc[name])
+        said.append(
+            f"**Fastest at batch size {batch:.0f}**: {label(name)}, {number(rows['latency_p50_ms'].min())} ms, {how}."
+        )
+    return " ".join(said) + _kernels_or_bits(first)
+
+
+def _kernels_or_bits(first: pd.DataFrame) -> str:
+    """Whether the speed of the fastest quantized variant is that of FP16 with the same execution; '' without both."""
+    quantized = [name for name in first.index if find(name).quantized]
+    name = first.loc[quantized, "latency_p50_ms"].idxmin() if quantized else ""
+    twin = f"fp16-{name.partition('-')[2]}"
+    if twin not in first.index or first["latency_p50_ms"].idxmin() == name:
+        return ""
+    times = first["latency_p50_ms"]
+    return (
+        f" {label(name)}, the fastest quantized variant at batch size {first['batch'].iloc[0]:.0f}, takes "
+        f"{times[name] / times[twin]:.2f} times as long as {label(twin)}: kernels make it fast, fewer bits make it "
+        "small."
+    )
 
 
 def _quality(rows: pd.DataFrame) -> str:
     n, worst, most = int(rows["n"].iloc[0]), str(rows["flips"].idxmax()), int(rows["flips"].max())
-    flips = f"{most} of {n} pictures change class with {label(worst)}, the most" if most else "no picture changes class"
-    names = {verdict: ", ".join(map(label, own)) for verdict, own in rows.groupby("verdict").groups.items()}
+    flips = f"at most {most} of {n} pictures change class ({label(worst)})" if most else "no picture changes class"
+    names = {verdict: _listed(own) for verdict, own in rows.groupby("verdict").groups.items()}
     if different := names.get("different"):
         said = f"differs from the baseline's for {different}"
     elif unknown := names.get("not shown"):
@@ -257,20 +333,7 @@ def _quality(rows: pd.DataFrame) -> str:
     return f"**Accuracy** {said}; {flips}."
 
 
-def _fastest(ran: pd.DataFrame, batch: float) -> str:
-    rows = ran[ran["batch"] == batch].set_index("variant")
-    times, sides = rows["latency_p50_ms"], [f"times_baseline{side}" for side in ("", "_low", "_high")]
-    said = [f"**Batch size {batch:.0f}**: the baseline {label(times.index[0])} takes {times.iloc[0]:.3g} ms"]
-    for words, name in (("the fastest", times.idxmin()), ("the slowest", times.idxmax())):
-        if name != times.index[0]:
-            row = rows.loc[name]
-            compared = benchmark.in_words(Interval(*row[sides]), row["against_baseline"], int(row["rounds"]))
-            said.append(f"{words}, {label(name)}, {times[name]:.3g} ms ({compared})")
-    return "; ".join(said) + "."
-
-
-def _smallest(rows: pd.DataFrame, whole: float) -> str:
-    name, least = str(rows["model_mb"].idxmin()), rows["model_mb"].min()
-    if whole < 1.05 * least:
-        return f"**Size**: no variant is smaller than the baseline's {whole:,.0f} MB of weights."
-    return f"**Size**: the smallest, {label(name)}, has {least:,.3g} MB of weights, {whole / least:.1f} times less."
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    """Variants in words, those beyond `most` as a number."""
+    words = [label(name) for name in names]
+    return ", ".join(words) if len(words) <= most + 1 else f"{', '.join(words[:most])} and {len(words) - most} more"

@@ -19,7 +19,7 @@ from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Dataset, Labels
 from vitlib.report.tables import Column, Markdown
 from vitlib.study import files, origin, provenance
-from vitlib.study.params import is_hub_id, used_by
+from vitlib.study.params import is_hub_id, missing, used_by
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 from vitlib.training import adapters, standin, trainer
@@ -35,6 +35,7 @@ HISTORY = {
     "images_per_s": Column("images/s", ",.0f"),
     "peak_vram_mb": Column("peak GPU memory (MB)", ",.0f"),
 }
+COPIES = {"file": "file", "other_file": "copy of", "correlation": Column("correlation", ".4f"), "kind": "kind"}
 RELOADED = {
     "checkpoint": "checkpoint",
     "disk_mb": Column("on disk (MB)", ",.2f"),
@@ -44,9 +45,19 @@ RELOADED = {
     "top1": Column("Top-1 (%)", ".2f", 100),
     "same_class": Column("same class (%)", ".2f", 100),
 }
+TOP = 5
+METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "Training all weights", "head": "Training the head alone"}
+TRAINED = {
+    "lora": "LoRA adds to each weight matrix *W* of attention and MLP a product *BA* of rank *r*, scaled by α / r, and "
+    "trains these adapters (Hu et al. 2021); *W* stays frozen.",
+    "qlora": "QLoRA stores the frozen weights in NF4 and trains LoRA adapters beside them (Dettmers et al. 2023).",
+    "full": "All weights are trained; there are no adapters.",
+    "head": "The encoder stays frozen, and there are no adapters.",
+}
 # ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
 MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
 RELOAD_TOLERANCE = 1e-3
+BATCH = 32  # of the comparison with the checkpoints
 
 
 class FinetuneError(RuntimeError):
@@ -84,9 +95,9 @@ def load_base(study: Study, dataset: Dataset) -> Base:
         model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
         pre = preprocess.new(settings.image_size)
     else:
+        if reason := missing("base_model", name):
+            raise FinetuneError(reason)
         folder = standin.demo_base(study, device) if name == "pretrain" else files.resolve(name)
-        if not (is_hub_id(name) or folder.is_dir()):
-            raise FinetuneError(f"base_model {name!r} is neither pretrain, random, a folder nor a Hub id (owner/name)")
         source, quantized = name if is_hub_id(name) else str(folder), settings.method == "qlora"
         pre = preprocess.load(source, revision or None)
         set_seed(settings.seed)  # the new head's initialisation
@@ -116,6 +127,18 @@ def describe(base: Base) -> pd.DataFrame:
     return pd.DataFrame([facts | {"parameters (M)": round(count / 1e6, 2), "new classes": len(base.labels.names)}])
 
 
+def preprocessing(base: Base) -> Markdown:
+    """What happens to every picture before the network sees it."""
+    about, side = base.preprocess.describe(), " × ".join(map(str, base.preprocess.side))
+    steps = [f"resized and cropped to {side} pixels" if about.get("do_center_crop") else f"resized to {side} pixels"]
+    if about.get("do_rescale"):
+        steps.append(f"its values are divided by {1 / about['rescale_factor']:g}")
+    if about.get("do_normalize"):
+        mean, std = (", ".join(f"{value:.3g}" for value in about[f"image_{name}"]) for name in ("mean", "std"))
+        steps.append(f"normalised with means {mean} and standard deviations {std} of red, green and blue")
+    return Markdown(f"Every picture is {'; '.join(steps)}.")
+
+
 def introduce(study: Study, base: Base) -> Markdown:
     """What the base is and what that means for accuracies; its facts go to `records/base.json`."""
     settings, about = study.settings, dict(base.origin)
@@ -126,8 +149,6 @@ def introduce(study: Study, base: Base) -> Markdown:
     if settings.base_model == "pretrain" and settings.data_source != "synthetic":
         text += "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** "
         text += "Expect low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
-    if settings.base_model == "random" and settings.method != "full":
-        text += f"\n\n**The method `{settings.method}` leaves random weights frozen.** Set `method` to `full`."
     return Markdown(text)
 
 
@@ -151,24 +172,37 @@ def make_trainable(study: Study, base: Base) -> nn.Module:
 
 
 def parameter_table(model: nn.Module) -> pd.DataFrame:
-    """Numbers of trainable and frozen parameters: rows head, adapters and encoder."""
+    """Numbers of trainable and frozen parameters: rows head, adapters (if any) and encoder."""
     rows = {"head": [0, 0], "adapters": [0, 0], "encoder": [0, 0]}
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # peft keeps the untrained head beside the trained one
             continue
         part = "head" if quantize.CLASSIFIER in name else "adapters" if "lora_" in name else "encoder"
         rows[part][0 if parameter.requires_grad else 1] += quantize.parameter_count(parameter)
-    return pd.DataFrame(rows, index=["trainable", "frozen"]).T
+    table = pd.DataFrame(rows, index=["trainable", "frozen"]).T
+    return table[table.any(axis=1)]
+
+
+def trained(study: Study, table: pd.DataFrame) -> Markdown:
+    """What `method` trains and how many of the parameters in `parameter_table` these are."""
+    count, every = table["trainable"].sum(), table.to_numpy().sum()
+    share = f"{100 * count / every:.2g} %" if count < every else "all"
+    said = f"{TRAINED[study.settings.method]} The new head starts from random weights and is always trained."
+    return Markdown(f"{said} {count:,} parameters are trained, {share} of the network.")
 
 
 def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded]) -> pd.DataFrame:
-    """Fine-tune in place; returns and writes `records/finetune.csv`."""
+    """Fine-tune in place; returns and writes `records/finetune.csv`, returned without what was not measured.
+
+    Top-5 of at most five classes, which is always 100 %, is left out too.
+    """
     names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
     about = {name: getattr(study.settings, name) for name in names}
     where = {"folder": study.training("finetune"), "device": base.device, "resume": study.settings.resume}
     examples, recipe = {s: Examples.of(decoded[s], base.labels) for s in ("train", "valid")}, Recipe.of(study.settings)
     history = trainer.train(model, examples, pre=base.preprocess, recipe=recipe, about=about, **where)
-    return study.write("finetune", history)
+    shown = study.write("finetune", history).dropna(axis="columns", how="all")
+    return shown if len(base.labels.names) > TOP else shown.drop(columns="top5")
 
 
 def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:
@@ -217,14 +251,14 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
     """
     rows, truth = [], base.labels.ids(valid.pictures).numpy()
     memory = checkpoint.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
-    expected = engine.logits(engine.Engine(memory), valid.pixels, 32)
+    expected = engine.logits(engine.Engine(memory), valid.pixels, BATCH)
     for name, path in paths.items():
         loaded = checkpoint.load(path.parent, Variant("fp16" if name == "merged" else name), base.device)
-        found = engine.logits(engine.Engine(loaded), valid.pixels, 32)  # in batches that the first 64 fill
+        found = engine.logits(engine.Engine(loaded), valid.pixels, BATCH)  # in batches that the first 64 fill
         saved_from = expected[:64]
         if name != "merged":
             again = checkpoint.quantize_checkpoint(paths["merged"], name, base.device)
-            saved_from = engine.logits(engine.Engine(replace(memory, model=again)), valid.pixels[:64], 32)
+            saved_from = engine.logits(engine.Engine(replace(memory, model=again)), valid.pixels[:64], BATCH)
         difference = tuning.relative_error(found[:64], saved_from)
         if not difference <= RELOAD_TOLERANCE:
             raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
@@ -235,45 +269,79 @@ def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: D
     return pd.DataFrame(rows).set_index("checkpoint", drop=False)
 
 
-def headline(history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]) -> Markdown:
+def headline(
+    study: Study, history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]
+) -> Markdown:
     """What the records say, in a few sentences."""
-    last, best = history.iloc[-1], history.loc[history["top1"].idxmax()]
-    merged, device = 100 * reloaded.loc["merged", "top1"], "GPU" if base.device.type == "cuda" else "CPU"
-    why = "" if abs(merged - 100 * last["top1"]) < 0.005 else ", because its weights are rounded to FP16"
-    lines = [
-        f"After {last['epoch']:.0f} epochs on {len(decoded['train'].pictures):,} pictures of {len(base.labels.names)} "
-        f"classes, Top-1 is **{100 * last['top1']:.2f} %** and Top-5 {100 * last['top5']:.2f} % of "
-        f"{len(decoded['valid'].pictures):,} validation pictures. The best epoch was {best['epoch']:.0f} with "
-        f"{100 * best['top1']:.2f} %. The last epoch is saved: choosing the best on the validation pictures would bias "
-        "their accuracy upwards." + _overfits(history),
-        f"The merged FP16 checkpoint, which the other notebooks start from, has Top-1 **{merged:.2f} %**{why}.",
-        _copies(decode.duplicates({split: decoded[split] for split in ("train", "valid")})["kind"]),
-        f"Training ran at {history['images_per_s'].median():,.0f} images/s on the {device}.",
-        _quantized(reloaded),
-    ]
+    last, best, valid = history.iloc[-1], history.loc[history["top1"].idxmax()], len(decoded["valid"].pictures)
+    merged, device = reloaded.loc["merged", "top1"], "GPU" if base.device.type == "cuda" else "CPU"
+    (low, high), rate = stats.wilson(round(merged * valid), valid), history["images_per_s"].median()
+    epochs, trained = _count(last["epoch"], "epoch"), _count(len(decoded["train"].pictures), "picture")
+    known = 0 if study.settings.limit else base.origin.get("top1", 0)  # of a stand-in, on the whole split
+    before = f" (the base reached {100 * known:.1f} % on the same pictures)" if known else ""
+    first = (
+        f"{METHODS[study.settings.method]} reaches **{100 * merged:.1f} % Top-1** on {valid:,} validation pictures "
+        f"of {len(base.labels.names)} classes after {epochs}{before}. The 95 % interval is {100 * low:.1f} … "
+        f"{100 * high:.1f} %. Training on {trained} ran at about {float(f'{rate:.2g}'):,g} images/s on the {device}."
+    )
+    if "top5" in history:
+        first += f" Top-5 is {100 * last['top5']:.1f} %."
+    if changed := round(valid * abs(merged - last["top1"])):
+        first += f" Rounding to FP16 changed Top-1 by {_count(changed, 'picture')}."
+    chosen = "The last epoch is saved: to choose the best on the validation pictures would bias their accuracy upwards."
+    if best["epoch"] != last["epoch"]:
+        chosen = f"The best epoch was {best['epoch']:.0f} with {100 * best['top1']:.1f} %. {chosen}"
+    copies = decode.duplicates({split: decoded[split] for split in ("train", "valid")})
+    lines = [first, f"{_overfits(history)}{chosen}", _copies(copies, valid), _quantized(reloaded, valid)]
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
+def _count(number: float, what: str) -> str:
+    return f"{number:,.0f} {what}" if number == 1 else f"{number:,.0f} {what}s"
+
+
+def overfits_after(history: pd.DataFrame) -> int | None:
+    """The epoch of the lowest validation loss where the network overfits from then on, else None.
+
+    It does where that loss has risen by a tenth while the training loss fell, or by a hundredth while it halved.
+    """
+    curves = history.set_index("epoch")[["valid_loss", "train_loss"]]
+    lowest = curves["valid_loss"].idxmin()
+    rise, fall = curves.iloc[-1] / curves.loc[lowest]
+    return int(lowest) if (rise > 1.1 and fall < 1) or (rise > 1.01 and fall < 0.5) else None
+
+
 def _overfits(history: pd.DataFrame) -> str:
-    """A sentence where the validation loss has risen by more than a tenth since its minimum, else ''."""
-    loss, epoch = history["valid_loss"], history["epoch"].loc[history["valid_loss"].idxmin()]
-    said = f" The network overfits: its validation loss was lowest in epoch {epoch:.0f} and rose afterwards."
-    return said if loss.iloc[-1] > 1.1 * loss.min() else ""
-
-
-def _copies(kinds: pd.Series) -> str:
-    if kinds.empty:
-        return "No picture appears in both training and validation."
-    exact, near = (kinds == "exact").sum(), (kinds == "near").sum()
-    said = f"**Training and validation share pictures** ({exact} exact and {near} near copies), so the accuracy may "
-    return said + "be too high by up to their share."
-
-
-def _quantized(reloaded: pd.DataFrame) -> str:
-    size, same = reloaded["model_mb"], 100 * reloaded["same_class"]
-    nf4, int8 = (size["merged"] / size[name] for name in ("nf4", "int8"))
+    """A sentence where the network overfits, else ''."""
+    if (epoch := overfits_after(history)) is None:
+        return ""
+    before, last = history.set_index("epoch").loc[epoch], history.iloc[-1]
+    valid, train = (f"{before[loss]:.2f} → {last[loss]:.2f}" for loss in ("valid_loss", "train_loss"))
+    risen = f", although Top-1 still rises ({100 * before['top1']:.1f} → {100 * last['top1']:.1f} %)"
     return (
-        f"After loading, the FP16 checkpoint gives the same logits (relative difference "
-        f"{reloaded.loc['merged', 'reload_difference']:.0e}). NF4 takes {nf4:.1f} and INT8 {int8:.1f} times less "
-        f"memory; {same['nf4']:.1f} % and {same['int8']:.1f} % of the pictures keep their class."
+        f"**After epoch {epoch} the validation loss no longer falls** ({valid}) while the training loss goes on "
+        f"falling ({train}): the network overfits{risen if last['top1'] > before['top1'] else ''}. "
+    )
+
+
+def _copies(found: pd.DataFrame, valid: int) -> str:
+    """What copies between training and validation mean for the accuracy; `valid` pictures were tested."""
+    if found.empty:
+        return "No picture appears in both training and validation."
+    count, exact = found["file"].nunique(), (found["kind"] == "exact").sum()
+    return (
+        f"**Training and validation share {_count(count, 'picture')}** ({exact} exact and {len(found) - exact} near "
+        "copies): the network is tested on what it was trained on, and Top-1 may be too high by at most "
+        f"{100 * count / valid:.1f} points."
+    )
+
+
+def _quantized(reloaded: pd.DataFrame, valid: int) -> str:
+    """What NF4 and INT8 save, and how many of the `valid` pictures change class."""
+    size, changed = reloaded["model_mb"], (valid * (1 - reloaded["same_class"])).round().astype(int)
+    nf4, int8 = (f"{size['merged'] / size[name]:.1f} times" for name in ("nf4", "int8"))
+    return (
+        f"NF4 takes {nf4} and INT8 {int8} less memory than FP16. They give {changed['nf4']} and {changed['int8']} of "
+        f"{valid:,} pictures another class than the FP16 checkpoint does, in batches of {BATCH} (notebook 2 compares "
+        "with its own baseline and batch size)."
     )

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from vitlib.measure import stats
 from vitlib.network import attention, checkpoint, stream, verify
 from vitlib.network.engine import Engine
-from vitlib.pictures import sources
+from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Picture
-from vitlib.report.tables import Markdown
-from vitlib.study import files, records, variants
+from vitlib.report.tables import NO_BREAK, Column, Markdown, text
+from vitlib.study import files, origin, records, variants
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 
 TOP = 5
-PREDICTIONS = {"file": "file", "status": "status", "label_name": "class"}
-PREDICTIONS |= {f"guess_{rank}": f"prediction {rank}" for rank in (1, 2, 3)} | {"reason": "reason"}
+LIMITED = 1.5  # times the rate from file to class that the network alone does where decoding is said to limit it
+PREDICTIONS = {"file": "file", "label_name": "class", "name_1": "prediction"}
+PREDICTIONS |= {"probability_1": Column("probability (%)", ".1f", 100), "name_2": "second", "name_3": "third"}
+FAULTS = {"file": "file", "reason": "reason"}
+NOT_KNOWN = Markdown("The classes of these pictures are not known, so mistakes cannot be found.")
+NOT_COMPARED = Markdown("NF4 and FP32 are not compared: notebook 2 has no outputs for these pictures.")
 
 
 class OtherPictures(ValueError):
@@ -52,16 +57,14 @@ class Predictor:
 
 
 def open(namespace: dict[str, object]) -> Study:
-    """The study of the notebook's parameters (call it with `globals()`). DataError where its pictures are missing.
+    """The study of the notebook's parameters (call it with `globals()`). ParameterError where pictures are missing.
 
     OtherPictures where `pictures` names a folder and the study has predictions of other pictures, which its page shows.
     """
     study = Study.open(namespace)
     settings = study.settings
     if not settings.pictures:
-        sources.check_source(settings)
         return study
-    _folder(settings.pictures)
     known = study.read_json("inference").get("source") if study.has("inference.json") else None
     if study.has("predictions") and known != _source(settings.pictures):
         raise OtherPictures(
@@ -69,13 +72,6 @@ def open(namespace: dict[str, object]) -> Study:
             f"and `checkpoints_of` to {settings.checkpoints_of or study.name!r}, the study whose checkpoints are used"
         )
     return study
-
-
-def _folder(pictures: str) -> Path:
-    folder = files.resolve(pictures)
-    if not folder.is_dir():
-        raise sources.DataError(f"there is no folder of pictures {pictures!r} (relative to the project's root)")
-    return folder
 
 
 def _source(pictures: str) -> str:
@@ -87,10 +83,10 @@ def load(study: Study) -> Predictor:
     """The variant of the parameter set, with the checkpoints of `checkpoints_of` or of the study itself."""
     checkpoint.quiet_libraries()
     settings = study.settings
-    origin = Study.of(settings.model_copy(update={"study": settings.checkpoints_of or study.name}))
+    source = Study.of(settings.model_copy(update={"study": settings.checkpoints_of or study.name}))
     device = checkpoint.pick_device(settings.device)
-    variant, why = choose(origin, device)
-    loaded = checkpoint.load(origin.checkpoints, variant, device)
+    variant, why = choose(source, device)
+    loaded = checkpoint.load(source.checkpoints, variant, device)
     return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)), why)
 
 
@@ -133,7 +129,7 @@ def find_pictures(study: Study) -> tuple[list[Picture], list[tuple[str, str]]]:
     """
     settings = study.settings
     if settings.pictures:
-        found, skipped = sources.pictures_below(_folder(settings.pictures), settings.max_megapixels)
+        found, skipped = sources.pictures_below(files.resolve(settings.pictures), settings.max_megapixels)
         if not (found or skipped):
             raise sources.DataError(f"the folder {settings.pictures!r} holds no picture")
         return found, skipped
@@ -176,47 +172,175 @@ def _rows(passed: stream.Passed, labels: sources.Labels) -> pd.DataFrame:
     return frame
 
 
-def sample(frame: pd.DataFrame, rows: int = 12) -> pd.DataFrame:
-    """Rows spread over the files, with the three best names and their probabilities as `guess_1` … `guess_3`."""
-    shown = frame.iloc[_chosen(len(frame), rows)].copy()
-    for rank in (1, 2, 3):
-        pairs = zip(shown[f"name_{rank}"], shown[f"probability_{rank}"], strict=True)
-        shown[f"guess_{rank}"] = ["" if pd.isna(p) else f"{name} ({100 * p:.1f} %)" for name, p in pairs]
-    return shown
+def sample(frame: pd.DataFrame, rows: int = 8) -> pd.DataFrame:
+    """Pictures spread over the files."""
+    read = frame[frame["status"] == "ok"]
+    return read.iloc[_chosen(len(read), rows)]
 
 
-def grid(frame: pd.DataFrame, passed: stream.Passed, count: int) -> dict[str, list]:
-    """Pictures spread over the files, for `plots.picture_grid`: uint8 images (h, w, 3), titles, and which are right.
+def grid(frame: pd.DataFrame, passed: stream.Passed, count: int) -> dict[str, object]:
+    """Pictures spread over the files, with the prediction and whether it is right, for `plots.picture_grid`."""
+    shown = []
+    for row in frame.iloc[_chosen(len(passed.pictures), count)].itertuples():  # the readable pictures come first
+        right = row.name_1 == row.label_name if row.label_name else None
+        shown.append((passed.pictures[row.Index], _guess(row, right is False), right))
+    return _looks(shown)
 
-    They are read again, as no pixels are kept.
-    """
-    chosen = _chosen(len(passed.pictures), count)
-    rows = frame.iloc[chosen]  # the readable pictures come first
-    found = {"images": [passed.look(position) for position in chosen], "titles": [], "right": []}
-    for name, guess, probability in zip(rows["label_name"], rows["name_1"], rows["probability_1"], strict=True):
-        right = None if not name else name == guess
-        found["titles"].append(f"{guess}\n{100 * probability:.0f} %{f', is {name}' if right is False else ''}")
-        found["right"].append(right)
-    return found
+
+def _guess(row: tuple, wrong: bool = True) -> str:
+    return f"{row.name_1} {100 * row.probability_1:.0f}{NO_BREAK}%" + (f"; is {row.label_name}" if wrong else "")
+
+
+def _looks(shown: Sequence[tuple[Picture, str, bool | None]] = (), columns: int = 0) -> dict[str, object]:
+    """What `plots.picture_grid` takes. Pictures are read again, as no pixels are kept, to at most 320 × 320 pixels."""
+    images, (pictures, titles, right) = [], zip(*shown, strict=True) if shown else ((), (), ())
+    for image in (picture.open() for picture in pictures):
+        image.thumbnail((320, 320))
+        images.append(np.asarray(image))
+    return {"images": images, "titles": titles, "right": right, "columns": columns}
 
 
 def _chosen(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
-def headline(frame: pd.DataFrame, predictor: Predictor, rate: float, note: str = "") -> Markdown:
-    """What the record says, in a few sentences; `note` is what the decoder says about its pixels."""
-    loaded, read = predictor.engine.loaded, frame[frame["status"] == "ok"]
-    skipped = f" Files skipped, each with its reason: {len(frame) - len(read)}." if len(read) < len(frame) else ""
+def _known(frame: pd.DataFrame, labels: sources.Labels) -> pd.DataFrame:
+    """The pictures whose class the checkpoint knows, with `right` and `right_5`: whether Top-1 and Top-5 hold it."""
+    known = frame[frame["label"].isin(labels.folders)]
+    hits = known.filter(regex=r"^id_").eq(known["label"].map(labels.folders.index), axis=0)
+    return known.assign(right=hits["id_1"], right_5=hits.any(axis=1))
+
+
+def mistakes(
+    frame: pd.DataFrame, passed: stream.Passed, predictor: Predictor, count: int = 10
+) -> tuple[Markdown, dict[str, object]]:
+    """How many pictures are classified wrongly, and the most confident of them for `plots.picture_grid`.
+
+    Beside each is the best right example of the class that was predicted, where all of these classes have one.
+    """
+    known = _known(frame[frame["status"] == "ok"], predictor.engine.loaded.labels)
+    known = known.sort_values("probability_1", ascending=False, kind="stable")
+    wrong, example = known[~known["right"]], known[known["right"]].drop_duplicates("id_1").reset_index()
+    if wrong.empty:
+        none = f"No mistake: the classes of all {len(known):,} pictures are predicted correctly."
+        return Markdown(none) if len(known) else NOT_KNOWN, _looks()
+    example, shown = example.set_index("id_1")["index"], []
+    paired = bool(wrong["id_1"].head(count).isin(example.index).all())
+    for row in wrong.head(count).itertuples():
+        shown.append((passed.pictures[row.Index], _guess(row), False))
+        if paired:
+            shown.append((passed.pictures[example[row.id_1]], f"for comparison: {row.name_1}", None))
+    most, sure = wrong.iloc[0], int((wrong["probability_1"] > 0.9).sum()) or "none"
+    return Markdown(
+        f"**{len(wrong):,} of {len(known):,} pictures are misclassified**, {sure} of them with a probability above "
+        f"90 %. In the most confident mistake, {text(most['label_name'])} is called {text(most['name_1'])} "
+        f"({100 * most['probability_1']:.1f} %)."
+    ), _looks(shown, 4 if paired else 0)
+
+
+def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdown, dict[str, object]]:
+    """Where NF4 and FP32 choose different classes in notebook 2's logits, and pictures for `plots.picture_grid`.
+
+    A sentence without pictures where there is no such record, or where it is not of the study's validation pictures as
+    they are now: same pixels, names and labels.
+    """
+    settings, loaded = study.settings, predictor.engine.loaded
+    other = settings.pictures or settings.checkpoints_of not in ("", study.name)
+    if other or not (study.has("logits.npz") and study.has("environment.json")):
+        return NOT_COMPARED, _looks()
+    with np.load(study.record("logits.npz")) as stored:
+        ran = {variants.VARIANTS[name].weights: name for name in reversed(stored.files) if name in variants.VARIANTS}
+        if not {"fp32", "nf4"} <= ran.keys():
+            return Markdown("NF4 and FP32 are not compared: notebook 2 did not run both."), _looks()
+        truth, logits = stored["labels"], torch.from_numpy(np.stack([stored[ran["fp32"]], stored[ran["nf4"]]]))
+    found = sources.load(settings).splits["valid"]
+    decoded = decode.decode(found, loaded.preprocess, workers=settings.workers, what="valid")
+    valid, known = decoded.pictures, study.read_json("environment")["checksums"].get("data")
+    if decode.checksum(decoded) != known or not np.array_equal(loaded.labels.ids(valid), truth):
+        said = "The validation pictures as read here are not those that notebook 2 classified, so none is shown."
+        return Markdown(f"**{said}** Run notebook 2 again."), _looks()
+    best, ids = (values.numpy() for values in logits.softmax(dim=2).max(dim=2))
+    right, names, shown = ids == truth, loaded.labels.names, []
+    order = np.lexsort((-best.sum(axis=0), ~right.any(axis=0)))  # those that one of them gets right come first
+    differ = order[(ids[0] != ids[1])[order]]
+    if not len(differ):
+        return Markdown(
+            f"In notebook 2, NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."
+        ), _looks()
+    for at in differ[:count]:
+        told = [
+            f"{who}: {names[ids[k, at]]} {100 * best[k, at]:.0f}{NO_BREAK}%" for k, who in enumerate(("FP32", "NF4"))
+        ]
+        title = " · ".join([*told, f"is {names[truth[at]]}"])
+        shown.append((valid[at], title, bool(right[1, at]) if right[:, at].any() else None))
+    first, second = right[:, differ].sum(axis=1)
+    neither = len(differ) - first - second
+    return Markdown(
+        f"In notebook 2, NF4 and FP32 choose different classes for **{len(differ)} of {len(truth):,}** validation "
+        f"pictures: FP32 is right in {first}, NF4 in {second}{f', neither in {neither}' if neither else ''}."
+    ), _looks(shown)
+
+
+def headline(
+    study: Study, frame: pd.DataFrame, predictor: Predictor, rate: float, said: Sequence[str] = (), note: str = ""
+) -> Markdown:
+    """What the record says, in a few sentences: with those of `mistakes` and `disagreement`, and the decoder's note."""
+    read, labels = frame[frame["status"] == "ok"], predictor.engine.loaded.labels
     if read.empty:
-        return Markdown(f"- No picture could be read.{skipped}")
-    lines = [
-        f"- **{predictor.variant.label}** classified {len(read):,} pictures at {rate:,.0f} images/s on the "
-        f"{'GPU' if loaded.device.type == 'cuda' else 'CPU'}, from file to prediction.{skipped}"
-    ]
-    known = read[read["label"].isin(loaded.labels.folders)]
-    if len(known):
-        hits = known.filter(regex=r"^id_").eq(known["label"].map(loaded.labels.folders.index), axis=0)
-        top1, top5 = 100 * hits["id_1"].mean(), 100 * hits.any(axis=1).mean()
-        lines.append(f"- The class of {len(known)} is known: Top-1 **{top1:.2f} %**, Top-5 {top5:.2f} %.")
-    return Markdown("\n".join([*lines, f"- {note}"] if note else lines))
+        return Markdown(f"- No picture could be read. {_skipped(frame)}")
+    known, who, place = _known(read, labels), predictor.variant.label, _where(read, study.settings.pictures)
+    if known.empty:
+        most = ", ".join(f"{text(name)} ({count})" for name, count in read["name_1"].value_counts().head(3).items())
+        first = f"**{who}** classifies {len(read):,} pictures of {place}, most often as {most}."
+    else:
+        right, n = int(known["right"].sum()), len(known)
+        low, high = stats.wilson(right, n)
+        first = f"**{who}** classifies {right:,} of {n:,} pictures of {place} correctly: "
+        first += f"Top-1 is **{100 * right / n:.1f} %**. The 95 % interval is {100 * low:.1f} … {100 * high:.1f} %."
+        first += f" Top-5 is {100 * known['right_5'].mean():.1f} %." * (len(labels.names) > TOP)
+        first += f" The class of {len(read) - n:,} more pictures is not known." * (n < len(read))
+    speed = f"{_speed(study, predictor, rate)} {note} {_skipped(frame)}"
+    told = [one for one in said if one not in (NOT_KNOWN, NOT_COMPARED)]
+    lines = [first, _drawn(predictor, study.settings.pictures), *told, speed.strip()]
+    return Markdown("\n".join(f"- {line}" for line in lines if line))
+
+
+def _where(read: pd.DataFrame, pictures: str) -> str:
+    """The folder or the split of the study that was classified, as `find_pictures` chose it."""
+    if pictures:
+        return f'the folder "{text(files.resolve(pictures).name)}"'
+    return f"the {'test' if read['file'].iloc[0].startswith('test') else 'validation'} split"
+
+
+def _speed(study: Study, predictor: Predictor, rate: float) -> str:
+    """Images per second, and those of the network alone where notebook 2 measured far more on such a device."""
+    settings, cuda = study.settings, predictor.engine.loaded.device.type == "cuda"
+    said = f"From file to class: {float(f'{rate:.2g}'):,g} images/s on the {'GPU' if cuda else 'CPU'}"
+    own = settings.checkpoints_of in ("", study.name) and study.has("variants")
+    rows = study.read("variants") if own else pd.DataFrame(columns=records.COLUMNS["variants"])
+    rows = rows[(rows["variant"] == predictor.variant.name) & (rows["peak_vram_mb"].notna() == cuda)]
+    for row in rows.iloc[(rows["batch"] - settings.eval_batch_size).abs().argsort()[:1]].itertuples():
+        if row.throughput_img_s > LIMITED * rate:
+            said += (
+                f"; the network alone does {row.throughput_img_s:,.0f} (notebook 2, batch size {row.batch:.0f}), so "
+            )
+            said += "reading and decoding limit it"
+    return f"{said}."
+
+
+def _skipped(frame: pd.DataFrame) -> str:
+    """How many files were skipped and why, naming the first three; '' without one."""
+    rows = frame[frame["status"] == "skipped"]
+    named = "; ".join(f"{text(row.file)} ({text(row.reason)})" for row in rows.head(3).itertuples())
+    return f"{len(rows)} of {len(frame):,} files were skipped: {named}{' …' * (len(rows) > 3)}." if len(rows) else ""
+
+
+def _drawn(predictor: Predictor, pictures: str) -> str:
+    """A warning where a network that was trained on drawn flowers classifies a folder of other `pictures`, else ''."""
+    folder = predictor.engine.loaded.folder
+    file = folder / "provenance.json"
+    learned = records.read_json(file).get("parameters", {}).get("data_source") if file.is_file() else ""
+    base = origin.of_study(folder.parents[1]).get("kind")
+    which = "network" if learned == "synthetic" else "base network" if base == "generator" else ""
+    said = f"**The {which} was trained on drawn flowers only**: its predictions of photographs are not reliable."
+    return said if pictures and which else ""

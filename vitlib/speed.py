@@ -1,46 +1,36 @@
-"""Notebook 6: what each technique adds in speed, from the records of the study. Nothing is measured here."""
+"""Notebook 6: what each technique adds in speed, from the records of the study. Nothing is measured here.
 
+python -m vitlib.speed      writes the README's results and findings, and the gallery's hero.svg
+"""
+
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from vitlib.measure import benchmark, stats
-from vitlib.report import columns
-from vitlib.report.tables import MISSING, NO_BREAK, Markdown
-from vitlib.study import provenance
+from vitlib.report import cards, columns, page, plots, tables
+from vitlib.report.tables import MISSING, NO_BREAK, Markdown, estimate
+from vitlib.study import files
 from vitlib.study.study import Study
 from vitlib.study.variants import find, label
 
 open = Study.open
+GALLERY = "outputs/gallery/h200-vit-l16"  # whose results the README shows
+_MARKED = r"(<!-- {0}\b.*?-->\n).*?(?=<!-- end of {0} -->)"
 
 
 def variants(study: Study) -> pd.DataFrame:
-    """The rows of `records/variants.csv` that ran. A record of an earlier version has the checkpoint's GELU only."""
-    table = study.read("variants").query("status == 'ok'").astype({"batch": int})
-    return table if "gelu" in table else table.assign(gelu="checkpoint")
-
-
-def conditions(study: Study) -> pd.DataFrame:
-    """Hardware, software and commit of the measurement."""
-    made = study.read_json("environment")
-    facts = provenance.facts(made) | {"rounds": f"{made['parameters']['rounds']}, variants in random order"}
-    return pd.DataFrame(facts.items(), columns=["what", "this run"])
+    """The rows of `records/variants.csv` that ran."""
+    return study.read("variants").query("status == 'ok'").astype({"batch": int})
 
 
 def overview(study: Study) -> pd.DataFrame:
-    """The results as the README shows them, a row a variant, all text; weights with their buffers are "164.7 + 48"."""
-    rows = []
-    for name, own in variants(study).groupby("variant", sort=False):
-        first, last = own.sort_values("batch").iloc[[0, -1]].to_dict("records")
-        buffers = first.get("held_mb", np.nan) - first["model_mb"]
-        more = f" + {buffers:.0f}" if buffers >= 0.5 else ""  # none for NaN
-        row = {"variant": label(name), "weights (MB)": f"{first['model_mb']:,.1f}{more}"}
-        row |= {f"batch size {b} (ms)": _three(ms) for b, ms in zip(own["batch"], own["latency_p50_ms"], strict=True)}
-        row[f"batch size {last['batch']} (images/s)"] = f"{last['throughput_img_s']:,.0f}"
-        row |= {"Top-1 (%)": f"{100 * first['top1']:.2f}", "class changed": f"{first['flips']:.0f}"}
-        rows.append(row)
-    return pd.DataFrame(rows).fillna(MISSING)
+    """The results as the README shows them, a row a variant, all text, for the smallest and the largest batch size."""
+    table = variants(study)
+    ends = table[table["batch"].isin([table["batch"].min(), table["batch"].max()])]
+    return tables.table(*columns.speed(ends, "model_mb", "flips")).text
 
 
 def readme_table(study: Study) -> str:
@@ -50,9 +40,32 @@ def readme_table(study: Study) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _three(value: float) -> str:
-    """A number with three digits."""
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+def readme_findings(study: Study) -> str:
+    """The finding of each of the study's pages as a Markdown list with links, for a README at the project's root."""
+    found = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
+    said = (card for card in found if card["finding"] and "href" in card)
+    return "\n".join(f"- {_escaped(c['finding'])} ([{c['title']}]({GALLERY}/{c['href']}))" for c in said)
+
+
+def _escaped(plain: str) -> str:
+    """Plain text for Markdown; what only matters at the start of a line or in a pair of brackets stays readable."""
+    return re.sub(r"[\\`*_\[\]<>|$~]", lambda found: f"\\{found[0]}", plain)
+
+
+def publish(root: Path) -> None:
+    """Write results and findings between their markers in `root`'s README.md, and the gallery's `hero.svg`."""
+    study, readme = Study.at(root / GALLERY), root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, written in {"results": readme_table(study), "findings": readme_findings(study)}.items():
+        marked = re.compile(_MARKED.format(name), re.DOTALL)
+        text, count = marked.subn(lambda m, written=written: f"{m[1]}{written}\n", text)
+        if count != 1:
+            raise ValueError(
+                f"README.md has {count} places between <!-- {name} --> and <!-- end of {name} -->, not one"
+            )
+    with files.atomic_path(readme) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    plots.hero(benchmark.points(variants(study))).saved(study.folder / "hero.svg")
 
 
 def ladder(study: Study) -> pd.DataFrame:
@@ -62,19 +75,16 @@ def ladder(study: Study) -> pd.DataFrame:
     for name, technique, before in _climbed(table):
         row = {"variant": name, "technique": technique, "added to": label(before)}
         for batch in sorted(table["batch"].unique()):
-            own = table[(table["variant"] == name) & (table["batch"] == batch)]["latency_p50_ms"]
-            row[f"batch size {batch} (ms)"] = _three(own.iloc[0]) if len(own) else MISSING
-            row[f"times faster, batch size {batch}"] = _factor(latencies, before, name, batch) if before else ""
+            row[f"batch size {batch}"] = _factor(latencies, before, name, batch) if before else ""
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def steps(study: Study) -> pd.DataFrame:
-    """The latencies of the ladder, in its order, for `plots.ladder`."""
-    names = {"latency_p50_ms": "ms", "latency_low_ms": "ms_low", "latency_high_ms": "ms_high"}
-    table, order = variants(study), [name for name, *_ in _climbed(variants(study))]
-    table = table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
-    return table.assign(label=table["variant"].map(label)).rename(columns=names)
+    """The variants that ran in the order of the ladder, for `plots.ladder`."""
+    table = variants(study)
+    order = [name for name, *_ in _climbed(table)]
+    return table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
 
 
 def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
@@ -117,9 +127,7 @@ def _factor(latencies: pd.DataFrame, before: str, after: str, batch: int) -> str
     rounds = [benchmark.rounds_of(latencies, name, batch) for name in (before, after)]
     if not all(rounds):
         return MISSING
-    times = stats.times_faster(*rounds)
-    interval = "" if np.isnan(times.low) else f" ({times.low:.2f} … {times.high:.2f})"
-    return f"{times.estimate:.2f}{interval}".replace(" ", NO_BREAK)
+    return estimate(*stats.times_faster(*rounds))
 
 
 def against_fp16(study: Study) -> pd.DataFrame:
@@ -130,29 +138,9 @@ def against_fp16(study: Study) -> pd.DataFrame:
         other = "-".join(["fp16", *name.split("-")[1:]])
         if find(name).quantized and other in set(table["variant"]):
             batches = sorted(table["batch"].unique())
-            found = {f"times faster, batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
+            found = {f"batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
             rows.append({"variant": name, "compared with": label(other), **found})
     return pd.DataFrame(rows)
-
-
-def chosen(study: Study) -> pd.DataFrame:
-    """The implementations that fused variants use (`benchmark.chosen`); empty where the study has none."""
-    return benchmark.chosen(study.read("tuning")) if study.has("tuning") else pd.DataFrame()
-
-
-def agreement(study: Study) -> pd.DataFrame:
-    """Worst outputs of each variant against the eager network with the same weights; empty for records without them."""
-    table = variants(study)
-    if "relative_error" not in table:
-        return pd.DataFrame()
-    rows = columns.with_reference(table).groupby(["variant", "reference"], sort=False)
-    return rows.agg({"relative_error": "max", "agreement_with_reference": "min"}).reset_index()
-
-
-def memory(study: Study) -> pd.DataFrame:
-    """Megabytes of weights, and with the buffers for dequantized weights; a row a variant."""
-    table = variants(study).drop_duplicates("variant")
-    return table.assign(times_smaller=table["model_mb"].iloc[0] / table.get("held_mb", table["model_mb"]))
 
 
 def rates(study: Study) -> pd.DataFrame:
@@ -181,9 +169,25 @@ def headline(study: Study) -> Markdown:
         for words, name in fastest.items():
             rounds = [benchmark.rounds_of(latencies, each, batch) for each in (baseline, name)]
             said = benchmark.in_words(stats.times_faster(*rounds), stats.same_or_slower(*rounds), len(rounds[1]))
+            said = "the baseline itself" if name == baseline else f"against {label(baseline)} {said}"
             path = _path(latencies, climbed, name, batch)
-            lines.append(f"**Batch size {batch}**: {words} is {label(name)}, {_three(times[name])} ms, {said}.{path}")
-    return Markdown("\n".join(f"- {line}" for line in lines))
+            lines.append(
+                f"**Batch size {batch}**: {words} is {label(name)}, {tables.number(times[name])} ms, {said}.{path}"
+            )
+    return Markdown("\n".join(f"- {line}" for line in [*lines, _quantized(study)] if line))
+
+
+def _quantized(study: Study) -> str:
+    """The range of factors of quantized variants against FP16, for the smallest and the largest batch size."""
+    said, frame = [], against_fp16(study)
+    for column in dict.fromkeys([*frame.columns[2:3], *frame.columns[-1:]]):
+        factors = pd.to_numeric(frame[column].str.split(NO_BREAK).str[0], errors="coerce").dropna()
+        if len(factors):
+            ends = " to ".join(
+                f"{factors[at]:g} ({label(frame['variant'][at])})" for at in (factors.idxmin(), factors.idxmax())
+            )
+            said.append(f"at {column} {ends}")
+    return f"**Quantized weights against FP16 in the same execution**, times faster: {'; '.join(said)}." if said else ""
 
 
 def _path(latencies: pd.DataFrame, climbed: dict[str, tuple[str, str]], name: str, batch: int) -> str:
@@ -194,3 +198,7 @@ def _path(latencies: pd.DataFrame, climbed: dict[str, tuple[str, str]], name: st
         steps.insert(0, technique if factor == MISSING else f"{technique} {factor}×")
         name, (technique, before) = before, climbed[before]
     return f" Step by step: {', '.join(steps)}." if steps else ""
+
+
+if __name__ == "__main__":
+    publish(files.project_root())

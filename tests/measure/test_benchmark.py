@@ -46,7 +46,7 @@ def test_throughput_is_what_was_measured_at_that_batch_size():
     [
         (Interval(7.3, 7.1, 7.44), "faster", 20, "7.3 times faster (7.1 … 7.4)"),
         (Interval(0.4, 0.25, 0.5), "slower", 20, "2.5 times slower (2.0 … 4.0)"),
-        (Interval(1.03, 0.98, 1.05), "not shown", 20, "not shown to differ"),
+        (Interval(1.03, 0.98, 1.05), "not shown", 20, "1.03 times faster (0.98 … 1.05), not established by this run"),
         (Interval(1.0, 0.99, 1.01), "same", 20, "equally fast within 2 %"),
         (Interval(1.1, 0.9, 1.3), stats.TOO_FEW_ROUNDS, 4, "too few rounds to tell (8 needed, 4 run)"),
         (Interval(1.1, np.nan, np.nan), stats.TOO_FEW_ROUNDS, 1, "too few rounds to tell (8 needed, 1 run)"),
@@ -94,9 +94,13 @@ def test_clocks_that_differ_are_said():
 
 
 def test_failed_checks_are_named():
-    checks = pd.DataFrame({"check": ["nothing changed", "2 % slower", "clocks"], "reached": ["no", "no", "yes"]})
+    names = [f"{check}, batch size {size}" for size in (1, 8) for check in (benchmark.SAME, benchmark.SLOWER)]
+    found = ["81 of 100", "68 of 100", "100 of 100", "99 of 100", "7 %", "yes"]
+    reached = ["no", "no", "yes", "yes", "no", "yes"]
+    checks = pd.DataFrame({"check": [*names, "error of a tensor", "clocks"], "found": found, "reached": reached})
     text = benchmark.failed(checks)
-    assert "*nothing changed*; *2 % slower*" in text and "clocks" not in text
+    assert "At batch size 1 timings vary too much" in text and "19 were not called the same, and 32 missed" in text
+    assert "batch size 8" not in text and "**Failed checks**: *error of a tensor* (7 %)." in text
     assert benchmark.failed(checks.tail(1)) == ""
 
 
@@ -109,3 +113,38 @@ def test_chosen_implementations_have_a_column_a_batch_size():
     (found,) = benchmark.chosen(pd.DataFrame(rows)).to_dict("records")
     assert (found["batch size 1 (µs)"], found["batch size 8 (µs)"]) == (5.0, 9.0)
     assert benchmark.chosen(pd.DataFrame()).empty
+
+
+def variants(*rows: tuple[str, str, str, float, float]) -> pd.DataFrame:
+    """What `points` reads of variants.csv: weights, attention, execution, milliseconds at batch size 1, MB."""
+    frame = pd.DataFrame(rows, columns=["weights", "attention", "execution", "latency_p50_ms", "model_mb"])
+    frame = frame.assign(variant=frame["weights"] + "-" + frame["execution"], batch=1.0, status="ok", gelu="checkpoint")
+    return frame.assign(times_baseline=frame["latency_p50_ms"].iloc[0] / frame["latency_p50_ms"])
+
+
+def test_points_are_the_best_executions_and_the_best_of_them_is_small_and_fast():
+    table = variants(
+        ("fp32", "sdpa", "eager", 10.0, 1200.0),
+        ("fp16", "sdpa", "eager", 9.0, 600.0),
+        ("fp16", "direct", "fused", 2.0, 600.0),
+        ("nf4", "sdpa", "eager", 25.0, 150.0),
+        ("nf4", "direct", "fused", 3.0, 160.0),
+        ("nf4", "direct", "fused-graph", 1.5, 160.0),
+        ("w8a8", "direct", "fused", 2.5, 300.0),
+    )
+    slower = table.assign(batch=8.0, latency_p50_ms=1.0)
+    found = benchmark.points(pd.concat([table, slower])).set_index("variant")
+    assert list(found.index) == ["fp32-eager", "fp16-fused", "nf4-eager", "nf4-fused-graph", "w8a8-fused"]
+    assert list(found.index[found["best"]]) == ["nf4-fused-graph"]
+    other = variants(("fp8", "direct", "fused", 9.0, 300.0))
+    assert list(benchmark.points(pd.concat([table, other], ignore_index=True))["variant"])[-1] == "fp8-fused"
+    tanh = pd.concat([table, table.iloc[[5]].assign(variant="tanh", gelu="tanh", latency_p50_ms=0.1)])
+    assert "tanh" not in set(benchmark.points(tanh)["variant"])
+
+
+def test_points_of_a_small_study_are_all_that_ran():
+    others = variants(("fp32", "sdpa", "eager", 10.0, 12.0), ("int8", "sdpa", "eager", 20.0, 3.0))
+    missing = others.iloc[[1]].assign(variant="nf4-eager", weights="nf4", status="not run", batch=np.nan)
+    found = benchmark.points(pd.concat([others, missing]))
+    assert found[["variant", "best"]].to_numpy().tolist() == [["fp32-eager", False], ["int8-eager", True]]
+    assert benchmark.points(others.iloc[:1])["best"].tolist() == [False]

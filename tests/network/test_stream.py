@@ -112,7 +112,6 @@ def test_logits_are_those_of_decoding_first(checkpoints, pixels, batch_size):
     decoded = decode.decode(pictures, runner.loaded.preprocess)
     expected = engine.logits(runner, decoded.pixels, batch_size)
     torch.testing.assert_close(passed.logits, expected, rtol=0, atol=0)
-    assert (passed.look(2) == decoded.pixels[2].permute(1, 2, 0).numpy()).all()
 
 
 @pytest.mark.parametrize("decoder", ["pil", "nvjpeg"])

@@ -46,10 +46,10 @@ def tree(tmp_path) -> Path:
 
 
 def test_synthetic_pictures_are_drawn_when_opened_and_follow_the_seed():
-    dataset, again, other = (load("synthetic", pictures_per_class=4, image_size=16, seed=seed) for seed in (1, 1, 2))
+    dataset, again, other = (load("synthetic", pictures_per_class=6, image_size=16, seed=seed) for seed in (1, 1, 2))
     classes = len(synthetic.TARGET_CLASSES)
     counts = {split: len(pictures) for split, pictures in dataset.splits.items()}
-    assert counts == {"train": 4 * classes, "valid": 2 * classes, "test": 2 * classes}
+    assert counts == {"train": 6 * classes, "valid": 2 * classes, "test": 2 * classes}
     assert set(dataset.names) == set(dataset.classes("train"))
     first, same, changed = (np.asarray(d.splits["valid"][0].open()) for d in (dataset, again, other))
     assert first.shape == (16, 16, 3)
@@ -231,10 +231,6 @@ def test_folders_that_are_the_same_number_keep_one_order_and_an_unusual_digit_is
 def test_a_missing_folder_says_what_to_put_where(tmp_path):
     with pytest.raises(DataError, match=r"no data folder .*nowhere.*train/<class>/"):
         load(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no data folder"):
-        sources.check_source(params.check({"data_source": str(tmp_path / "nowhere")}))
-    for source in ("synthetic", "hub:someone/flowers", "torchvision:data", str(tmp_path)):
-        sources.check_source(params.check({"data_source": source}))
 
 
 def test_what_is_missing_from_a_data_set_is_named_before_training(tree):

@@ -10,7 +10,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from vitlib.report import page, tables
+from vitlib.report import page, run, tables
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
 
@@ -122,8 +122,8 @@ def test_a_page_needs_no_network_and_stays_small(folder):
     assert not re.findall(r"@import|url\(", text)
     assert len(text) < 100_000
     soup = BeautifulSoup(text, "html.parser")
-    assert soup.select_one("details.code:not([open]) summary").get_text() == "code"
-    assert [link["href"] for link in soup.select("nav a")] == ["2_evaluate.html", "index.html"]
+    assert soup.select_one("main .code pre") and not soup.select_one("#show-code").has_attr("checked")
+    assert [link["href"] for link in soup.select("header a")] == ["index.html", "2_evaluate.html"]
 
 
 def test_paths_are_shortened_and_what_only_begins_alike_stays(folder):
@@ -142,6 +142,28 @@ def test_only_the_last_state_of_a_progress_bar_is_kept():
     assert [output.text for output in cell.outputs] == ["100%\r\nx\n "]
 
 
+def test_a_page_shows_warnings_and_no_progress_bars(folder):
+    bar = new_output("stream", name="stderr", text="decoding: 100%|###| 9/9\ncareful\n")
+    text = BeautifulSoup(render(folder, bar, new_output("stream", name="stderr", text="1%|# |\n")), "html.parser")
+    (stream,) = text.select('[data-mime-type="application/vnd.jupyter.stderr"]')
+    assert stream.get_text().split() == ["careful"]
+
+
+def test_pages_are_rendered_again_with_the_facts_of_their_run(folder, capsys):
+    notebook = new_notebook(cells=[new_markdown_cell("# Title\n\nold")])
+    notebook.metadata["vitlib"] = {"hardware": "one H200", "commit": "0123456789", "made": "2020-01-02 03:04"}
+    page.write(notebook, folder / "2_evaluate.ipynb")
+    (folder / "2_evaluate.html").write_text("an old template")
+    assert run.main(["render", "--folder", str(folder)]) == 0
+    written = capsys.readouterr().out.splitlines()
+    assert written == ["outputs/demo/2_evaluate.html", "outputs/demo/index.html", "outputs/index.html"]
+    assert "one H200 · 0123456789 · 2020-01-02 03:04" in (folder / "2_evaluate.html").read_text()
+    assert "2020-01-02 03:04" in (folder / "index.html").read_text()
+    assert run.main(["render", "--study", "none"]) == 1
+    assert "no executed notebook in outputs/none" in capsys.readouterr().err
+    assert not (folder.parent / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("sources", "shown"),
     [
@@ -158,4 +180,4 @@ def test_a_page_is_named_by_its_notebooks_parameter(folder, sources, shown):
         for source, tag in zip(sources, ("parameters", "injected-parameters"), strict=False)
     ]
     text = page.page_of(new_notebook(cells=cells), folder.with_name("copy") / "2_evaluate.html")
-    assert BeautifulSoup(text, "html.parser").select_one("p.where").get_text().split() == [shown, "/", "2_evaluate"]
+    assert BeautifulSoup(text, "html.parser").select_one("a.home").get_text() == shown

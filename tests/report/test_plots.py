@@ -27,13 +27,11 @@ def table() -> pd.DataFrame:
 
 
 def test_figures_of_variants_name_them_in_words(table):
-    quality = records.read_table(GALLERY / "accuracy.csv")
     kernels = records.read_table(GALLERY / "kernels.csv")
     for plot in (
         plots.accuracy_against_latency(table, 1, margin=0.02),
-        plots.size_against_memory(table, 32),
         plots.throughput_by_batch(table),
-        plots.accuracy_intervals(quality, 0.02),
+        plots.ladder(table),
         plots.device_time_by_part(kernels, list(dict.fromkeys(kernels["part"]))),
     ):
         texts = drawn(plot)
@@ -41,11 +39,39 @@ def test_figures_of_variants_name_them_in_words(table):
         assert not set(texts) & set(variants.VARIANTS)
 
 
-def test_accuracy_is_shown_with_its_interval(table):
-    (axis,) = plots.accuracy_against_latency(table, 1, 0.02).figure.axes
-    rows = table[table["batch"] == 1]
-    low, high = axis.get_ylim()
-    assert low < 100 * rows["difference_low"].min() and high > 100 * rows["difference_high"].max()
+def test_only_a_variant_that_is_not_shown_to_be_as_good_has_an_interval(table):
+    for verdict, least in (("different", -40.0), ("not shown", -40.0), ("non-inferior", -10.0)):
+        rows = table.assign(verdict=np.where(table["variant"] == "nf4-sdpa", verdict, "non-inferior"))
+        rows["difference_low"] = rows["difference_low"].where(table["variant"] != "nf4-sdpa", -0.4)
+        low, _ = plots.accuracy_against_latency(rows, 1, 0.02).figure.axes[0].get_ylim()
+        assert (low < least) == (verdict != "non-inferior")
+
+
+def test_the_hero_says_what_its_arrow_shows(tmp_path):
+    rows = [
+        ("fp32-sdpa", 10.0, 1200.0, 1.0),
+        ("nf4-sdpa", 20.0, 150.0, 0.5),
+        ("nf4-direct-fused-graph", 1.25, 150.0, 8.0),
+    ]
+    points = pd.DataFrame(rows, columns=["variant", "latency_p50_ms", "model_mb", "times_baseline"])
+    points = points.assign(batch=1.0, best=[False, False, True], against_baseline=["", "slower", "faster"])
+    plot = plots.hero(points).saved(tmp_path / "hero.svg")
+    texts = drawn(plot)
+    assert "8.0× faster\n8.0× smaller" in texts and "NF4 out of the box\n20.0 ms, 150 MB" in texts
+    assert "8.0× faster" in repr(plot) and (tmp_path / "hero.svg").read_text() == plots.hero(points)._repr_svg_()
+    assert [path.name for path in tmp_path.iterdir()] == ["hero.svg"]
+    unknown = drawn(plots.hero(points.assign(against_baseline="not shown")))
+    assert "8.0× smaller" in unknown and not [text for text in unknown if "faster" in text]
+    alone = plots.hero(points.iloc[:1])
+    assert drawn(alone) and "arrow" not in repr(alone)
+
+
+def test_messages_of_figures_have_their_numbers(table):
+    for plot in (plots.throughput_by_batch(table), plots.ladder(table), plots.accuracy_against_latency(table, 1, 0.02)):
+        assert "FP16 · fused · CUDA graph" in repr(plot) or "FP8 · fused · CUDA graph" in repr(plot)
+    best = table.loc[table.query("batch == 32")["throughput_img_s"].idxmax()]
+    said = f"{best['throughput_img_s']:,.0f} ({variants.label(best['variant'])}) images per second"
+    assert said in repr(plots.throughput_by_batch(table))
 
 
 def test_device_time_of_slow_variants_has_its_own_panel():
@@ -71,16 +97,14 @@ def test_nearly_equal_ceilings_get_one_label():
     assert {"NF4", "mlp", "hollow: not fused"} <= set(gallery)
 
 
-def test_a_ladder_has_a_panel_a_batch_size_and_a_row_a_step():
-    steps = [("FP32 out of the box", "fp32", 9.0), ("NF4 · fused", "nf4", 1.3)]
-    rows = [
-        {"label": label, "weights": weights, "batch": batch, "ms": ms * batch, "ms_low": ms * batch, "ms_high": 10 * ms}
-        for batch in (1, 8)
-        for label, weights, ms in steps
-    ]
-    plot = plots.ladder(pd.DataFrame(rows))
+def test_a_ladder_has_a_panel_a_batch_size_and_a_row_a_variant():
+    rows = [(name, batch, ms * batch) for batch in (1, 8) for name, ms in (("fp32-sdpa", 9.0), ("nf4-sdpa", 1.3))]
+    frame = pd.DataFrame(rows, columns=["variant", "batch", "latency_p50_ms"])
+    ends = {f"latency_{end}_ms": frame["latency_p50_ms"] * factor for end, factor in (("low", 0.9), ("high", 1.1))}
+    plot = plots.ladder(frame.assign(**ends))
     assert [axis.get_title() for axis in plot.figure.axes] == ["batch size 1", "batch size 8"]
-    assert {label for label, *_ in steps} <= set(drawn(plot))
+    assert {"FP32 · SDPA", "NF4 · SDPA"} <= set(drawn(plot))
+    assert "batch size 8: 10.4 (NF4 · SDPA) to 72.0 (FP32 · SDPA) ms" in repr(plot)
 
 
 def test_figures_of_training_ablation_and_pictures_are_drawn():
@@ -94,4 +118,4 @@ def test_figures_of_training_ablation_and_pictures_are_drawn():
     )
     drawn(plots.learning_curves(history))
     assert "4 bits" in drawn(plots.sensitivity_bars(blocks)) and "8 bits" in drawn(plots.alone_bars(blocks))
-    assert "head" in drawn(plots.kept_parts(kept, ["none", "head"]))
+    assert "head" in drawn(plots.kept_parts(kept, {"none": "nothing", "head": "head"}))

@@ -67,6 +67,7 @@ def test_a_failure_keeps_the_last_good_report_and_success_clears_the_mark(projec
         path.write_text("the last good report")
     set_ = {"seed": 3, "data_source": HOSTILE, "pictures": f"{project}/pictures", "epochs": 3}
     (project / "params" / "demo.yaml").write_text(json.dumps(set_))
+    (project / "pictures").mkdir()
 
     bad = write(project, "print('second')", "raise ValueError('<b>no</b>')", "print('third')")
     assert run.main(["run", str(bad), "--study", "demo"]) == 1
@@ -152,6 +153,25 @@ def test_a_twin_with_other_cells_is_refused(project, folder, capfd):
     notebook.with_suffix(".py").write_text("# %% [markdown]\n# # 2_evaluate\n\n# %%\nprint('old')\n")
     assert "run `make sync`" in refused(capfd, "run", str(notebook))
     assert names(folder) == {"index.html"}
+
+
+def test_parameters_that_cannot_work_are_refused_and_others_remarked_on_before_a_kernel(project, monkeypatch, capfd):
+    monkeypatch.setattr(run, "_papermill", lambda *_: pytest.fail("a kernel was started"))
+    finetune = write(project, "1", name="1_finetune", parameters='data_source: str = ""\nbase_model: str = ""')
+    set_ = project / "params" / "demo.yaml"
+    set_.write_text("data_source: data/mine\nbase_model: random\nmethod: full")
+    assert "there is no data folder 'data/mine'" in refused(capfd, "run", str(finetune))
+    set_.write_text("base_model: ./none")
+    assert "base_model './none' is neither" in refused(capfd, "run", str(finetune))
+    set_.write_text("base_model: random")
+    assert "set `method: full`" in refused(capfd, "run", str(finetune))
+
+    set_.write_text("rounds: 3")
+    monkeypatch.setattr(run, "_papermill", lambda *_: None)
+    monkeypatch.setattr(run, "_judged", lambda *_: (None, run.Problem(1, "no", "kernel")))
+    monkeypatch.setattr(run, "_marked", lambda *_: new_notebook(cells=[]))
+    run.main(["run", str(write(project, "1", parameters="rounds: int = 20")), "--study", "demo"])
+    assert "2_evaluate: 3 rounds give no verdict on speed" in capfd.readouterr().err
 
 
 def test_a_missing_or_broken_notebook_or_set_is_an_error_of_one_line(project, folder, capfd):

@@ -25,7 +25,7 @@ def project(tmp_path, monkeypatch):
     [
         ("random", "random", "has random weights"),
         ("pretrain", "generator", "other synthetic flowers from the generator"),
-        ("bases/stage2", "stand-in", "stand-in and no pretrained network"),
+        ("bases/stage2", "stand-in", "stand-in, not a pretrained network"),
         ("bases/gone/stage2", "folder", "`stage2`; what it was trained on is not recorded"),
         ("bases/theirs", "folder", "what it was trained on is not recorded"),
         ("google/vit-large-patch16-224", "hub", "`google/vit-large-patch16-224` from the Hub at commit abcdef1234.**"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vitlib.measure import stats
 from vitlib.study import params
 from vitlib.study.params import ParameterError, Parameters
 
@@ -123,8 +124,10 @@ def test_an_unknown_name_is_answered_with_the_nearest_or_with_all():
         ({"batch_sizes": [0, 1]}, "batch_sizes: .*positive"),
         ({"batch_sizes": [1, "8"]}, r"batch_sizes\.1: .*integer, it is '8'"),
         ({"ablation_bits": [3]}, "ablation_bits: allowed are 4 and 8"),
+        ({"base_model": "random"}, "method lora leaves random weights frozen: set `method: full`"),
+        ({"base_model": "random", "method": "head"}, "method head leaves random weights frozen"),
     ],
-    ids=lambda value: "=".join(map(str, *value.items())) if isinstance(value, dict) else "",
+    ids=lambda value: "=".join(map(str, list(value.items())[-1])) if isinstance(value, dict) else "",
 )
 def test_a_wrong_value_says_what_is_allowed(values, says):
     with pytest.raises(ParameterError, match=says):
@@ -151,12 +154,82 @@ def test_only_a_base_from_the_hub_needs_a_revision(tmp_path, monkeypatch):
         params.check(hub)
     assert params.check({**hub, "base_revision": "8041a8c"}).base_revision == "8041a8c"
     for base in ("pretrain", "random", "./some/folder", "/some/folder", "~/folder", "outputs/base"):
-        assert params.check({"base_model": base}).base_model == base
+        assert params.check({"base_model": base, "method": "full"}).base_model == base
 
 
 def test_parameters_cannot_be_changed_afterwards():
     with pytest.raises(ValueError, match="frozen"):
         Parameters().epochs = 3
+
+
+# Said or refused before a notebook starts
+
+DRAWN = "trained on drawn flowers only"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project without pictures and bases, but for `data/photos`."""
+    monkeypatch.setattr(params.files, "project_root", lambda: tmp_path)
+    (tmp_path / "data/photos").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("values", "notebook", "says"),
+    [
+        ({"data_source": "data/none"}, "3_ablation", r"no data folder 'data/none' .*train/<class>/"),
+        ({"data_source": "data/none"}, "4_inference", "no data folder"),
+        ({"pictures": "~no-such-user/pictures"}, "4_inference", "no folder of pictures"),
+        ({"data_source": "\0"}, "2_evaluate", "no data folder"),
+        ({"base_model": "./none"}, "1_finetune", r"base_model './none' is neither pretrain, random, a folder nor"),
+        ({"data_source": "data/photos"}, "1_finetune", f"{DRAWN}.*set `base_model` to a pretrained network"),
+        ({"data_source": "hub:someone/photos"}, "1_finetune", DRAWN),
+    ],
+)
+def test_what_cannot_work_is_refused(project, values, notebook, says):
+    declared = params.used_by(Parameters(), notebook)
+    with pytest.raises(ParameterError, match=says):
+        params.remarks(params.check(values), declared, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "notebook", "says"),
+    [
+        ({"data_source": "data/photos", "base_model": "pretrain"}, "1_finetune", [DRAWN]),
+        ({"data_source": "data/photos", "base_model": "random", "method": "full"}, "1_finetune", []),
+        ({"data_source": "data/photos", "base_model": "someone/vit", "base_revision": "1"}, "1_finetune", []),
+        ({"data_source": "data/photos"}, "2_evaluate", []),
+        ({"data_source": "torchvision:data"}, "3_ablation", []),
+        ({"data_source": "data/none"}, "6_speed", []),
+        ({"data_source": "data/none", "pictures": "data/photos"}, "4_inference", []),
+        ({"rounds": 7}, "2_evaluate", ["7 rounds give no verdict on speed: set `rounds` to 8"]),
+        ({"rounds": 7}, "3_ablation", []),
+        ({"rounds": 8}, "2_evaluate", []),
+    ],
+)
+def test_what_disappoints_is_said(project, values, notebook, says):
+    found = params.remarks(params.check(values), params.used_by(Parameters(), notebook), values)
+    assert len(found) == len(says) and all(text in said for text, said in zip(says, found, strict=True))
+
+
+def test_the_smallest_number_of_rounds_is_that_of_the_statistics():
+    assert params.VERDICT_ROUNDS == stats.MINIMUM_ROUNDS
+
+
+def test_a_notebook_refuses_the_same(project):
+    """JupyterLab does not tell which values of the parameters cell were changed, so a base counts as given."""
+    with pytest.raises(ParameterError, match="no data folder"):
+        params.collect({"data_source": "data/none"})
+    here = {"data_source": "data/photos", "base_model": "pretrain"}
+    assert params.collect(here).data_source == "data/photos"
+    with pytest.raises(ParameterError, match=DRAWN):
+        params.collect(here | {"In": ["# Parameters\ndata_source = 'data/photos'\n"]})
+    assert params.collect(here | {"In": ["# Parameters\ndata_source = 'data/photos'\nbase_model = 'pretrain'\n"]})
+
+
+def test_a_notebook_opened_in_lab_writes_to_a_study_that_no_set_has():
+    assert Parameters().study == "lab" and "lab" not in {path.stem for path in SETS}
 
 
 # Hostile files

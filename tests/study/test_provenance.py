@@ -36,7 +36,7 @@ def test_importing_loads_no_torch() -> None:
         "import sys; from vitlib.measure import stats; from vitlib.study import provenance;"
         "assert 'torch' not in sys.modules;"
         "found = provenance.environment(parameters={}); assert 'torch' not in sys.modules;"
-        "assert found['hardware']['gpus_reason'] == 'torch is not imported'"
+        "assert found['hardware']['gpus'] or found['hardware']['gpus_reason'] == 'no CUDA device'"
     )
     home = {**os.environ, "PYTHONPATH": str(Path(records.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], env=home, check=True)

@@ -36,6 +36,14 @@ def test_a_missing_record_names_its_notebook(study):
         study.read("variants")
 
 
+def test_what_is_missing_names_the_studies_that_have_it(study, tmp_path):
+    assert files.elsewhere(study.checkpoint("nf4")) == ""
+    for other in ("b", "a"):
+        (tmp_path / "outputs" / other / "checkpoints" / "nf4").mkdir(parents=True)
+    assert files.elsewhere(study.checkpoint("nf4")) == ", or set `study` to one that has it: a, b"
+    assert files.elsewhere(study.checkpoint("int8")) == ""
+
+
 def test_a_notebooks_first_cell_can_run_twice(study):
     assert Study.open({"study": study, "seed": 3}) == Study.of(params.check({"study": "unit", "seed": 3}))
 

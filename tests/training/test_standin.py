@@ -259,7 +259,7 @@ def test_bad_data_is_one_line_and_another_exit_code(tmp_path):
 
 
 def test_the_demos_base_is_trained_once_for_the_same_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(standin, "DEMO_PICTURES", 2)
+    monkeypatch.setattr(standin, "DEMO_PICTURES", 3)
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     chosen = {"study": "unit", "architecture": "vit-micro", "image_size": 32, "pretrain_epochs": 1, "workers": 1}
     study = Study.of(params.check(chosen))

@@ -6,22 +6,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 
-from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, kind_of, load, text
-from vitlib.claims.mismatch import MISTAKE, looks, mistake, mistake_in_words
-from vitlib.claims.quantities import OTHER_NETWORK, Missing
+from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, kind_of, load
+from vitlib.claims.mismatch import MISTAKE, baselines, looks, mistake, mistake_in_words
+from vitlib.claims.quantities import OTHER_NETWORK, Missing, content
 from vitlib.measure import stats
 from vitlib.pictures import sources
+from vitlib.report import plots
 from vitlib.report.tables import Column, Markdown, Table, table
 from vitlib.study import origin
 from vitlib.study.records import MissingRecord
 from vitlib.study.study import Study
 
-__all__ = ["MISTAKE", "looks", "mistake", "mistake_in_words"]
+__all__ = ["FAILS", "HOLDS", "HOLDS_ONLY", "MISTAKE", "UNTESTED", "looks", "mistake", "mistake_in_words"]
 open = Study.open
+
+MAIN = ("objectives", "recommendations", "speed and accuracy", "sensitivity")  # subjects that the answer names first
+BASELINES = "own-top1"  # the claim that `baselines` is about
 
 REANALYSIS = {
     **{"bits": "bits", "kept": "kept in FP16", "right": "right", "n": "of", "top1": Column("Top-1 (%)", ".1f", 100)},
@@ -43,7 +48,7 @@ def verdicts(study: Study) -> pd.DataFrame:
     for claim in load().values():
         try:
             measured = claim.quantity.measure(study)
-            found, verdict = text(measured, claim.unit), claim.judge(measured)
+            found, verdict = claim.text(measured), claim.judge(measured)
         except (Missing, MissingRecord) as why:
             found, verdict = "–", f"{UNTESTED}: {why}"
         row = claim.model_dump(include={"id", "subject", "claim", "source"}) | {"original": claim.shown}
@@ -52,25 +57,34 @@ def verdicts(study: Study) -> pd.DataFrame:
     return study.write("claims", pd.DataFrame(rows))
 
 
-def show(frame: pd.DataFrame, *subjects: str) -> Table:
-    """The claims of some subjects. Where the network is not the original's, one row counts those that need it."""
-    chosen = frame[frame["subject"].isin(subjects)].fillna("")
+def show(frame: pd.DataFrame, kind: str) -> Table | Markdown:
+    """The claims with one kind of verdict. Where the network is not the original's, one row counts those that need it.
+
+    Small text has the source, the criterion, and the cases of a verdict that does not apply to all.
+    """
+    chosen = frame[frame["verdict"].map(kind_of) == kind].fillna("")
     other = chosen["verdict"].str.contains(OTHER_NETWORK, regex=False)
-    shown = chosen[~other]
-    columns = {"claim (source)": shown["claim"] + " (" + shown["source"] + ")"}
-    columns["original (criterion)"] = shown["original"] + " (" + shown["counts_as"] + ")"
-    rows = pd.DataFrame(columns).join(shown[["measured", "verdict", "cause"]])
+    said = chosen["verdict"].str.extract("([^:]*):? ?(.*)")
+    columns = {"claim": chosen["claim"] + "\n" + chosen["source"]}
+    columns |= {"original": chosen["original"] + "\n" + chosen["counts_as"]}
+    columns |= {"measured": (chosen["measured"] + "\n" + said[0].mask(said[0] == kind, "")).str.strip()}
+    rows = pd.DataFrame(columns | {"why": said[1].mask(said[1] == "", chosen["cause"])})[~other]
     if other.any():
-        rows.loc[-1, ["claim (source)", "verdict"]] = f"{other.sum()} claims", chosen.loc[other, "verdict"].iloc[0]
-    return table(rows.fillna(""))
+        rows.loc[-1] = [f"claims about ViT-L/16: {other.sum()}", "", "", said[1][other].iloc[0]]
+    rows.attrs = frame.attrs
+    return table(rows)
 
 
-def counts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Number of claims by subject and verdict, with totals."""
-    crossed = pd.crosstab(frame["subject"], frame["verdict"].map(kind_of)).reindex(columns=VERDICTS, fill_value=0)
-    crossed = crossed.reindex(frame["subject"].unique())
-    crossed.loc["all"] = crossed.sum()
-    return crossed.rename_axis(index=None, columns=None)
+def counts(frame: pd.DataFrame) -> pd.Series:
+    """Number of claims by kind of verdict."""
+    return frame["verdict"].map(kind_of).value_counts().reindex(VERDICTS, fill_value=0)
+
+
+def counted(frame: pd.DataFrame, kind: str) -> Markdown:
+    """How many claims have one kind of verdict, by subject."""
+    subjects = frame.loc[frame["verdict"].map(kind_of) == kind, "subject"].value_counts(sort=False)
+    listed = ", ".join(f"{subject} {count}" for subject, count in subjects.items())
+    return Markdown(f"**{subjects.sum()} of {len(frame)} claims**{f' ({listed})' if listed else ''}")
 
 
 def reanalysis() -> pd.DataFrame:
@@ -104,14 +118,47 @@ def reanalysis_in_words(frame: pd.DataFrame) -> Markdown:
 
 
 def summary(study: Study, frame: pd.DataFrame, costs: pd.DataFrame) -> Markdown:
-    """The page in a few sentences: counts, the two baselines, and what the base is."""
-    of = counts(frame).loc["all"]
-    sentences = [
-        f"Of {len(frame)} claims of the original study **{of[HOLDS]} hold**, {of[HOLDS_ONLY]} hold only in some cases, "
-        f"**{of[FAILS]} do not hold**, and {of[UNTESTED]} cannot be tested by this study."
+    """The page in a few sentences: counts, what could not be tested and why, failed claims, and the two baselines."""
+    of, original = counts(frame), content()["study"]
+    kinds = of[of > 0].rename({HOLDS_ONLY: f"{HOLDS_ONLY} in some cases"}).items()
+    said = [f"{n} {kind if n == 1 else kind.replace('holds', 'hold').replace('does', 'do')}" for kind, n in kinds]
+    lines = [
+        f"**Of {len(frame)} claims of the original study, {_and(said)}.** The original is the student project "
+        f"[{original['title']}]({original['address']})."
     ]
-    reasons = frame.loc[frame["verdict"].map(kind_of) == UNTESTED, "verdict"].str.partition(": ")[2].value_counts()
+    untested = frame.loc[frame["verdict"].map(kind_of) == UNTESTED, "verdict"]
+    reasons = untested.str.extract(": (.*)", expand=False).value_counts()
     if len(reasons):
-        sentences.append(f"The most frequent reason ({reasons.iloc[0]} claims): {reasons.index[0]}.")
-    sentences.append("The original's largest error is in preprocessing. " + mistake_in_words(costs).splitlines()[-1])
-    return Markdown(" ".join(sentences) + f"\n\n{origin.sentence(study.folder)}")
+        lines.append(f"Not tested: {_and([f'{count} because {reason}' for reason, count in reasons.items()])}.")
+    own = sum(claim.quantity.kind == "own" for claim in load().values())
+    lines[-1] += f" {own} claims only compare the original's README, slides and notebooks with each other."
+    return Markdown("\n".join(f"- {line}" for line in [*lines, *_examples(frame), baselines(costs)]))
+
+
+def _examples(frame: pd.DataFrame, count: int = 3) -> list[str]:
+    """A sentence with `count` claims that do not hold: the first of each subject, those of MAIN before others."""
+    failed = frame[(frame["verdict"].map(kind_of) == FAILS) & (frame["id"] != BASELINES)].drop_duplicates("subject")
+    rank = {subject: place for place, subject in enumerate(MAIN)}
+    chosen = failed.iloc[failed["subject"].map(rank).fillna(len(rank)).argsort(kind="stable")].head(count)
+    said = [
+        f"*{re.sub(r' [(]read as.*', '', row.claim).rstrip('.')}* "
+        f"({row.original} → {re.sub(r' [(](closest: |[0-9.,]+ [/−] )[^)]*[)]', '', row.measured)})"
+        for row in chosen.itertuples()
+    ]
+    return [f"For example, these do not hold (the original → measured): {'; '.join(said)}."] * bool(said)
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def photographs(study: Study, dataset: sources.Dataset, frame: pd.DataFrame) -> plots.Pictures | None:
+    """A picture with each preprocessing; None where few claims can be tested, so that the page is short."""
+    if frame["verdict"].str.contains(OTHER_NETWORK, regex=False).any():
+        return None
+    return plots.picture_grid(*looks(study, dataset), columns=4)
+
+
+def introduce(study: Study) -> Markdown:
+    """What the base is, and what follows for the accuracies of this page."""
+    return Markdown(origin.sentence(study.folder))

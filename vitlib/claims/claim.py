@@ -67,6 +67,21 @@ class Claim(BaseModel, extra="forbid", frozen=True):
         rest = f"; undecided {_listed(undecided)}" if undecided else ""
         return f"{HOLDS_ONLY} {_listed(held)}{rest}" if held else f"{FAILS}{rest}"
 
+    def text(self, measured: Measurement) -> str:
+        """The figures in the order of their cases; named unless the original gives one for each, in the same order."""
+        if len(measured) == 1:
+            ((case, figure),) = measured.items()
+            parts = [f"{f'{label(case)}: ' if case else ''}{number(figure.value)} {self.unit}".rstrip()]
+            if math.isfinite(figure.high - figure.low) and figure.low < figure.high:
+                parts.append(f"({number(figure.low)} … {number(figure.high)})")
+            return " ".join(parts + [f"({figure.note})"] * bool(figure.note))
+        named = not isinstance(self.original, dict)
+        parts = [
+            f"{f'{label(case)}: ' if named else ''}{number(figure.value)}{f' ({figure.note})' if figure.note else ''}"
+            for case, figure in measured.items()
+        ]
+        return f"{', '.join(parts)} {self.unit}".rstrip()
+
     def _supported(self, case: str, figure: Figure) -> bool | None:
         """Whether a figure's whole interval is in the accepted range; None where only a part of it is."""
         low, high = self.accepts(case)
@@ -84,17 +99,6 @@ def load() -> dict[str, Claim]:
 def kind_of(verdict: str) -> str:
     """Which of VERDICTS a verdict begins with."""
     return max((kind for kind in VERDICTS if verdict.startswith(kind)), key=len)
-
-
-def text(measured: Measurement, unit: str) -> str:
-    """The figures by case, with their intervals and notes."""
-    parts = []
-    for case, figure in measured.items():
-        part = f"{f'{label(case)}: ' if case else ''}{number(figure.value)} {unit}".rstrip()
-        if math.isfinite(figure.high - figure.low) and figure.low < figure.high:
-            part += f" ({number(figure.low)} … {number(figure.high)})"
-        parts.append(f"{part}, {figure.note}" if figure.note else part)
-    return "; ".join(parts)
 
 
 def number(value: float) -> str:

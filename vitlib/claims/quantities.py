@@ -242,8 +242,8 @@ class Own(_Kind):
     pairs: dict[str, tuple[float, float]]
 
     def measure(self, study: Study) -> Measurement:
-        compared = float.__truediv__ if self.compared == "ratio" else float.__sub__
-        return {case: exact(compared(*pair)) for case, pair in self.pairs.items()}
+        compare, sign = (float.__truediv__, "/") if self.compared == "ratio" else (float.__sub__, "−")
+        return {case: exact(compare(*two), f"{two[0]:,.7g} {sign} {two[1]:,.7g}") for case, two in self.pairs.items()}
 
 
 Quantity = Annotated[Value | Faster | Points | Best | Gain | Sensitivity | Own, Field(discriminator="kind")]

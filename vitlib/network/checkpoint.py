@@ -168,7 +168,9 @@ def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
     """Which of a study's checkpoints holds the weights of `variant`. CheckpointError where it is missing."""
     folder = checkpoints / variant.checkpoint
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"there is no checkpoint {folder.name!r} in {checkpoints.name}/: run 1_finetune first")
+        named, other = files.short_path(checkpoints.absolute().parent), files.elsewhere(folder)
+        other += " (in 4_inference also `checkpoints_of`)" * bool(other)
+        raise CheckpointError(f"{named} has no checkpoint {folder.name!r}: run 1_finetune in this study first{other}")
     return folder
 
 

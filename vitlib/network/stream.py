@@ -11,14 +11,12 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from vitlib.network.engine import Engine
 from vitlib.pictures import decoders
 from vitlib.pictures.decode import Picture
-from vitlib.pictures.preprocess import Preprocess
 
 
 @dataclass
@@ -32,14 +30,9 @@ class Passed:
     logits: torch.Tensor
     pictures: list[Picture]
     skipped: list[tuple[str, str]]
-    preprocess: Preprocess
     decoder: str
     note: str
     on_device: int
-
-    def look(self, position: int) -> np.ndarray:
-        """One picture (h, w, 3) as Pillow decodes and resizes it, read again: no pixels are kept."""
-        return self.preprocess.resize(self.pictures[position].open()).permute(1, 2, 0).numpy()
 
 
 def classify(pictures: list[Picture], engine: Engine, *, batch_size: int, workers: int, decoder: str) -> Passed:
@@ -63,7 +56,7 @@ def classify(pictures: list[Picture], engine: Engine, *, batch_size: int, worker
             bar.update(len(group))
         parts += fetch()
     logits = torch.cat(parts) if parts else torch.empty(0, len(loaded.labels.names))
-    return Passed(logits, good, skipped, loaded.preprocess, source.name, source.note(), source.decoded)
+    return Passed(logits, good, skipped, source.name, source.note(), source.decoded)
 
 
 def _queue(engine: Engine, pixels: torch.Tensor, reasons: list[str]) -> Callable[[], list[torch.Tensor]]:

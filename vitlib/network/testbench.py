@@ -1,7 +1,6 @@
 """The variants of one study side by side as engines, with the pictures that all of them see."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 from vitlib.network import checkpoint, verify
 from vitlib.network.engine import Engine
-from vitlib.pictures import sources
+from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Decoded
 from vitlib.pictures.sources import Dataset, Labels
 from vitlib.study import files
@@ -53,10 +52,7 @@ class Bench:
 
     def data_checksum(self) -> str:
         """sha256 of the decoded pictures with their names and labels."""
-        digest = hashlib.sha256(self.valid.pixels.numpy().tobytes())
-        for picture in self.valid.pictures:
-            digest.update(f"{picture.file}\0{picture.label}\n".encode())
-        return digest.hexdigest()
+        return decode.checksum(self.valid)
 
     def without(self, refused: Mapping[str, str]) -> "Bench":
         """A bench without the variants that `refused` names, each with the reason. The baseline must remain."""

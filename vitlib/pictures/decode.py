@@ -6,6 +6,7 @@ named .jpg, FIFOs. Each is read as a viewer would show it, or skipped with its r
 
 from __future__ import annotations
 
+import hashlib
 import stat
 import struct
 import zlib
@@ -185,6 +186,14 @@ def decode(pictures: list[Picture], preprocess: Preprocess, *, workers: int = 2,
         return Decoded(pixels, list(pictures), skipped)
     good = [position for position, reason in enumerate(reasons) if not reason]
     return Decoded(pixels[good], [pictures[position] for position in good], skipped)
+
+
+def checksum(decoded: Decoded) -> str:
+    """sha256 of the decoded pictures with their names and labels."""
+    digest = hashlib.sha256(decoded.pixels.numpy().tobytes())
+    for picture in decoded.pictures:
+        digest.update(f"{picture.file}\0{picture.label}\n".encode())
+    return digest.hexdigest()
 
 
 def duplicates(decoded: dict[str, Decoded]) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from vitlib.pictures import synthetic
 from vitlib.pictures.decode import BadPicture, Decoded, Picture, decode, not_a_picture, open_picture, plain_jpeg
 from vitlib.pictures.preprocess import Preprocess
-from vitlib.study import files
+from vitlib.study import files, params
 from vitlib.study.params import Parameters
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
@@ -123,7 +123,7 @@ def evenly(pictures: list[Picture], limit: int) -> list[Picture]:
 
 
 def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
-    """Flower pictures drawn when they are opened; valid and test hold half as many of a class as train."""
+    """Flower pictures drawn when they are opened; valid and test hold a third as many of a class as train."""
 
     def draw(flower: synthetic.FlowerClass, index: int, split: str) -> Image.Image:
         size, seed = settings.image_size, settings.seed
@@ -135,23 +135,16 @@ def from_synthetic(flowers: tuple, settings: Parameters) -> Dataset:
             for flower in flowers
             for index in range(settings.pictures_per_class // share)
         ]
-        for split, share in (("train", 1), ("valid", 2), ("test", 2))
+        for split, share in (("train", 1), ("valid", 3), ("test", 3))
     }
     return Dataset(splits, {flower.key: flower.name for flower in flowers})
 
 
 def existing_folder(name: str) -> Path:
     """The folder of class folders called `name`, from the project's root. DataError where there is none."""
-    if not (folder := files.resolve(name)).is_dir():
-        advice = "put or link the pictures there as train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
-        raise DataError(f"there is no data folder {name!r} (looked from the project's root): {advice}")
-    return folder
-
-
-def check_source(settings: Parameters) -> None:
-    """DataError where `settings.data_source` is a folder that does not exist: said before anything slow."""
-    if settings.data_source != "synthetic" and not settings.data_source.startswith(("hub:", "torchvision:")):
-        existing_folder(settings.data_source)
+    if reason := params.missing("data_source", name):
+        raise DataError(reason)
+    return files.resolve(name)
 
 
 def from_folder(folder: Path, max_megapixels: float) -> Dataset:

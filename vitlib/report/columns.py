@@ -5,7 +5,7 @@ A table shows those columns that its frame has, in this order.
 
 import pandas as pd
 
-from vitlib.report.tables import Column
+from vitlib.report.tables import Column, number
 from vitlib.study.variants import label
 
 OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
@@ -51,10 +51,10 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "attention_device_time_us": Column("attention (ms)", ",.3f", 1e-3),
     "unattributed_share": Column("not attributed (%)", ".2f", 100),
     "attention_kernel": "attention kernel",
-    "tflop_s": Column("TFLOP/s", ",.3g"),
-    "ceiling_tflop_s": Column("peak TFLOP/s", ",.3g"),
-    "gb_s": Column("GB/s", ",.3g"),
-    "ceiling_gb_s": Column("peak GB/s", ",.3g"),
+    "tflop_s": Column("TFLOP/s", number),
+    "ceiling_tflop_s": Column("peak TFLOP/s", number),
+    "gb_s": Column("GB/s", number),
+    "ceiling_gb_s": Column("peak GB/s", number),
     "bound": "limited by",
     "share_of_floor": Column("of the possible (%)", ".0f", 100),
     "reason": "not run because",
@@ -64,8 +64,52 @@ _COMPARED = (
     "variant batch model_mb latency_p50_ms times_baseline throughput_img_s peak_memory_mb cpu_latency_ms top1 flips"
 )
 SUMMARY = {name: OF_VARIANTS[name] for name in (*_COMPARED.split(), "reason")}
-MEMORY = {name: OF_VARIANTS[name] for name in ("variant", "model_mb", "held_mb", "disk_mb")}
-MEMORY["times_smaller"] = Column("times smaller", ".1f")
+ACCURACY: dict[str | tuple[str, ...], str | Column] = {
+    "variant": "variant",
+    ("top1", "top1_low", "top1_high"): Column("Top-1 (%)", ",", 100),
+    ("difference", "difference_low", "difference_high"): Column("change (points)", "+,", 100),
+    "flips": Column("class changed", ".0f", bar=True),
+    "logit_kl": Column("KL (nats)", ".1e"),
+    "verdict": "verdict",
+}
+_SPEED = {
+    ("latency_p50_ms", "latency_low_ms", "latency_high_ms"): Column("ms, batch {:g} (95 % interval)", ",", best="low"),
+    "times_baseline": Column("times faster, batch {:g}", number, best="high", bar=True),
+}
+_SIZE = {
+    "variant": "variant",
+    "model_mb": Column("weights (MB)", ",.1f", best="low", bar=True),
+    "times_smaller": Column("times smaller", ".1f"),
+    "held_mb": Column("with buffers (MB)", ",.1f"),
+    "disk_mb": Column("on disk (MB)", ",.1f"),
+}
+_PEAK = {"peak_memory_mb": Column("weights + pass (MB), batch {:g}", ",.0f", best="low")}
+
+
+def speed(frame: pd.DataFrame, *more: str) -> tuple[pd.DataFrame, dict]:
+    """A row a variant, and its columns: `more`, then latency and times faster by batch size. For `tables.table(*…)`."""
+    return _by_batch(frame, {name: OF_VARIANTS[name] for name in ("variant", *more)}, _SPEED)
+
+
+def size(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
+    """A row a variant, and its columns: sizes, then peak memory by batch size. For `tables.table(*…)`."""
+    frame = frame.assign(times_smaller=frame["model_mb"].iloc[0] / frame["model_mb"])
+    return _by_batch(frame, _SIZE, _PEAK)
+
+
+def _by_batch(frame: pd.DataFrame, once: dict, each: dict) -> tuple[pd.DataFrame, dict]:
+    """`frame` with a row a variant: columns `once`, and those of `each` for every batch size."""
+    wide, columns = frame.drop_duplicates("variant").set_index("variant"), dict(once)
+    for batch in sorted(frame["batch"].unique()):
+        own = frame[frame["batch"] == batch].set_index("variant")
+        for key, about in each.items():
+            names = key if isinstance(key, tuple) else (key,)
+            if set(names) <= set(own):
+                new = tuple(f"{name} {batch:g}" for name in names)
+                wide = wide.assign(**{column: own[name] for column, name in zip(new, names, strict=True)})
+                columns[new if len(new) > 1 else new[0]] = about._replace(title=about.title.format(batch))
+    wide.attrs = frame.attrs
+    return wide.reset_index(), columns
 
 
 def with_reference(frame: pd.DataFrame) -> pd.DataFrame:

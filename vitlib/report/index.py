@@ -1,47 +1,94 @@
-"""The front page of a study: its reports and their status, facts, table of variants; and its summary. No torch."""
+"""The front page of a study (its hero figure, reports, variants, records), and that of all studies. No torch."""
 
 from __future__ import annotations
 
 import re
-import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from vitlib.report import page, tables
+from vitlib.report import cards, page, sorting, tables
 from vitlib.report.tables import Column
 from vitlib.study import files, origin, provenance
 from vitlib.study.study import Study
 
+HERO = "hero.svg"  # notebook 2 writes it into the study's folder
+_HERO_ALT = "Milliseconds at batch size 1 against size in MB, a point a variant."
+_ABOUT = "How small and how fast a Vision Transformer can be made, and what that costs in accuracy: one card a study."
+_BASES = {  # kind of base, see `origin`
+    "random": "trained from random weights",
+    "generator": "pretrained and fine-tuned by notebook 1",
+    "stand-in": "fine-tuned from a stand-in for pretrained weights",
+    "hub": "fine-tuned from {base}",
+    "folder": "fine-tuned from {base}",
+}
+
 
 def write(folder: str | Path) -> Path:
-    """Write the study's `index.html`: reports and their status, facts, table of variants, records. Returns its path."""
+    """Write the study's `index.html`, and that of all studies beside it (`overview`); returns the study's."""
+    study = Study.at(folder)
+    page.relink(study.folder)
+    frame, columns, note = _variants(study)
+    made = _environment(study)
+    name, all_studies = _name(study, made), overview(study.folder)
+    shown = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
+    about = _about(study, made, shown)
+    # A published study is found through its repository: there, no page of all studies is beside it.
+    beside = all_studies and all_studies.parent == study.folder.absolute().parent
+    target = _written(
+        study.folder / "index.html",
+        "index.html.j2",
+        title=f"Study {name}: how small and how fast a Vision Transformer can be made",
+        description=about["finding"] or about["sentence"],
+        study=name,
+        about=about,
+        overview="../index.html" if beside else "",
+        readme=(study.folder / "README.md").is_file(),
+        cards=shown,
+        facts=_facts(study, name, made, shown),
+        table="" if frame.empty else page.linked(tables.table(frame, columns).to_html()),
+        note=note,
+        files=_files(study, "."),
+        traces=_files(study, "traces"),
+    )
+    if all_studies:
+        _write_overview(all_studies)
+    return target
+
+
+def overview(folder: str | Path) -> Path | None:
+    """The page of all studies, `outputs/index.html`; None for a study that is in no such folder."""
+    outputs = next((parent for parent in Path(folder).absolute().parents if parent.name == "outputs"), None)
+    return outputs / "index.html" if outputs else None
+
+
+def _write_overview(target: Path) -> None:
+    shown = []
+    for folder in [*target.parent.glob("*/"), *target.parent.glob("gallery/*/")]:
+        with suppress(FileNotFoundError):  # a study may be removed meanwhile
+            done = [cards.card(folder, stem, status) for stem, status in page.reports(folder) if status == "done"]
+            if done and (folder / "index.html").is_file():
+                made = _environment(study := Study.at(folder))
+                name = _name(study, made) + " (gallery)" * (folder.parent != target.parent)
+                about = {"name": name, "href": f"{folder.relative_to(target.parent).as_posix()}/index.html"}
+                shown.append(_about(study, made, done) | about | {"date": _last(done)})
+    shown.sort(key=lambda study: study["date"], reverse=True)
+    _written(target, "studies.html.j2", title="Studies: vitlib", description=_ABOUT, studies=shown)
+
+
+def _written(target: Path, template: str, **values: Any) -> Path:
+    """The page that `template` makes of `values`, whole or not at all."""
     from jinja2 import Environment, FileSystemLoader
 
-    study = Study.at(folder)
     loader = FileSystemLoader(page.TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    frame, columns, note = _variants(study)
-    try:
-        made = study.read_json("environment")
-    except (OSError, ValueError):  # no record yet: the index is still of use
-        made = {}
-    # A copy of a study may be in a folder of another name.
-    name = str(provenance.part(made, "parameters").get("study", ""))
-    name = name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
-    text = environment.get_template("index.html.j2").render(
-        study=name,
-        css=(page.TEMPLATES / "report" / "static" / "report.css").read_text(encoding="utf-8"),
-        cards=[_card(study.folder, stem, status) for stem, status in page.reports(study.folder)],
-        facts=_facts(study, name, made),
-        table="" if frame.empty else tables.table(frame, columns).to_html(),
-        note=note,
-        files=sorted(path.relative_to(study.folder).as_posix() for path in study.record("x").parent.glob("[!.]*.*")),
-    )
-    target = study.folder / "index.html"
+    css = (page.TEMPLATES / "report" / "static" / "report.css").read_text(encoding="utf-8")
+    text = environment.get_template(template).render(css=css, **values)
     with files.atomic_path(target) as temporary:
-        temporary.write_text(page.with_script(text), encoding="utf-8")
+        temporary.write_text(sorting.with_script(text), encoding="utf-8")
     return target
 
 
@@ -67,34 +114,73 @@ def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]
     columns: dict[str, str | Column] = {
         "variant": "variant",
         "top1": Column("Top-1 (%)", ".1f", 100),
-        "agreement_with_baseline": Column("same class as the baseline (%)", ".1f", 100),
-        "model_mb": Column("MB", ",.1f"),
+        "agreement_with_baseline": Column("same class (%)", ".1f", 100),
+        "model_mb": Column("MB", ",.1f", best="low", bar=True),
     }
     for batch in speed:
         frame[batch] = speed[batch]
-        columns[batch] = Column(f"ms, batch {batch:g}", "#.3g" if speed[batch].max() < 100 else ",.1f")
+        columns[batch] = Column(f"ms, batch {batch:g}", tables.number, best="low", bar=True)
+    frame.attrs["record"] = measured.attrs["record"]
     return frame.reset_index(), {**columns, "reason": "not run because"}, ""
 
 
-def _card(folder: Path, stem: str, status: str) -> dict[str, str]:
-    """What the index shows of one report: title, status, date and links."""
-    good, failed = folder / f"{stem}.html", folder / f"{stem}.failed.html"
-    shown = failed if status == "failed" else good
-    card = {"title": stem.replace("_", " ", 1), "status": status}
-    if shown.exists():
-        card |= {"href": shown.name, "made": _minute(shown)}
-    if shown == failed and good.exists():
-        card |= {"last_good": good.name, "last_good_made": _minute(good)}
-    return card
+def _environment(study: Study) -> Any:
+    try:
+        return study.read_json("environment")
+    except (OSError, ValueError):  # no record yet: the index is still of use
+        return {}
 
 
-def _minute(path: Path) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+def _name(study: Study, made: Any) -> str:
+    """The study's name by its record, as a copy may be in a folder of another name."""
+    name = str(provenance.part(made, "parameters").get("study", ""))
+    return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
 
 
-def _facts(study: Study, name: str, made: Any) -> dict[str, str]:
-    """The lines above the table: parameter set, base, date, hardware, versions; unknown ones are left out."""
-    pages = [study.folder / f"{stem}.html" for stem, _ in page.reports(study.folder)]
+def _about(study: Study, made: Any, shown: list[dict[str, Any]]) -> dict[str, str]:
+    """What the study is, its main finding, and its hero figure with a text; '' for what is not known."""
+    first = sorted(shown, key=lambda card: card["stem"] != "2_evaluate")  # the main result comes first
+    said = [card["finding"] for card in first if card["finding"]]
+    main = [image for card in first if card["stem"] == "2_evaluate" for image in card["thumbnails"]]
+    drawn = [image.alt for image in main if image.drawn and image.alt]
+    about = {"sentence": _sentence(study, made), "finding": said[0] if said else ""}
+    return about | {"hero": cards.drawing(study.folder / HERO), "hero_alt": (drawn or [_HERO_ALT])[0]}
+
+
+def _sentence(study: Study, made: Any) -> str:
+    """Base, data and hardware of the study in one sentence."""
+    base, parameters = origin.of_study(study.folder), provenance.part(made, "parameters")
+    kind, source = str(base.get("kind", "")), str(parameters.get("data_source", ""))
+    count, hardware = _ran(study), provenance.part(made, "hardware")
+    machine = provenance.facts(made)["hardware"].split(", ")[0] if hardware.get("gpus") else hardware.get("cpu")
+    words = [
+        f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer",
+        _BASES.get(kind, "").format(base=Path(base.get("base", "")).name),
+        f"evaluated on {'synthetic flowers' if source == 'synthetic' else source}" if source else "",
+        f"measured on {machine}" if machine else "",
+    ]
+    return ", ".join(filter(None, words)) + "."
+
+
+def _ran(study: Study) -> int:
+    """Number of variants that ran; 0 where that is not recorded."""
+    try:
+        return study.read("variants").query("status == 'ok'")["variant"].nunique()
+    except (OSError, ValueError):
+        return 0
+
+
+def _last(shown: list[dict[str, Any]]) -> str:
+    return max((card["date"] for card in shown), default="")
+
+
+def _files(study: Study, below: str) -> list[str]:
+    found = (path for path in (study.record("x").parent / below).glob("[!.]*.*") if path.is_file())
+    return sorted(path.relative_to(study.folder).as_posix() for path in found)
+
+
+def _facts(study: Study, name: str, made: Any, shown: list[dict[str, Any]]) -> Mapping[str, str]:
+    """What the index folds: parameter set, base, date, hardware, versions; unknown ones are left out."""
     parameters = dict(provenance.part(made, "parameters"))
     if parameters.get("data_source", "synthetic") != "synthetic":  # they only apply to synthetic pictures
         for unused in ("image_size", "pictures_per_class"):
@@ -102,7 +188,7 @@ def _facts(study: Study, name: str, made: Any) -> dict[str, str]:
     facts = {
         "parameter set": f"params/{name}.yaml",
         "base": re.sub("[*`]", "", origin.sentence(study.folder)),
-        "last report": max((_minute(path) for path in pages if path.exists()), default=""),
+        "last report": _last(shown),
         **provenance.facts(made),
         "parameters": ", ".join(f"{key} = {value}" for key, value in parameters.items()),
     }

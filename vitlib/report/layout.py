@@ -20,6 +20,8 @@ _SECTION = re.compile(
     r'<h2 id="(?P<id>[^"]+)">(?P<title>.*?)<a class="anchor-link"'
     r'|<details class="fold level2" id="(?P<fold>[^"]+)"><summary>(?P<folded>.*?)</summary>'
 )
+# The end of a sentence; a full stop in a name is an entity there, see `tables.text`.
+_SENTENCE = re.compile(r"(?<=[.!?])(?:\*\*)? +(?=[A-Z0-9*])")
 FEWEST_SECTIONS = 3  # a page with fewer needs no list of contents
 
 
@@ -30,7 +32,8 @@ def arrange(notebook: NotebookNode) -> NotebookNode:
         tags = list(cell.metadata.get("tags", ()))
         cell.metadata = type(cell.metadata)(tags=tags, around=["", ""])  # nothing that a notebook's file may hold
     answer = [cell for cell in cells if _is(cell, SUMMARY) and cell.get("outputs")]
-    if answer:  # a notebook that failed has none, and is shown as it is
+    faults = [output for cell in answer for output in cell.outputs if output.output_type == "error"]
+    if answer and not faults:  # a notebook that failed is shown as it is
         rest = _folded([cell for cell in cells if not _is(cell, SUMMARY)])
         answer[0].metadata.around[0] = '<section class="answer">'
         answer[-1].metadata.around[1] = "</section>\n<!--contents-->"
@@ -59,20 +62,31 @@ def _folded(cells: list[NotebookNode]) -> list[NotebookNode]:
     """The cells, those of sections with the tag `details` between `<details>` and `</details>`."""
     level, ids = 0, set()
     for number, cell in enumerate(cells):
-        heading = _HEADING.match(cell.source) if cell.cell_type == "markdown" else None
+        heading = _HEADING.match(_text(cell))
         if heading and level and len(heading[1]) <= level:
             cells[number - 1].metadata.around[1] += "</details>"
             level = 0
         if heading and _is(cell, DETAILS) and not level:
-            level, title = len(heading[1]), heading[2].strip()
+            level, title = len(heading[1]), plain(heading[2])
             name = re.sub(r"\W+", "-", title.lower()).strip("-")
             name, ids = (f"{name}-{number}" if name in ids else name), ids | {name}
             opened = f'<details class="fold level{level}" id="{name}"><summary>{html.escape(title)}</summary>'
             cell.metadata.around[0] += opened
-            cell.source = cell.source.partition("\n")[2].strip()
+            rest = _text(cell).partition("\n")[2].strip()
+            if cell.cell_type == "markdown":
+                cell.source = rest
+            else:
+                cell.outputs[0].data = {"text/markdown": rest}
     if level:
         cells[-1].metadata.around[1] += "</details>"
     return cells
+
+
+def _text(cell: NotebookNode) -> str:
+    """The Markdown of a cell: its source, or its first output, which may hold a computed heading."""
+    if cell.cell_type == "markdown":
+        return cell.source
+    return next((str(output.get("data", {}).get("text/markdown", "")) for output in cell.get("outputs", ())), "")
 
 
 def title_of(notebook: NotebookNode) -> str:
@@ -85,9 +99,8 @@ def finding_of(notebook: NotebookNode) -> str:
     """The first sentence of the answer as plain text; '' where the notebook has none."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()) if SUMMARY in cell.metadata.get("tags", ()) else ():
-            text = plain(_text_of(output))
-            if text:
-                return re.split(r"(?<=[.!?]) +(?=[A-Z0-9])", text)[0]
+            if text := _text_of(output):
+                return plain(_SENTENCE.split(text)[0])
     return ""
 
 
@@ -101,7 +114,8 @@ def plain(markdown: str) -> str:
     """One line of Markdown as plain text: no marks of lists, emphasis, code or links."""
     text = re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "", markdown)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return re.sub(r"(?<!\\)[*`]|\\(?=[^\w\s])", "", text).strip()
+    text = re.sub(r"\\([^\w\s]|_)|[*`]", lambda found: found[1] or "", text)
+    return html.unescape(text).strip()
 
 
 def with_contents(page: str) -> str:

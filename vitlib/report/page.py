@@ -1,11 +1,9 @@
-"""Pages: what of an executed notebook may be published, and its HTML without scripts. No torch."""
+"""Pages: what of an executed notebook may be published, and its HTML, in which nothing of it can run. No torch."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import importlib.util
+import html
 import logging
 import os
 import re
@@ -15,27 +13,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitlib.report import layout
+from vitlib.report import layout, sorting
 from vitlib.study import files, params
+from vitlib.study.study import Study
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 TEMPLATES = Path(__file__).parent / "templates"
-# The last defence: a browser runs no script but the one of `with_script`, and fetches nothing.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-SORTED_ROWS = 8  # a page whose longest table has fewer rows needs no script to sort and filter them
-_ACTIVATE = """
-for (const table of document.querySelectorAll("table")) {
-  if (table.rows.length <= ROWS || !table.tHead) continue;
-  const filtered = table.rows.length > 2 * ROWS;
-  jQuery(table).DataTable({paging: false, info: false, order: [], searching: filtered, autoWidth: false});
-}
-"""
 # Kinds of output that a page shows; widgets and scripts would not work in it.
 SHOWN = ("text/html", "text/markdown", "text/latex", "text/plain", "image/png", "image/jpeg", "image/svg+xml")
-
-
 _PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[a-z0-9+/=]*", re.IGNORECASE)
 
 
@@ -167,6 +154,22 @@ def write(executed: NotebookNode, ipynb: Path) -> None:
         page_file.write_text(text, encoding="utf-8")
 
 
+def render(folder: Path) -> list[Path]:
+    """Make the pages of the executed notebooks in `folder` again, with today's templates; returns their paths.
+
+    Nothing is run: footers keep the facts of the run. PageError where there is no executed notebook.
+    """
+    notebooks = sorted(folder.glob("[0-9]*_*.ipynb"))
+    if not notebooks:
+        raise PageError(f"there is no executed notebook in {display(folder)}")
+    pages = [notebook.with_suffix(".html") for notebook in notebooks]
+    with Study.at(folder).locked():  # a run would put other notebooks beside these pages
+        for notebook, page in zip(notebooks, pages, strict=True):
+            with files.atomic_path(page) as file:
+                file.write_text(page_of(read(notebook), page), encoding="utf-8")
+    return pages
+
+
 def read(path: Path) -> NotebookNode:
     """The notebook at `path`; PageError if there is none."""
     import nbformat
@@ -196,15 +199,40 @@ def page_of(executed: NotebookNode, page: Path) -> str:
     exporter.log.setLevel(logging.ERROR)
     # A copied study may be in a folder of any name; the notebook's parameters say which study it is.
     study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
-    siblings = list(dict.fromkeys([*(stem for stem, _ in reports(page.parent)), name]))
-    about = {"study": study, "name": name, "siblings": siblings, "finding": layout.finding_of(executed)}
-    about |= {"made": _made(executed), "notebook": f"{page.stem}.ipynb"}
+    about = {"study": study, "navigation": _navigation(page), "description": layout.finding_of(executed)}
+    about |= {"made": _made(executed), "date": executed.metadata.get("vitlib", {}).get("made", "")}
+    about |= {"notebook": f"{page.stem}.ipynb", "failed": page.stem.endswith(".failed")}
     resources = {"metadata": {"name": f"{layout.title_of(executed) or name} – {study}"}, "report": about}
     text, _ = exporter.from_notebook_node(layout.arrange(_shown(executed)), resources)
-    return with_script(layout.with_contents(_linked(text)))
+    return sorting.with_script(layout.with_contents(linked(text)))
 
 
-def _linked(text: str) -> str:
+def _navigation(page: Path) -> str:
+    """Links from `page` to the study's reports; those that have not run yet are words."""
+    own, items = page.stem.removesuffix(".failed"), []
+    for stem in dict.fromkeys([*(stem for stem, _ in reports(page.parent)), own]):
+        name, words = html.escape(stem), html.escape(stem.replace("_", " "))
+        ends = (end for end in (".html", ".failed.html") if (page.parent / f"{stem}{end}").exists())
+        there = name + end if (end := next(ends, "")) else ""
+        if stem == own:
+            items.append(f'<a href="{html.escape(page.name)}" aria-current="page">{words}</a>')
+        else:
+            items.append(f'<a href="{there}">{words}</a>' if there else f"<span>{words}</span>")
+    return f'<nav aria-label="Reports">{" ".join(items)}</nav>'
+
+
+def relink(folder: Path) -> None:
+    """Bring the links between the pages in `folder` up to date: a page was written before those that came later."""
+    for page in folder.glob("[0-9]*_*.html"):
+        text = page.read_text(encoding="utf-8")
+        before, found, rest = text.partition('<nav aria-label="Reports">')
+        renewed = before + _navigation(page) + rest.partition("</nav>")[2]
+        if found and renewed != text:
+            with files.atomic_path(page) as temporary:
+                temporary.write_text(renewed, encoding="utf-8")
+
+
+def linked(text: str) -> str:
     """Captions that name a record of the study become links to it."""
     return re.sub(
         r"<caption>(records/[\w.-]+)</caption>",
@@ -217,41 +245,6 @@ def _made(executed: NotebookNode) -> str:
     """Hardware, software, commit and date of the run, for the page's footer; '' for a run of an older version."""
     facts = executed.metadata.get("vitlib", {})
     return " · ".join(str(facts[key]) for key in ("hardware", "software", "commit", "made") if facts.get(key))
-
-
-def with_script(text: str) -> str:
-    """`text` of a page whose tables with at least `SORTED_ROWS` rows can be sorted and filtered.
-
-    The script is DataTables as itables ships it, allowed by its checksum in the page's policy. Without itables, or
-    where scripts are off, the page is complete all the same.
-    """
-    rows = max((table.count("<tr") for table in re.findall(r"<table.*?</table>", text, re.DOTALL)), default=0) - 1
-    script = _script() if rows >= SORTED_ROWS else ""
-    policy = POLICY
-    if script:
-        policy += f"; script-src '{checksum_of(script)}'"
-        before, _, after = text.rpartition("</body>")
-        text = f'{before}<script type="module">{script}</script>\n</body>{after}'
-    return text.replace("<!--policy-->", f'<meta http-equiv="Content-Security-Policy" content="{policy}" />')
-
-
-def checksum_of(script: str) -> str:
-    """The source expression with which a content security policy allows the script with this text, and no other."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-@functools.cache
-def _script() -> str:
-    """DataTables and the lines that apply it, as the text of a module script; '' where itables is not installed."""
-    found = importlib.util.find_spec("itables")
-    if found is None or not found.submodule_search_locations:
-        return ""
-    source = Path(found.submodule_search_locations[0], "html", "dt_bundle.js").read_text(encoding="utf-8")
-    # Neither may stand in a <script>: after both, HTML would look for a second end of it. All are in strings.
-    source = re.sub(r"<(?=!--|/?script)", r"\\x3c", source)
-    jquery = re.search(r"(\w+) as jQuery", source)
-    source = re.sub(r"\bexport\s*\{[^}]*\};?", "", source)
-    return f"{source}\nconst jQuery = {jquery[1]};{_ACTIVATE.replace('ROWS', str(SORTED_ROWS))}"
 
 
 def _study_of(executed: NotebookNode) -> str:
@@ -273,8 +266,10 @@ def _shown(executed: NotebookNode) -> NotebookNode:
             if "data" in output:
                 output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
                 output.metadata = {kind: _sizes(output.metadata.get(kind)) for kind in output.data}
+            elif output.get("name") == "stderr":  # a reader of the page needs no progress bars
+                output.text = re.sub(r".*\d%\|.*\n?", "", output.text)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+            cell.outputs = [output for output in cell.outputs if output.get("data", output.get("text", "-").strip())]
     return copy
 
 

@@ -10,13 +10,15 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from vitlib.study import variants
+from vitlib.report.tables import number
+from vitlib.study import files, variants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
 _LINES = {"eager": "-", "graph": "--", "fused": ":", "fused-graph": "-."}
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8f98"
+_BLUE, _ORANGE, _PALE, _GREY = "#0072B2", "#D55E00", "#b8c9d9", "#8a8f98"
+_PARTS = ("#56B4E9", "#0072B2", "#E69F00", "#000000", "#F0E442", "#8a8f98", "#D55E00", "#CC79A7", "#009E73")
 _SMALL = 160  # pixels: narrower pictures are enlarged to it
 _STYLE = {
     **{"axes.grid": True, "grid.color": "#dfe3ea", "axes.axisbelow": True, "axes.edgecolor": "#8a8f98"},
@@ -46,6 +49,12 @@ class Plot:
         with matplotlib.rc_context({"svg.hashsalt": "vitlib"}):  # the same figure gives the same text
             self.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         return text.getvalue()
+
+    def saved(self, path: Path) -> Plot:
+        """The same plot, which is now also in the SVG file `path`, whole or not at all."""
+        with files.atomic_path(path) as temporary:
+            temporary.write_text(self._repr_svg_(), encoding="utf-8")
+        return self
 
     def __repr__(self) -> str:
         return self.message
@@ -76,7 +85,7 @@ class Pictures:
         return f'<div class="{kind}" style="{style}">{"".join(made)}</div>'
 
     def __repr__(self) -> str:
-        return "; ".join(self.captions)
+        return f"{len(self.captions)} pictures: {'; '.join(self.captions)}"
 
 
 def _figure(rows: int = 1, columns: int = 1, *, width: float = 8.0, height: float = 4.5, **grid: object) -> Figure:
@@ -116,10 +125,12 @@ def _around(rows: pd.DataFrame, column: str, scale: float = 1.0) -> np.ndarray:
     return scale * np.array([rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column]])
 
 
-def picture_grid(images: Sequence[np.ndarray], titles: Sequence[str], *, right: Sequence[bool | None] = ()) -> Pictures:
-    """uint8 pictures (h, w, 3) with a caption each: green if `right` is true, red if false."""
+def picture_grid(
+    images: Sequence[np.ndarray], titles: Sequence[str], *, right: Sequence[bool | None] = (), columns: int = 0
+) -> Pictures:
+    """uint8 pictures (h, w, 3) with a caption each: green if `right` is true, red if false. 0 columns: as fit."""
     marks = list(right) or [None] * len(images)
-    return Pictures([_data_address(image) for image in images], titles, marks)
+    return Pictures([_data_address(image) for image in images], titles, marks, columns)
 
 
 def _data_address(image: np.ndarray) -> str:
@@ -133,66 +144,121 @@ def _data_address(image: np.ndarray) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def learning_curves(history: pd.DataFrame) -> Plot:
-    """Loss in training and validation, and Top-1 and Top-5 in validation, by epoch."""
+def learning_curves(history: pd.DataFrame, overfits_after: int | None = None) -> Plot:
+    """Loss in training and validation, and the accuracies in validation that `history` has (Top-1, Top-5), by epoch.
+
+    The epoch `overfits_after` is marked as the one with the lowest validation loss.
+    """
     figure = _figure(1, 2, width=10, height=3.8)
     left, right = figure.axes
     curves = history.set_index("epoch")
     left.plot(curves["train_loss"], marker="o", label="training (augmented)", color=_BLUE)
     left.plot(curves["valid_loss"], marker="o", label="validation", color=_ORANGE)
-    right.plot(100 * curves["top1"], marker="o", label="Top-1", color=_ORANGE)
-    right.plot(100 * curves["top5"], marker="o", label="Top-5", color=_GREY)
+    for name, label, colour in (("top1", "Top-1", _ORANGE), ("top5", "Top-5", _GREY)):
+        if name in curves:
+            right.plot(100 * curves[name], marker="o", label=label, color=colour)
     left.set(xlabel="epoch", ylabel="cross entropy (nats)", title="Loss")
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy")
+    loss, top1 = curves["valid_loss"], 100 * curves["top1"]
+    said = f"Validation loss goes from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}"
+    if overfits_after is not None:
+        lowest = f"lowest validation loss: {loss[overfits_after]:.2f}, epoch {overfits_after}"
+        left.axvline(overfits_after, color=_GREY, linestyle=":", label=lowest)
+        said += f" (lowest {loss[overfits_after]:.2f} after epoch {overfits_after}: it overfits)"
     for axis in figure.axes:
         axis.legend(frameon=False)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return Plot(figure, f"Loss and validation accuracy by epoch; Top-1 ends at {100 * history['top1'].iloc[-1]:.1f} %.")
+    return Plot(figure, f"{said} and Top-1 from {top1.iloc[0]:.1f} % to {top1.iloc[-1]:.1f} % in {len(curves)} epochs.")
+
+
+def hero(points: pd.DataFrame) -> Plot:
+    """Weights against the latency of a call, a labelled point a variant, and an arrow from the first to the best.
+
+    `points` is what `benchmark.points` gives. A difference in speed that was not found is not written on the arrow.
+    """
+    (axis,) = _figure(width=8, height=4.6).axes
+    rows, batch = points.set_index("variant"), points["batch"].iloc[0]
+    ms, mb, said = rows["latency_p50_ms"], rows["model_mb"], []
+    _log(axis, "x")
+    _log(axis, "y")
+    ends = rows[rows["best"] | (rows.index == rows.index[0])].sort_values("model_mb")[["model_mb", "latency_p50_ms"]]
+    arrow = np.exp(np.interp(np.log(mb), *np.log(ends).to_numpy().T))  # where it is at the height of each point
+    room = max(ms.max() / ms.min(), 1.6)  # on both sides, for labels
+    axis.set(xlim=(ms.min() / room, ms.max() * room**0.8), ylim=(mb.min() / 2, mb.max() * 1.8))
+    axis.tick_params(which="both", labelsize=11)
+    axis.set_xlabel(f"milliseconds per call, batch size {batch:.0f} (log scale)", fontsize=12)
+    axis.set_ylabel("weights (MB, log scale)", fontsize=12)
+    for name, middle in zip(rows.index, arrow, strict=True):
+        axis.plot(ms[name], mb[name], linestyle="", markersize=12, zorder=3, **_look(name))
+        size = f"{number(ms[name])} ms, {mb[name]:{',.0f' if mb[name] >= 100 else '.2g'}} MB"
+        away, ha, va = ((-12, 0), "right", "center") if ms[name] < middle else ((12, 0), "left", "center")
+        if name == rows.index[0] or rows.loc[name, "best"]:  # the ends of the arrow
+            away, ha, va = ((0, 11), "center", "bottom") if name == rows.index[0] else ((0, -11), "center", "top")
+        where = {"xytext": away, "textcoords": "offset points", "ha": ha, "va": va, "fontsize": 12}
+        axis.annotate(f"{_short(name)}\n{size}", (ms[name], mb[name]), **where)
+        said.append(f"{_short(name)} {size}")
+    for name in rows.index[rows["best"]]:
+        size = mb.iloc[0] / mb[name]
+        factors = [] if 1 / 1.05 < size < 1.05 else [_times(size, "smaller", "larger")]
+        if rows.loc[name, "against_baseline"] in ("faster", "slower"):
+            factors.insert(0, _times(rows.loc[name, "times_baseline"], "faster", "slower"))
+        _arrow(axis, (ms.iloc[0], mb.iloc[0]), (ms[name], mb[name]), "\n".join(factors))
+        said.append(f"the arrow says {', '.join(factors)}")
+    return Plot(axis.figure, f"Latency at batch size {batch:.0f} and weights: {'; '.join(said)}.")
+
+
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], text: str) -> None:
+    """Draw an arrow between two points on logarithmic axes, with `text` at its middle."""
+    style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 11, "shrinkB": 11, "mutation_scale": 20, "color": "black"}
+    axis.annotate("", end, start, arrowprops=style)
+    box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
+    middle = np.sqrt(np.multiply(start, end))
+    axis.text(*middle, text, fontsize=14, weight="bold", ha="center", va="center", bbox=box)
+
+
+def _short(name: str) -> str:
+    """A variant in words, where one as the libraries load it is "out of the box"."""
+    weights, *others = name.split("-")
+    return f"{weights.upper()} out of the box" if others == ["sdpa"] else variants.label(name)
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    """A ratio as "7.3× smaller", or how much `less` below 1."""
+    ratio, word = (ratio, more) if ratio >= 1 else (1 / ratio, less)
+    return f"{ratio:.{2 if ratio < 2 else 1}f}× {word}"
+
+
+def _range(values: pd.Series, form: Callable[[float], str]) -> str:
+    """The least and the largest value with the variants that have them: "1.1 (NF4 · fused) to 9.5 (FP32 · SDPA)"."""
+    ends = ((values.min(), values.idxmin()), (values.max(), values.idxmax()))
+    return " to ".join(f"{form(value)} ({variants.label(name)})" for value, name in ends)
 
 
 def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
-    """Top-1 minus the baseline's with its interval, against median latency; up and left is better.
+    """Top-1 minus the baseline's against median latency, with its interval unless that is inside the margin.
 
-    `margin`, a fraction of the pictures, is drawn as a band: an interval inside it is non-inferior.
+    Up and left is better. `margin`, a fraction of the pictures, is drawn as a band.
     """
-    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
-    axis = _scatter(rows, "latency_p50_ms", 100 * rows["difference"], _around(rows, "difference", 100))
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
-    axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points, 95 % interval)")
-    axis.set(title=f"Accuracy against latency, batch size {batch}")
-    return Plot(
-        axis.figure, f"Top-1 minus the baseline's against median latency at batch size {batch}, a point a variant."
-    )
-
-
-def size_against_memory(table: pd.DataFrame, batch: int) -> Plot:
-    """Peak memory of a forward pass against the size of the weights; down and left is better."""
-    rows = table[(table["status"] == "ok") & (table["batch"] == batch)]
-    axis = _scatter(rows, "model_mb", rows["peak_memory_mb"])
-    axis.set(xlabel="weights (MB, log scale)", ylabel="weights + peak of a pass (MB)")
-    axis.set_title(f"Size against peak memory, batch size {batch}")
-    return Plot(
-        axis.figure,
-        f"Weights plus the peak of a forward pass against weights at batch size {batch}, a point a variant.",
-    )
-
-
-def _scatter(rows: pd.DataFrame, x: str, y: pd.Series, errors: np.ndarray | None = None) -> Axes:
-    """A point a variant on a log x axis, with vertical `errors` (2, n) if given."""
+    rows = table[(table["status"] == "ok") & (table["batch"] == batch)].set_index("variant")
     (axis,) = _figure(width=9).axes
-    for at, (name, across, up) in enumerate(zip(rows["variant"], rows[x], y, strict=True)):
-        bars = None if errors is None else errors[:, [at]]
-        style = {"linestyle": "", "capsize": 3, "markersize": 8, "elinewidth": 0.8, **_look(name)}
-        axis.errorbar(across, up, yerr=bars, label=variants.label(name), **style)
+    points, errors = 100 * rows["difference"], _around(rows, "difference", 100)
+    for at, (name, ms) in enumerate(rows["latency_p50_ms"].items()):
+        bars = errors[:, [at]] if rows["verdict"].iloc[at] in ("different", "not shown") else None
+        style = {"linestyle": "", "capsize": 3, "markersize": 8, **_look(name)}
+        axis.errorbar(ms, points.iloc[at], yerr=bars, label=variants.label(name), **style)
     _log(axis, "x")
     _legend(axis)
-    return axis
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
+    axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points)")
+    axis.set(title=f"Accuracy against latency, batch size {batch}")
+    across, up = _range(rows["latency_p50_ms"], number), _range(points, "{:+.1f}".format)
+    return Plot(axis.figure, f"Top-1 changes by {up} points; latency at batch size {batch} is {across} ms.")
 
 
 def throughput_by_batch(table: pd.DataFrame) -> Plot:
     """Measured images per second by batch size, a line a variant, labelled at its end."""
-    rows = table[table["status"] == "ok"].dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
+    rows = table.dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
     (axis,) = _figure(width=9, height=max(4.5, 0.3 * rows["variant"].nunique() + 1)).axes
     for name, own in rows.groupby("variant", sort=False):
         line = _LINES[variants.VARIANTS[name].execution] if name in variants.VARIANTS else "-"
@@ -206,7 +272,9 @@ def throughput_by_batch(table: pd.DataFrame) -> Plot:
             variants.label(name), (1.0, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8.5, color=_look(name)["color"],
         )  # fmt: skip
-    return Plot(axis.figure, "Images per second by batch size, a line a variant.")
+    last = rows[rows["batch"] == rows["batch"].max()].set_index("variant")["throughput_img_s"]
+    said = f"Throughput at batch size {rows['batch'].max():.0f}: {_range(last, '{:,.0f}'.format)} images per second."
+    return Plot(axis.figure, said)
 
 
 def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[str, float]:
@@ -223,21 +291,6 @@ def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[st
     return heights
 
 
-def accuracy_intervals(quality: pd.DataFrame, margin: float) -> Plot:
-    """Top-1 of each variant minus the baseline's, in points, with its paired interval; the margin is a band."""
-    rows = quality[quality["verdict"] != "baseline"]
-    (axis,) = _figure(width=8, height=0.4 * len(rows) + 1.4).axes
-    errors = _around(rows, "difference", 100)
-    for at, (name, points) in enumerate(zip(rows["variant"], 100 * rows["difference"], strict=True)):
-        axis.errorbar(points, at, xerr=errors[:, [at]], capsize=4, **_look(name))
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.axvspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
-    axis.set_yticks(range(len(rows)), [variants.label(name) for name in rows["variant"]])
-    axis.invert_yaxis()
-    axis.set(xlabel="Top-1 minus the baseline's (points), 95 % interval; shaded: within the margin")
-    return Plot(axis.figure, "Top-1 of each variant minus the baseline's, with its 95 % interval and the margin.")
-
-
 def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     """Device time of one pass in milliseconds, stacked by part of the model, a bar a variant.
 
@@ -251,36 +304,38 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     shown = [part for part in parts if part in sums and sums[part].sum() > 0]
     for axis, rows in zip(figure.axes, panels, strict=True):
         names, left = [variants.label(name) for name in rows.index], np.zeros(len(rows))
-        for number, part in enumerate(shown):
+        for place, part in enumerate(shown):
             label = "attention with its linears" if part == "attention" else part  # a table shows the kernel alone
-            axis.barh(names, rows[part], left=left, label=label, color=f"C{number}")
+            axis.barh(names, rows[part], left=left, label=label, color=_PARTS[place % len(_PARTS)], edgecolor="white")
             left += rows[part].to_numpy()
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
     figure.axes[0].set_title("Where the device time goes")
     figure.axes[-1].set_xlabel(f"device time of one pass (ms), batch size {kernels['batch'].iloc[0]}")
     _legend(figure.axes[-1])
-    return Plot(figure, "Device time of one forward pass by part of the model, a bar a variant.")
+    said = f"Device time of one pass: {_range(sums.sum(axis=1), number)} ms"
+    return Plot(figure, f"{said}; most of it in the part {sums.sum().idxmax()}.")
 
 
 def ladder(frame: pd.DataFrame) -> Plot:
-    """Median latency of each step with its interval, a panel a batch size, a row a step, colour by weight format.
+    """Median latency of each variant with its interval, a panel a batch size, a row a variant in order of appearance.
 
-    Columns: label (in words), weights, batch, ms, ms_low, ms_high. Rows keep the order of their first appearance.
+    Columns: variant, batch, latency_p50_ms, latency_low_ms, latency_high_ms.
     """
-    sizes, labels = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["label"]))
-    figure = _figure(1, max(len(sizes), 1), width=3.2 + 3.4 * len(sizes), height=0.3 * len(labels) + 1.2, sharey=True)
+    sizes, names = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["variant"]))
+    figure = _figure(1, max(len(sizes), 1), width=3 + 2.6 * len(sizes), height=0.24 * len(names) + 1.2, sharey=True)
+    said = []
     for axis, size in zip(figure.axes, sizes, strict=False):
-        rows = frame[frame["batch"] == size]
-        errors = _around(rows, "ms")
-        for at, row in enumerate(rows.itertuples()):
-            style = {"fmt": "o", "capsize": 3, "color": COLOURS.get(row.weights, _GREY)}
-            axis.errorbar(row.ms, labels.index(row.label), xerr=errors[:, [at]], **style)
+        rows = frame[frame["batch"] == size].set_index("variant")
+        for name, ms, low, high in rows[["latency_p50_ms", "latency_low_ms", "latency_high_ms"]].itertuples():
+            errors = [[ms - low], [high - ms]]
+            axis.errorbar(ms, names.index(name), xerr=errors, linestyle="", capsize=3, **_look(name))
         _log(axis, "x")
         axis.set(xlabel="median latency (ms, log scale)", title=f"batch size {size}")
-    figure.axes[0].set_yticks(range(len(labels)), labels, fontsize=9)
-    figure.axes[0].set_ylim(len(labels) - 0.5, -0.5)
-    return Plot(figure, "Median latency of each step with its 95 % interval, a panel a batch size.")
+        said.append(f"Median latency at batch size {size}: {_range(rows['latency_p50_ms'], number)} ms.")
+    figure.axes[0].set_yticks(range(len(names)), map(variants.label, names), fontsize=10)
+    figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
+    return Plot(figure, " ".join(said))
 
 
 def roofline(table: pd.DataFrame) -> Plot:
@@ -301,7 +356,7 @@ def roofline(table: pd.DataFrame) -> Plot:
         axis.plot(span, np.minimum(ceiling, span * shown["ceiling_gb_s"].iloc[0] / 1e3), color="black", linewidth=1)
     ceilings = np.sort(rows["ceiling_tflop_s"].dropna().unique())
     for near in np.split(ceilings, 1 + np.flatnonzero(ceilings[1:] > 1.5 * ceilings[:-1])):  # one label: no overlap
-        ends = dict.fromkeys(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (near[0], near[-1]))
+        ends = dict.fromkeys(number(value) for value in (near[0], near[-1]))
         axis.annotate(f"{' – '.join(ends)} TFLOP/s", (span[-1], near[-1]), ha="right", va="bottom", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="achieved TFLOP/s")
     axis.set_title("Achieved rate and the measured ceilings")
@@ -309,54 +364,83 @@ def roofline(table: pd.DataFrame) -> Plot:
     entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
     entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
     _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
-    return Plot(
-        axis.figure, "Achieved arithmetic rate of each part against operations per byte, below the measured ceilings."
-    )
+    top, peak = rows.loc[rows["tflop_s"].idxmax()], rows["ceiling_tflop_s"].max()
+    said = f"Achieved rates reach {number(top['tflop_s'])} TFLOP/s ({top['part']}, {variants.label(top['variant'])})"
+    return Plot(axis.figure, f"{said}; the measured ceilings reach {number(peak)} TFLOP/s.")
 
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the share of the quantization error (KL) that goes away when this block stays in FP16/BF16.
-
-    The dotted line is an equal share for every block.
-    """
-    for axis, rows in _by_bits(blocks):
-        axis.bar(rows["block"], 100 * rows["kl_removed"], color=_BLUE)
+    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16."""
+    shown = blocks.assign(**dict.fromkeys(("shown", "shown_low", "shown_high"), 100 * blocks["kl_removed"]))
+    plot = _block_bars(shown, "error removed (%)", "block kept in FP16 (dotted: equal share)", "{:.0f} %")
+    for axis in plot.figure.axes:
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.axhline(100 / len(rows), color=_GREY, linestyle=":")
-        axis.set(xlabel="block kept in FP16/BF16", ylabel="KL that goes away (%)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    return Plot(
-        axis.figure,
-        "By block: the share of the quantization error that goes away when this block stays in FP16 or BF16.",
-    )
+        axis.axhline(100 / len(axis.patches), color="black", linestyle=":", linewidth=1)
+    return plot
 
 
 def alone_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the KL from the unquantized network when only this block is quantized, with its interval."""
+    """By block: the quantization error (KL) when it alone is quantized, with its interval."""
+    shown = blocks.rename(columns=lambda name: name.replace("kl_alone", "shown"))
+    return _block_bars(shown, "error (KL, nats)", "block quantized, all others in FP16", "{:.1e}")
+
+
+def _block_bars(blocks: pd.DataFrame, ylabel: str, xlabel: str, form: str) -> Plot:
+    """A bar a block as high as `shown`, with its interval; the highest is dark and has a label."""
+    said = []
     for axis, rows in _by_bits(blocks):
-        axis.bar(rows["block"], rows["kl_alone"], yerr=_around(rows, "kl_alone"), capsize=2, color=_GREEN)
-        axis.set(xlabel="block quantized, all others in FP16/BF16", ylabel="mean KL (nats)")
+        first = rows["shown"].idxmax()
+        block, others = int(rows.loc[first, "block"]), rows["shown"].drop(first)
+        colours = [_BLUE if at == first else _PALE for at in rows.index]
+        axis.bar(rows["block"], rows["shown"], yerr=_around(rows, "shown"), color=colours)
+        left = block < rows["block"].median()  # the label extends towards the middle
+        place = (block - 0.4 if left else block + 0.4, max(0, rows.loc[first, "shown_high"]))
+        style = {"ha": "left" if left else "right", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2)}
+        label = f"block {block}: {form.format(rows.loc[first, 'shown'])}"
+        axis.annotate(label, place, **style)
+        axis.margins(y=0.12)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return Plot(axis.figure, "By block: the quantization error when only this block is quantized.")
+        axis.grid(axis="x", visible=False)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        said.append(f"{axis.get_title()}, {label}{f', others at most {form.format(others.max())}' * bool(len(others))}")
+    return Plot(axis.figure, f"{ylabel.capitalize()} by {xlabel}. {'; '.join(said)}.")
 
 
-def kept_parts(frame: pd.DataFrame, kept: Sequence[str]) -> Plot:
-    """Mean KL from the unquantized network with its interval, for a few configurations."""
-    for axis, rows in _by_bits(frame[frame["kept"].isin(kept)], height=3.2):
+def kept_parts(frame: pd.DataFrame, kept: Mapping[str, str]) -> Plot:
+    """The error (KL) left when some parts stay in FP16, in percent of that of the first, by their names in words."""
+    said = []
+    for axis, rows in _by_bits(frame[frame["kept"].isin(kept)], height=0.4 * len(kept) + 1.2):
         rows = rows.set_index("kept").reindex(kept)
-        axis.barh(rows.index, rows["logit_kl"], xerr=_around(rows, "logit_kl"), capsize=4, color=_ORANGE)
+        whole = 100 / rows["logit_kl"].iloc[0]
+        shares = whole * rows["logit_kl"]
+        axis.barh(list(kept.values()), shares, xerr=whole * _around(rows, "logit_kl"), capsize=4, color=_PALE)
+        for at, (share, end) in enumerate(zip(shares, whole * rows["logit_kl_high"], strict=True)):
+            axis.annotate(f"{share:.0f} %", (end, at), xytext=(6, 0), textcoords="offset points", va="center")
+        axis.margins(x=0.15)
         axis.invert_yaxis()
-        axis.set(xlabel="mean KL from the unquantized network (nats)")
-        axis.locator_params(axis="x", nbins=4)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-    return Plot(axis.figure, "Quantization error when the first and last block or the classifier stay in FP16 or BF16.")
+        axis.grid(axis="y", visible=False)
+        axis.set(xlabel="error left (%), 95 % interval", ylabel="kept in FP16")
+        listed = (f"{name} {share:.0f} %" for name, share in zip(kept.values(), shares, strict=True))
+        said.append(f"at {axis.get_title()}, {', '.join(listed)}")
+    return Plot(axis.figure, f"Quantization error (KL) left when a part stays in FP16: {'; '.join(said)}.")
 
 
-def _by_bits(frame: pd.DataFrame, height: float = 3.8) -> list[tuple[Axes, pd.DataFrame]]:
+def verdict_bars(counts: pd.Series) -> Plot:
+    """The number of claims by verdict; the last kind is what could not be tested."""
+    (axis,) = _figure(width=8, height=0.28 * len(counts) + 0.1).axes
+    bars = axis.barh(list(counts.index), counts, color=[_BLUE] * (len(counts) - 1) + [_PALE])
+    axis.bar_label(bars, padding=4)
+    axis.invert_yaxis()
+    axis.xaxis.set_visible(False)
+    axis.grid(visible=False)
+    return Plot(axis.figure, f"Claims by verdict: {', '.join(f'{kind} {count}' for kind, count in counts.items())}.")
+
+
+def _by_bits(frame: pd.DataFrame, height: float = 3.4) -> list[tuple[Axes, pd.DataFrame]]:
     """A panel of one figure for each number of bits, with its rows."""
     panels = list(frame.groupby("bits"))
-    figure = _figure(1, len(panels), width=5.5 * len(panels), height=height)
+    figure = _figure(1, len(panels), width=5.2 * len(panels), height=height)
     for axis, (bits, _) in zip(figure.axes, panels, strict=True):
         axis.set_title(f"{bits} bits")
     return [(axis, rows) for axis, (_, rows) in zip(figure.axes, panels, strict=True)]

@@ -4,7 +4,7 @@
 otherwise the run is kept beside them as `<notebook>.failed.ipynb` and `.failed.html`. From a shell:
 
     python -m vitlib.report run notebooks/2_evaluate.ipynb --study demo
-    python -m vitlib.report index | summary --study demo
+    python -m vitlib.report index | summary | render | shots --study demo
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitlib.report import index, page
+from vitlib.report import index, page, shots
 from vitlib.study import files, params, provenance
 from vitlib.study.study import Study, StudyBusy
 
@@ -47,19 +47,24 @@ def execute(notebook: str | Path, *, parameters: Mapping[str, Any], folder: str 
     """Execute `notebook` into `folder`, its page beside it, with `parameters` from `params.load`; returns the path.
 
     Names that the notebook's parameters cell does not declare are left out: one set serves all notebooks.
+    ParameterError for parameters that cannot work, before a kernel starts.
     ReportError if any code cell did not run in order and without error; the last good report then stays.
     """
     notebook, folder = Path(notebook), Path(folder)
     cells = page.read(notebook).cells
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
-    chosen = {name: parameters[name] for name in params.assigned("\n".join(tagged)) if name in parameters}
+    declared = params.assigned("\n".join(tagged))
+    for remark in params.remarks(params.check(parameters), declared, parameters):
+        print(f"{notebook.stem}: {remark}", file=sys.stderr)
+    chosen = {name: parameters[name] for name in declared if name in parameters}
     _check_twin(notebook, cells)
     folder.mkdir(parents=True, exist_ok=True)
     target, running = folder / f"{notebook.stem}.ipynb", folder / f".{notebook.stem}.running.ipynb"
     running.unlink(missing_ok=True)
+    facts = provenance.facts(provenance.environment(parameters={}))  # of the commit that the kernel imports
     try:
         ended = _papermill(notebook, running, chosen)
-        executed, problem = _judged(running, ended)
+        executed, problem = _judged(running, ended, facts | {"made": time.strftime("%Y-%m-%d %H:%M")})
     finally:
         running.unlink(missing_ok=True)
     if problem is None:
@@ -114,7 +119,7 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> Base
     return None
 
 
-def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, Problem | None]:
+def _judged(running: Path, ended: BaseException | None, made: Mapping[str, str]) -> tuple[NotebookNode, Problem | None]:
     """The run, fit to publish, and why it does not count as done; ReportError if it was not written whole."""
     from papermill.exceptions import PapermillExecutionError
 
@@ -123,8 +128,7 @@ def _judged(running: Path, ended: BaseException | None) -> tuple[NotebookNode, P
     except page.PageError as error:  # the kernel did not start, or the disk is full
         reason = f"{type(ended).__name__}: {_one_line(ended)}" if ended is not None else str(error)
         raise ReportError(f"{running.name} was not written: {reason}") from None
-    made = {"made": time.strftime("%Y-%m-%d %H:%M")}
-    executed.metadata["vitlib"] = provenance.facts(provenance.environment(parameters={})) | made
+    executed.metadata["vitlib"] = dict(made)  # for the page's footer
     problem = first_problem(executed)
     if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # Ctrl-C, a dead kernel
         started = sum(bool(cell.metadata.get("papermill", {}).get("start_time")) for cell in _code_cells(executed))
@@ -200,28 +204,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute a notebook into the study's folder")
     run.add_argument("notebook", type=Path)
-    run.add_argument("--params", type=Path, help="parameter set (default: params/<study>.yaml)")
-    commands.add_parser("index", help="write index.html")
+    run.add_argument("--params", type=Path, help="parameter set (default: params/<study>.yaml; none with -p alone)")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set one parameter")
+    commands.add_parser("index", help="write the study's index.html, and that of all studies")
     commands.add_parser("summary", help="print the table of variants")
-    for command in commands.choices.values():
-        command.add_argument("--study", required=True, help="results go to outputs/<study>/")
+    commands.add_parser("render", help="make the pages of executed notebooks again; nothing is run")
+    commands.add_parser("shots", help="write screenshots of all pages into shots/ (needs playwright and Chromium)")
+    for name, command in commands.choices.items():
+        command.add_argument("--study", required=name == "run", help="results are in outputs/<study>/")
+        if name != "run":
+            command.add_argument("--folder", type=Path, help="a study in another folder, outputs/gallery/<name> say")
     options = parser.parse_args(arguments)
+    if not options.study and not options.folder:
+        parser.error("--study or --folder is needed")
     try:
-        folder = files.study_folder(options.study)
         if options.command == "run":
-            _run(options, folder)
+            _run(options, files.study_folder(options.study))
         else:
-            print(page.display(index.write(folder)) if options.command == "index" else index.summary(folder))
-    except (ReportError, page.PageError, StudyBusy, OSError, ValueError) as error:
+            _show(options.command, options.folder or files.study_folder(options.study))
+    except (ReportError, page.PageError, shots.NoBrowser, StudyBusy, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _show(command: str, folder: Path) -> None:
+    """Make what `command` names of what the study has, and print its paths."""
+    if command == "summary":
+        print(index.summary(folder))
+        return
+    written = page.render(folder) if command == "render" else []
+    written += [index.write(folder), index.overview(folder)] if command != "shots" else shots.write(folder)
+    print("\n".join(page.display(path) for path in written if path))
+
+
 def _run(options: argparse.Namespace, folder: Path) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # without it each kernel prints a warning
-    values = params.load(options.params or files.project_root() / "params" / f"{options.study}.yaml")
-    values |= {"study": options.study}
+    own = files.project_root() / "params" / f"{options.study}.yaml"
+    values = {} if options.p and not options.params and not own.is_file() else params.load(options.params or own)
+    values |= params.given(options.p) | {"study": options.study}
     with Study(params.check(values), folder).locked():
         try:
             execute(options.notebook, parameters=values, folder=folder)

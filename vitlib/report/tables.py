@@ -7,7 +7,9 @@ table(frame, {"variant": "variant", "top1": Column("Top-1 (%)", ".2f", 100),
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import NamedTuple
 
@@ -26,14 +28,26 @@ class Markdown(str):
         return str(self)
 
 
+def text(name: object) -> str:
+    """A name of a class or a file for a sentence in Markdown, in which nothing of it counts as markup."""
+    return re.sub(r"[\\`*_{}\[\]()<>#|$~&!:@^=.]", lambda found: f"&#{ord(found[0])};", " ".join(str(name).split()))
+
+
+def number(value: float) -> str:
+    """Three significant digits, zeros kept: 1.06, 14.5, 1,230."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
+
+
 class Column(NamedTuple):
-    """How a column is shown: heading, format specification ('' for text) and the factor that it is multiplied by.
+    """How a column is shown: heading, format ('' for text) and the factor that it is multiplied by.
+
+    The format is a specification or a function, `number` say.
 
     `best`, "low" or "high", says which value is printed in bold; `bar` draws each value as a bar behind its figure.
     """
 
     title: str
-    format: str = ""
+    format: str | Callable[[float], str] = ""
     scale: float = 1.0
     best: str = ""
     bar: bool = False
@@ -80,13 +94,14 @@ class Table:
         if values is None:
             return [f"<td {self._kind(name)}>{_escaped(text)}</td>" for text in self.text[name]]
         best = {"low": values.min(), "high": values.max()}.get(about.best) if values.nunique() > 1 else None
-        made, longest = [], values.max()
+        made, longest = [], values.max() or 1  # all are zero: no bar
         for text, value in zip(self.text[name], values, strict=True):
             known = pd.notna(value)
             order = f' data-order="{value:.9g}"' if known else ' data-order=""'
             bar = f' style="--bar: {max(0, round(100 * value / longest))}%"' if about.bar and known else ""
-            shown = f"<strong>{_escaped(text)}</strong>" if known and value == best else _escaped(text)
-            made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}</td>')
+            shown, gap, interval = _escaped(text).partition(f"{NO_BREAK}(")
+            shown = f"<strong>{shown}</strong>" if known and value == best else shown
+            made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}{gap}{interval}</td>')
         return made
 
     _repr_html_ = to_html
@@ -111,8 +126,9 @@ def table(
 ) -> Table | Markdown:
     """A table to read: numbers rounded and grouped, a dash for what was not measured, `none` if there is no row.
 
-    `columns` chooses and orders what is shown; a key of two names is an interval, its lower and upper bound. Columns
-    that `frame` lacks and columns without any text are left out. Names of variants become words.
+    `columns` chooses and orders what is shown; a key of two names is an interval, its lower and upper bound, and one of
+    three is a value with its interval (`estimate`). Columns that `frame` lacks and columns without any text are left
+    out. Names of variants become words.
     """
     if frame.empty:
         return Markdown(f"*{none}*")
@@ -122,14 +138,32 @@ def table(
         names = key if isinstance(key, tuple) else (key,)
         if not set(names) <= set(frame):
             continue
-        parts = [_cells(frame[name], about, digits) for name in names]
-        if any(parts[0]):
+        if len(names) == 3:
+            each = zip(*(about.scale * frame[name] for name in names), strict=True)
+            text[about.title] = [estimate(*bounds, form=about.format) for bounds in each]
+        elif any((parts := [_cells(frame[name], about, digits) for name in names])[0]):
             text[about.title] = [_interval(bounds) for bounds in zip(*parts, strict=True)] if about.format else parts[0]
         if about.format or frame[names[0]].dtype.kind in "iuf":
             numbers.append(about.title)
             values[about.title], shown_as[about.title] = pd.to_numeric(frame[names[0]], errors="coerce"), about
     record = frame.attrs.get("record", "")  # `Study.write` and `Study.read` set it
     return Table(pd.DataFrame(text, index=frame.index), numbers, index, values, shown_as, record)
+
+
+def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
+    """A value with its interval, "7.3 (7.1 … 7.6)", in the digits that the interval allows, at most three as in "0.84".
+
+    Half an interval keeps two digits up to 3.55 and one above, the rule of the Particle Data Group's review (5.3).
+
+    The value alone where its bounds are NaN or equal. `form` is what a format specification has before the digits.
+    """
+    if math.isnan(value):
+        return MISSING
+    half, size = (high - low) / 2, math.floor(math.log10(abs(value) or 1.0))
+    known = 2 if size == -1 else 2 - size
+    digits = max(0, min(known, math.ceil(-math.log10(half / 3.55))) if half > 0 else known)
+    text, *bounds = (f"{each:{form}.{digits}f}" for each in (value, low, high))
+    return f"{text} ({' … '.join(bounds)})".replace(" ", NO_BREAK) if half > 0 else text
 
 
 def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
@@ -141,10 +175,12 @@ def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
     return [_cell(value, form, about.scale) for value in values]
 
 
-def _cell(value: object, form: str, scale: float) -> str:
+def _cell(value: object, form: str | Callable[[float], str], scale: float) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return MISSING
-    return format(scale * value, form) if isinstance(value, Real) and not isinstance(value, bool) else str(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return str(value)
+    return form(scale * value) if callable(form) else format(scale * value, form)
 
 
 def _interval(bounds: tuple[str, ...]) -> str:
@@ -153,4 +189,6 @@ def _interval(bounds: tuple[str, ...]) -> str:
 
 
 def _escaped(text: object) -> str:
-    return html.escape(str(text), quote=False)
+    """As HTML; what follows a line break in a cell is small text below."""
+    text, _, below = html.escape(str(text), quote=False).partition("\n")
+    return f"{text}<br><small>{below}</small>" if below else text

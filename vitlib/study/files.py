@@ -48,7 +48,14 @@ def resolve(path: Path | str) -> Path:
 
     Not from the working directory: a parameter file must mean the same to JupyterLab, which starts in notebooks/.
     """
-    return project_root() / Path(path).expanduser()  # joined to an absolute path, the root falls away
+    return project_root() / os.path.expanduser(path)  # joined to an absolute path, the root falls away
+
+
+def elsewhere(path: Path) -> str:
+    """A clause with the other studies that have what is missing at `path`, `<study>/<room>/<name>`; '' for none."""
+    study, place = path.absolute().parents[1], f"*/{path.parent.name}/{path.name}"
+    found = sorted(other.parents[1].name for other in study.parent.glob(place))
+    return f", or set `study` to one that has it: {', '.join(found)}" if found else ""
 
 
 @contextmanager

@@ -24,7 +24,7 @@ _SAID = {  # what the base is, and what follows for accuracies
         "Accuracies here show that the parts work together and say nothing about photographs.",
     ),
     "stand-in": (
-        "The base is a stand-in and no pretrained network.",
+        "The base is a stand-in, not a pretrained network.",
         "It was {origin}{pictures}.{reached} Fine-tuning shows it no new picture, so accuracies here are those of this "
         "network and do not predict what a pretrained one would reach.",
     ),

@@ -7,8 +7,9 @@ two.
 
 import ast
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -21,6 +22,16 @@ from vitlib.study.variants import DEFAULTS, find, nearest
 
 NOTEBOOKS = ("1_finetune", "2_evaluate", "3_ablation", "4_inference", "5_claims", "6_speed")
 """The notebooks of a study, in their order."""
+
+MISSING = {
+    "data_source": (
+        "there is no data folder {!r} (looked from the project's root): put or link the pictures there as "
+        "train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
+    ),
+    "pictures": "there is no folder of pictures {!r} (relative to the project's root)",
+    "base_model": "base_model {!r} is neither pretrain, random, a folder nor a Hub id (owner/name)",
+}
+VERDICT_ROUNDS = 8  # `measure.stats.MINIMUM_ROUNDS`; a test holds the two together
 
 
 class ParameterError(ValueError):
@@ -37,10 +48,19 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    study: str = _field("demo", "results go to outputs/<study>/", *range(1, 7))
+    study: str = _field("lab", "results go to outputs/<study>/", *range(1, 7))
     data_source: str = _field(
         "synthetic", "synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>"
     )
+    base_model: str = _field("pretrain", "pretrain (on other synthetic flowers), random, a folder, or a Hub id", 1)
+    base_revision: str = _field("", "commit of a base from the Hub; required there", 1)
+    epochs: int = _field(6, "epochs of fine-tuning", 1, ge=1, le=10000)
+    method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
+    pictures: str = _field("", "folder of pictures, flat or in class folders; empty: the test split", 4)
+    checkpoints_of: str = _field("", "study whose checkpoints are used; empty: this one", 4)
+    variant: str = _field("auto", "name of a variant; auto is the fastest that this study measured", 4)
+    grid: int = _field(12, "pictures shown", 4, ge=1, le=100)
+
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "auto is the GPU if there is one")
     seed: int = _field(0, "seed of initialisation, order and augmentation", ge=0, lt=2**32)
     limit: int = _field(0, "pictures used of each split, spread over the classes; 0: all", ge=0)
@@ -48,18 +68,14 @@ class Parameters(BaseModel):
     max_megapixels: float = _field(50.0, "larger pictures are skipped and reported", gt=0)
     workers: int = _field(2, "threads that decode pictures", ge=1, le=64)
 
-    base_model: str = _field("pretrain", "pretrain (on other synthetic flowers), random, a folder, or a Hub id", 1)
-    base_revision: str = _field("", "commit of a base from the Hub; required there", 1)
     architecture: str = _field("vit-micro", "architecture of a base that is not loaded", 1)
     image_size: int = _field(
         48, "side in pixels of synthetic pictures and of a base that is not loaded", ge=16, le=1024
     )
-    pretrain_epochs: int = _field(10, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
-    method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
+    pretrain_epochs: int = _field(6, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
     lora_rank: int = _field(8, "rank r of the adapters", 1, ge=1, le=1024)
     lora_alpha: int = _field(32, "adapters are scaled by lora_alpha / lora_rank", 1, ge=1)
     lora_dropout: float = _field(0.1, "dropout on the inputs of the adapters", 1, ge=0, lt=1)
-    epochs: int = _field(6, "epochs of fine-tuning", 1, ge=1, le=10000)
     train_batch_size: int = _field(32, "batch size in training", 1, ge=1)
     learning_rate: float = _field(3e-3, "peak of the schedule", 1, gt=0, le=1)
     weight_decay: float = _field(0.01, "of AdamW, on weight matrices only", 1, ge=0, lt=1)
@@ -91,13 +107,9 @@ class Parameters(BaseModel):
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
 
-    pictures: str = _field("", "folder of pictures, flat or in class folders; empty: the test split", 4)
-    variant: str = _field("auto", "name of a variant; auto is the fastest that this study measured", 4)
-    checkpoints_of: str = _field("", "study whose checkpoints are used; empty: this one", 4)
     decoder: Literal["pil", "nvjpeg", "auto"] = _field(
         "pil", "auto is nvJPEG on the GPU where it works; its pixels differ slightly", 4
     )
-    grid: int = _field(12, "pictures shown", 4, ge=1, le=100)
 
     @field_validator("study", "checkpoints_of")
     def _names_a_study(cls, name: str, field: ValidationInfo) -> str:
@@ -137,12 +149,51 @@ class Parameters(BaseModel):
                 f"base_model {self.base_model!r} is no folder of the project, so it must be a repository of the Hub: "
                 "correct the path, or set base_revision to a commit"
             )
+        if self.base_model == "random" and self.method != "full":
+            raise ValueError(
+                f"base_model random with method {self.method} leaves random weights frozen: set `method: full`, or "
+                "base_model to a pretrained network (a folder or a Hub id)"
+            )
         return self
 
 
 def is_hub_id(base: str) -> bool:
     """Whether `base` names a Hub repository (owner/name) rather than a folder or a keyword."""
     return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not files.resolve(base).exists()
+
+
+def missing(name: str, value: str) -> str:
+    """What to say where the parameter `name` names a folder that does not exist; '' if it does, or names none."""
+    no_folder = {
+        "data_source": value == "synthetic" or value.startswith(("hub:", "torchvision:")),
+        "pictures": not value,
+        "base_model": value in ("pretrain", "random") or is_hub_id(value),
+    }
+    return "" if no_folder[name] or os.path.isdir(files.resolve(value)) else MISSING[name].format(value)
+
+
+def remarks(settings: Parameters, declared: Container[str], given: Container[str] | None = None) -> list[str]:
+    """What to say before a notebook that declares these parameters starts; ParameterError for what cannot work.
+
+    `given` are the parameters that a set names; None where nobody knows, as in JupyterLab.
+    """
+    names = [name for name in MISSING if name in declared]
+    if "pictures" in declared and settings.pictures:  # read instead of the data
+        names = [name for name in names if name != "data_source"]
+    faults, said = [missing(name, getattr(settings, name)) for name in names], []
+    if "base_model" in declared and settings.base_model == "pretrain" and settings.data_source != "synthetic":
+        drawn = "base_model pretrain is trained on drawn flowers only, and the pictures of this study are not drawn"
+        advice = "set `base_model` to a pretrained network (a folder or a Hub id), or to random with `method: full`"
+        if given is None or "base_model" in given:
+            said.append(f"{drawn}: expect low accuracy; better {advice}")
+        else:
+            faults.append(f"{drawn}: {advice}; `base_model: pretrain` if that is what you want")
+    if "rounds" in declared and settings.rounds < VERDICT_ROUNDS:
+        advice = f"set `rounds` to {VERDICT_ROUNDS} or more for one"
+        said.append(f"{settings.rounds} rounds give no verdict on speed: {advice}")
+    if faults := [fault for fault in faults if fault]:
+        raise ParameterError("\n".join(faults))
+    return said
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -161,6 +212,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ParameterError(f"{path.name}, {error}") from None
     check(values)
     return values
+
+
+def given(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """The values of (name, value) pairs from a command line, read as in a parameter file. Not yet checked."""
+    try:
+        return _plain_yaml("\n".join(f"{name}: {value}" for name, value in pairs))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ParameterError(f"-p NAME VALUE: {error}") from None
 
 
 def _plain_yaml(text: str) -> dict[str, Any]:
@@ -208,14 +267,19 @@ def collect(namespace: Mapping[str, Any]) -> Parameters:
     """The parameters in a notebook's `namespace` (call it with `globals()`).
 
     papermill writes the values of `-f` or `-p` into a cell of their own and only warns of a name that no cell
-    declares. Such a name is an error here, found in that cell's source (IPython keeps it in `In`).
+    declares. Such a name is an error here, found in that cell's source (IPython keeps it in `In`). So is what `remarks`
+    refuses.
     """
-    known = Parameters.model_fields
+    known, given = Parameters.model_fields, None
     for source in namespace.get("In", ()):
         # The cell that papermill writes, and the notebook's own, to which a user of JupyterLab may have added a line.
         if source.startswith(("# Parameters\n", "study: str = ")):
             check(dict.fromkeys(name for name in assigned(source) if name not in known))
-    return check({name: namespace[name] for name in known if name in namespace})
+        if source.startswith("# Parameters\n"):
+            given = assigned(source)
+    settings = check({name: namespace[name] for name in known if name in namespace})
+    remarks(settings, namespace, given)
+    return settings
 
 
 def assigned(source: str) -> dict[str, ast.expr | None]:

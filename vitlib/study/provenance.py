@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,8 @@ def environment(
         with suppress(importlib.metadata.PackageNotFoundError):
             installed[package] = importlib.metadata.version(package)
     forced = os.environ.get(_FORCE) == "1"
+    with warnings.catch_warnings(action="ignore"):  # torch 2.9 warns of this question
+        precision = torch and torch.get_float32_matmul_precision()
     return {
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": _hardware(),
@@ -56,7 +59,7 @@ def environment(
         "python": platform.python_version(),
         "versions": installed | {"cuda": torch and torch.version.cuda},
         # Precision of FP32 matrix products: "highest" is FP32, any other allows TF32.
-        "float32_products": f"TF32, forced by {_FORCE}" if forced else torch and torch.get_float32_matmul_precision(),
+        "float32_products": f"TF32, forced by {_FORCE}" if forced else precision,
         "git": _git(files.project_root()),
         "parameters": {name: _without_machine_paths(value) for name, value in parameters.items()},
         "seeds": dict(seeds or {}),
@@ -114,8 +117,10 @@ def _gpus() -> tuple[list[dict[str, Any]] | None, str | None]:
     """The GPUs that torch sees, each with its state, or None and the reason; without torch those that NVML sees."""
     torch = sys.modules.get("torch")
     if torch is None:
-        states, _ = gpu_state()
-        return ([{"name": state["name"]} for state in states], None) if states else (None, "no NVIDIA GPU")
+        names = [{"name": state["name"]} for state in gpu_state()[0] or ()]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # indices, or names of cards and slices
+            names = names[: len(visible.split(","))]
+        return (names, None) if names else (None, "no CUDA device")
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     states, reason = gpu_state()

@@ -94,7 +94,8 @@ def write_table(frame: pd.DataFrame, path: Path | str) -> Path:
     if twice := sorted(set(frame.columns[frame.columns.duplicated()])):
         raise ValueError(f"{path.name} has columns twice: {', '.join(map(str, twice))}")
     ordered = frame[[*schema, *(column for column in frame.columns if column not in schema)]]
-    ordered = ordered.replace("\r", r"\\r", regex=True)  # the csv module leaves it unquoted, and readers end the row
+    # The csv module leaves a carriage return unquoted, and readers end the row there.
+    ordered = ordered.infer_objects().replace("\r", r"\\r", regex=True)
     with atomic_path(path) as temporary:
         form = {"float_format": "%.9g", "lineterminator": "\n", "errors": "backslashreplace"}
         ordered.to_csv(temporary, index=False, encoding="utf-8", **form)

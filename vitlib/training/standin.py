@@ -36,6 +36,7 @@ from vitlib.training import trainer
 from vitlib.training.trainer import Examples, Recipe
 
 DEMO_PICTURES = 100  # of a class
+DEMO_VALID = 300  # in all: only the accuracy after the last epoch is kept
 DEMO_RECIPE = Recipe(
     epochs=10, train_batch_size=64, learning_rate=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0,
     crop_area=0.7, precision="auto", seed=0,
@@ -116,6 +117,7 @@ def demo_base(study: Study, device: torch.device) -> Path:
         return folder
     many = settings.model_copy(update={"pictures_per_class": DEMO_PICTURES})
     drawn = sources.from_synthetic(synthetic.PRETRAIN_CLASSES, many)
+    drawn.splits["valid"] = sources.evenly(drawn.splits["valid"], DEMO_VALID)
     pre, labels = preprocess.new(settings.image_size), sources.new_labels(drawn)
     set_seed(settings.seed)
     model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels)

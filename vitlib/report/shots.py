@@ -1,0 +1,59 @@
+"""Screenshots of a study's pages, as PNG in its folder `shots/`: wide and narrow, light and dark. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitlib.report import page
+from vitlib.study import files
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+WIDTHS, SCHEMES, HEIGHT = (1280, 390), ("light", "dark"), 900  # pixels of the window
+
+
+class NoBrowser(RuntimeError):
+    """Playwright or a browser is missing; the message says which and how to get it."""
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, without a window. NoBrowser where it or playwright is missing."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise NoBrowser("playwright is not installed: run `make setup`, or `pip install playwright`") from None
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        raise NoBrowser(f"there is no browser for screenshots: install one of {', '.join(NAMES)}")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+def write(folder: Path) -> list[Path]:
+    """Write `shots/<page>-<width>-<scheme>.png` of the index and each report, at full height; returns the paths."""
+    pages = [folder / "index.html", *(folder / f"{stem}.html" for stem, _ in page.reports(folder))]
+    found = [path for path in pages if path.is_file()]
+    if not found:
+        raise page.PageError(f"there is no page in {page.display(folder)}")
+    made = []
+    with browser() as chromium:
+        for width, scheme in ((width, scheme) for width in WIDTHS for scheme in SCHEMES):
+            tab = chromium.new_page(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
+            for path in found:
+                tab.goto(path.absolute().as_uri())
+                made.append(folder / "shots" / f"{path.stem}-{width}-{scheme}.png")
+                with files.atomic_path(made[-1]) as file:
+                    tab.screenshot(path=file, full_page=True)
+            tab.close()
+    return made
