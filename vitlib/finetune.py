@@ -102,7 +102,7 @@ def load_base(study: Study, dataset: Dataset) -> Base:
         pre = preprocess.load(source, revision or None)
         set_seed(settings.seed)  # the new head's initialisation
         how = {"dtype": torch.bfloat16 if quantized else torch.float32, "quantized": quantized, "device": device}
-        model = checkpoint.load_base(source, revision=revision, labels=labels, **how)
+        model = checkpoint.load_base(source, revision=revision, side=pre.side[0], labels=labels, **how)
     about = origin.describe(name, revision=revision, architecture=settings.architecture)
     return Base(model, pre, labels, device, about)
 

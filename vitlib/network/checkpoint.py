@@ -5,15 +5,22 @@ id→label names, preprocessing, `labels.json` (class folders by id) and `proven
 """
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.utils import logging as transformers_logging
 
-from vitlib.network import attention, quantize, verify
+from vitlib.network import attention, dinov2, quantize, verify
 from vitlib.pictures import preprocess
 from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Labels
@@ -86,16 +93,21 @@ def label_maps(labels: Labels) -> dict[str, object]:
 
 
 def load_base(
-    base: str, *, revision: str, labels: Labels, dtype: torch.dtype, quantized: bool, device: torch.device
+    base: str, *, revision: str, side: int, labels: Labels, dtype: torch.dtype, quantized: bool, device: torch.device
 ) -> nn.Module:
-    """A pretrained ViT from a folder or the Hub with a new random head.
+    """A pretrained ViT from a folder or the Hub with a new random head; a DINOv2 becomes one for `side` pixels.
 
-    The head is new also where the base has as many classes. CheckpointError where the base is no ViT, or where its
+    The head is new also where the base has as many classes. CheckpointError where the base is neither, or where its
     file lacks a weight of the encoder (transformers would initialise it at random and only warn).
     """
     kind = AutoConfig.from_pretrained(base, revision=revision or None, trust_remote_code=False).model_type
+    if kind == "dinov2":
+        how = {"labels": labels, "dtype": dtype, "quantized": quantized, "device": device}
+        with tempfile.TemporaryDirectory() as folder:  # so that all that follows is the same for both
+            _fold(base, revision, side).save_pretrained(folder)
+            return load_base(folder, revision="", side=side, **how)
     if kind != "vit":
-        raise CheckpointError(f"the base is a {kind!r} network; this study fine-tunes, profiles and ablates 'vit' ones")
+        raise CheckpointError(f"the base is a {kind!r} network; this study fine-tunes 'vit' and 'dinov2' ones")
     quantization = quantize.config(4, dtype) if quantized else None
     options = {"revision": revision or None, "quantization_config": quantization, "ignore_mismatched_sizes": True}
     model, loading = _from_pretrained(base, dtype, device, **options, **label_maps(labels))
@@ -105,6 +117,17 @@ def load_base(
     nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
     nn.init.zeros_(model.classifier.bias)
     return model
+
+
+def _fold(base: str, revision: str, side: int) -> ViTForImageClassification:
+    """The DINOv2 network `base` as a plain ViT for `side` pixels. CheckpointError where that is impossible."""
+    safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    model, loading = Dinov2Model.from_pretrained(base, revision=revision or None, dtype=torch.float32, **safely)
+    _refuse_random_weights(base, loading)
+    try:
+        return dinov2.folded(model, side)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _from_pretrained(

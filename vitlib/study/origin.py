@@ -28,6 +28,10 @@ _SAID = {  # what the base is, and what follows for accuracies
         "It was {origin}{pictures}.{reached} Fine-tuning shows it no new picture, so accuracies here are those of this "
         "network and do not predict what a pretrained one would reach.",
     ),
+    "package": (
+        "The base is {origin}.",
+        "{licence} Accuracies here are those of fine-tuning it; what it was pretrained on is not recorded.",
+    ),
     "hub": (
         "The base is `{base}` from the Hub at commit {commit}.",
         "Its authors trained it on other pictures. Accuracies here are those of fine-tuning it.",
@@ -57,6 +61,8 @@ def describe(base: str, *, revision: str = "", architecture: str = "") -> dict[s
     if is_hub_id(base) and revision:  # a missing folder has no commit and is not a repository
         return {"base": base, "kind": "hub", "revision": revision}
     found, said = {"base": base, "kind": "folder", "revision": revision}, _read(files.resolve(base) / "provenance.json")
+    if said.get("pretrained") is True:
+        found |= {"kind": "package", "origin": said.get("origin", ""), "licence": said.get("licence", "")}
     if said.get("pretrained") is False:
         found |= {"kind": "stand-in", "origin": said.get("origin", "")}
         found |= {key: said[key] for key in ("training pictures", "top1") if key in said}
@@ -88,9 +94,10 @@ def sentence(about: Mapping[str, Any] | Path) -> str:
         # The clause before the colon of `standin.ORIGIN`, without what Markdown would interpret.
         "origin": re.sub(r"[^\w\s.,()-]", "", about.get("origin", "").partition(":")[0].strip()),
         "pictures": f", {count:,} pictures" if count else "",
+        "licence": f"Its licence is {about['licence']}." if about.get("licence") else "",
         "reached": f" Before fine-tuning it reached {100 * top1:.2f} % Top-1 on its validation split." if top1 else "",
     }
-    only_accuracy = _ONLY_ACCURACY if kind != "hub" else ""
+    only_accuracy = _ONLY_ACCURACY if kind not in ("hub", "package") else ""
     return f"**{fact}** {meaning} {only_accuracy}".format(**details).strip() if fact else ""
 
 
