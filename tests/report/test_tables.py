@@ -125,3 +125,10 @@ def test_batch_sizes_become_columns():
     assert text["times faster, batch 1"].tolist() == ["1", "2"] and list(text)[1] == "weights (MB)"
     sizes = table(*columns.size(frame.assign(peak_memory_mb=50.0 * frame["batch"], disk_mb=9.0))).text
     assert sizes["weights + pass (MB), batch 8"].tolist() == ["400", "400"] and "with buffers (MB)" not in sizes
+
+
+def test_a_column_of_zeros_has_no_bars():
+    made = [
+        table(pd.DataFrame({"flips": [0, flips]}), {"flips": Column("changed", ".0f", bar=True)}) for flips in (0, 2)
+    ]
+    assert "--bar" not in made[0].to_html() and "--bar: 100%" in made[1].to_html()

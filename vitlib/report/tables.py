@@ -88,10 +88,11 @@ class Table:
             return [f"<td {self._kind(name)}>{_escaped(text)}</td>" for text in self.text[name]]
         best = {"low": values.min(), "high": values.max()}.get(about.best) if values.nunique() > 1 else None
         made, longest = [], values.max()
+        barred = about.bar and longest > 0  # where all are 0 there is no share
         for text, value in zip(self.text[name], values, strict=True):
             known = pd.notna(value)
             order = f' data-order="{value:.9g}"' if known else ' data-order=""'
-            bar = f' style="--bar: {max(0, round(100 * value / longest))}%"' if about.bar and known else ""
+            bar = f' style="--bar: {max(0, round(100 * value / longest))}%"' if barred and known else ""
             shown, gap, interval = _escaped(text).partition(f"{NO_BREAK}(")
             shown = f"<strong>{shown}</strong>" if known and value == best else shown
             made.append(f'<td class="num{" bar" if bar else ""}"{order}{bar}>{shown}{gap}{interval}</td>')
