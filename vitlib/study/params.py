@@ -72,7 +72,7 @@ class Parameters(BaseModel):
     image_size: int = _field(
         48, "side in pixels of synthetic pictures and of a base that is not loaded", ge=16, le=1024
     )
-    pretrain_epochs: int = _field(6, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
+    pretrain_epochs: int = _field(7, "epochs of pretraining if base_model is pretrain", 1, ge=1, le=1000)
     lora_rank: int = _field(8, "rank r of the adapters", 1, ge=1, le=1024)
     lora_alpha: int = _field(32, "adapters are scaled by lora_alpha / lora_rank", 1, ge=1)
     lora_dropout: float = _field(0.1, "dropout on the inputs of the adapters", 1, ge=0, lt=1)
