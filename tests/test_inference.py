@@ -1,6 +1,7 @@
 """A row a file, whatever the file; labels that the checkpoint does not know do not count."""
 
 import dataclasses
+import html
 import shutil
 from types import SimpleNamespace
 
