@@ -34,7 +34,13 @@ def base(labels):
 @pytest.fixture
 def nf4_base(checkpoints, labels):
     network = checkpoint.load_base(
-        str(checkpoints / "merged"), revision="", labels=labels, dtype=torch.bfloat16, quantized=True, device=CPU
+        str(checkpoints / "merged"),
+        revision="",
+        side=32,
+        labels=labels,
+        dtype=torch.bfloat16,
+        quantized=True,
+        device=CPU,
     )
     return Base(network, preprocess.new(32), labels, CPU, {})
 

@@ -61,7 +61,9 @@ def fetch(folder: Path) -> Path:
     }
     with files.atomic_path(folder) as target:
         vit.save_pretrained(target)
-        Preprocess(ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=BICUBIC, **IMAGENET)).save(target)
+        Preprocess(ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=BICUBIC, **IMAGENET)).save(
+            target
+        )
         records.write_json(about, target / "provenance.json")
     return folder
 

@@ -17,7 +17,7 @@ from vitlib.pictures.sources import Labels, Picture
 from vitlib.study.variants import FORMATS, VARIANTS, Variant
 
 CPU = torch.device("cpu")
-BASE = {"revision": "", "dtype": torch.float32, "quantized": False, "device": CPU}  # options of `load_base`
+BASE = {"side": 16, "revision": "", "dtype": torch.float32, "quantized": False, "device": CPU}  # options of `load_base`
 
 
 def test_parameter_count_of_vit_large_with_102_classes():

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 BLOCK = 64  # weights that share a scale; consecutive in a row
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: Frantar et al. 2023, section 3.3
-STAGES = (("attention.q_proj", "attention.k_proj", "attention.v_proj"), ("attention.o_proj",), ("mlp.fc1",), ("mlp.fc2",))
+STAGES = (
+    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    ("attention.o_proj",),
+    ("mlp.fc1",),
+    ("mlp.fc2",),
+)
 
 
 class Hessian:
