@@ -213,7 +213,7 @@ def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], tex
     axis.annotate("", end, start, arrowprops=style)
     box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
     middle = np.sqrt(np.multiply(start, end))
-    axis.text(*middle, text, fontsize=14, weight="bold", ha="center", va="center", bbox=box)
+    axis.text(*middle, text, fontsize=14, weight="bold", ha="center", va="center", bbox=box, zorder=2)
 
 
 def _short(name: str) -> str:
