@@ -6,9 +6,10 @@ from vitlib import pretrained
 from vitlib.study import origin
 
 
-def test_another_file_is_refused():
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "weights.onnx").write_bytes(b"x")
     with pytest.raises(pretrained.FetchError, match="it is another file"):
-        pretrained._check(b"x", pretrained.ONNX_SHA256, "weights.onnx")
+        pretrained._check(tmp_path / "weights.onnx", pretrained.ONNX_SHA256)
 
 
 def test_without_onnx_nothing_is_fetched(tmp_path, monkeypatch):

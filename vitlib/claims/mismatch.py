@@ -14,13 +14,12 @@ from vitlib.claims.claim import load
 from vitlib.measure import stats
 from vitlib.network import checkpoint, engine
 from vitlib.pictures import preprocess, sources
-from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.preprocess import IMAGENET, Preprocess
 from vitlib.pictures.sources import Dataset
 from vitlib.report.tables import Column, Markdown
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 OWN, ORIGINAL = "its own", "the original's"
 WEIGHTS = ("fp32", "nf4", "int8")  # the first is what the others are compared with
 BAD_RESIZE = 256 / 224  # length of the shorter side, as a multiple of the crop's side

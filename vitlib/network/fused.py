@@ -45,6 +45,7 @@ class AddNorm(nn.Module):
             self.codes = reader.codes_dtype if reader.norm_quantizes else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
+        """`x` + `residual` (rows, H), and its layer norm: as 8-bit codes where the layer that reads it takes them."""
         inputs = x, residual, self.weight, self.bias, self.eps
         if self.codes is not None:
             total, *codes = norms.add_layer_norm_quantize(*inputs, self.codes)

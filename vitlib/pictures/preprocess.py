@@ -21,6 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 TENSOR_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 SETTINGS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
 SETTINGS += ("do_normalize", "image_mean", "image_std")
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # of its training pictures
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's convert("L")
 
 

@@ -101,6 +101,7 @@ class _Rows(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items: list[tuple[_Rows, int]]) -> dict[str, torch.Tensor]:
+        """The batch with these rows; a short one is filled with copies of its first row, whose label is PADDING."""
         dataset, rows = items[0][0], [row for _, row in items]
         padding = max(dataset.full - len(rows), 0)
         index, pixels = torch.tensor(rows + rows[:1] * padding), dataset.examples.pixels
@@ -217,6 +218,7 @@ class _EpochClock(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
+        """Log the epoch's seconds, images per second and peak memory in MB."""
         recomputed = self.trainer.model.is_activation_checkpointing
         row = {"epoch": state.epoch, "compile_s": self.compile_s, "recomputed": recomputed}
         if torch.cuda.is_available():
