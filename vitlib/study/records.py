@@ -46,14 +46,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Columns that each record has at least, in this order; units are in the names."""
 
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "variants": (
-        *("gelu", "held_mb", "prepare_s", "rounds", "times_baseline", "times_baseline_low", "times_baseline_high"),
-        *("reference", "relative_error", "agreement_with_reference"),
-    ),
-}
-"""Columns that are written today and that records of earlier versions lack."""
-
 NOTEBOOKS: dict[str, str] = {
     **dict.fromkeys(("finetune", "base"), "1_finetune"),
     **dict.fromkeys(("variants", "accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
