@@ -139,7 +139,7 @@ def against_fp16(study: Study) -> pd.DataFrame:
         if find(name).quantized and other in set(table["variant"]):
             batches = sorted(table["batch"].unique())
             found = {f"batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
-            rows.append({"variant": name, "compared with": label(other), **found})
+            rows.append({"variant": name, "compared with": other, **found})
     return pd.DataFrame(rows)
 
 

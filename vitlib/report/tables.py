@@ -156,7 +156,7 @@ def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
 
 def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
     """The values as text: names of variants in words, numbers grouped, whole ones without digits."""
-    if about.title == "variant":
+    if about.title in ("variant", "compared with"):
         return [variants.label(str(value)) for value in values]
     whole = values.dtype.kind in "iuf" and (values.dropna() % 1 == 0).all()
     form = about.format or f",.{0 if whole else digits}f"
