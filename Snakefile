@@ -27,7 +27,7 @@ NOTEBOOKS = {
 }
 # One file represents each checkpoint, whose folder is put in place as a whole.
 CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "int8")]}
-# Other files that a notebook reads.
+# Other files that a notebook reads, beside the table of drawn flowers.
 FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
@@ -80,7 +80,7 @@ for notebook, (_, needs) in NOTEBOOKS.items():
         input:
             script=f"notebooks/{notebook}.py",
             parameters=SET,
-            files=FILES.get(notebook, []),
+            files=["vitlib/pictures/flowers.csv", *FILES.get(notebook, [])],
             code=sources(f"notebooks/{notebook}.py"),
             records=[record for other in needs for record in records_of(other)],
             marks=[mark_of(other) for other in needs],

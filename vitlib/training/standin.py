@@ -110,12 +110,13 @@ def demo_base(study: Study, device: torch.device) -> Path:
     settings = study.settings
     keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
     settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(DEMO_RECIPE)}
-    settled["generator"] = files.checksum(Path(synthetic.__file__))  # other pictures make another base
+    drawn_by = (Path(synthetic.__file__), synthetic.CLASSES)  # other pictures make another base
+    settled["generator"] = [files.checksum(file) for file in drawn_by]
     folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
     if (folder / "config.json").is_file():
         return folder
     many = settings.model_copy(update={"pictures_per_class": DEMO_PICTURES})
-    drawn = sources.from_synthetic(synthetic.PRETRAIN_CLASSES, many)
+    drawn = sources.from_synthetic(synthetic.classes("before it"), many)
     drawn.splits["valid"] = sources.evenly(drawn.splits["valid"], DEMO_VALID)
     pre, labels = preprocess.new(settings.image_size), sources.new_labels(drawn)
     set_seed(settings.seed)
