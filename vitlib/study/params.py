@@ -88,6 +88,9 @@ class Parameters(BaseModel):
     compile_training: Literal["auto", "always", "never"] = _field(
         "auto", "compile the blocks; auto does so in long runs on a GPU", 1
     )
+    calibration_pictures: int = _field(
+        128, "training pictures, without labels, that low precision is fitted to", 1, 3, ge=8, le=4096
+    )
     resume: bool = _field(False, "continue from the last complete training checkpoint", 1)
 
     variants: list[str] = _field(
