@@ -37,7 +37,7 @@ test: setup  ## linters and tests; the tests of one file share a process, becaus
 	$(BIN)/python -m pytest -n 2 --dist loadscope -q
 
 shots: setup  ## screenshots of the pages of STUDY (or of FOLDER=outputs/gallery/<name>) into its folder shots/
-	@$(BIN)/python -m vitlib.report shots --study $(STUDY) $(if $(FOLDER),--folder $(FOLDER))
+	@$(BIN)/python tools/shots.py $(or $(FOLDER),outputs/$(STUDY))
 
 lab: setup  ## open the notebooks in JupyterLab; they write to outputs/lab/
 	$(BIN)/jupyter lab notebooks

@@ -26,8 +26,11 @@ NOTEBOOKS = {
     "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),
 }
 # One file represents each checkpoint, whose folder is put in place as a whole.
-CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "nf4-calibrated", "int8")]}
-# Other files that a notebook reads.
+MADE = {"1_finetune": ("merged", "nf4", "nf4-calibrated", "int8")}
+CHECKPOINTS = {
+    notebook: [f"{OUT}/checkpoints/{name}/provenance.json" for name in names] for notebook, names in MADE.items()
+}
+# Other files that a notebook reads, beside the table of drawn flowers.
 FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
@@ -80,7 +83,7 @@ for notebook, (_, needs) in NOTEBOOKS.items():
         input:
             script=f"notebooks/{notebook}.py",
             parameters=SET,
-            files=FILES.get(notebook, []),
+            files=["vitlib/pictures/flowers.csv", *FILES.get(notebook, [])],
             code=sources(f"notebooks/{notebook}.py"),
             records=[record for other in needs for record in records_of(other)],
             marks=[mark_of(other) for other in needs],

@@ -10,8 +10,8 @@
 # # Fine-tuning: a Vision Transformer learns the classes of this study
 #
 # The base is a Vision Transformer. It gets a new head for the classes of this study and is trained on their pictures.
-# The result is saved as four checkpoints (FP16, INT8, NF4 and calibrated NF4) with everything that the other notebooks need: weights,
-# class names, image size and normalisation.
+# The result is saved as four checkpoints (FP16, INT8, NF4 and calibrated NF4) with everything that the other notebooks
+# need: weights, class names, image size and normalisation.
 #
 # For your own data, first change `study` (a new name), `data_source`, `base_model` and `epochs`.
 

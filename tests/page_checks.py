@@ -6,9 +6,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import shots
 from bs4 import BeautifulSoup
 
-from vitlib.report import shots, sorting
+from vitlib.report import sorting
 
 HEIGHT, FIRST = 6000, 900  # pixels at 1280: of a page with details closed, and within which its answer ends or is seen
 WORDS = 60  # characters of the answer that the first screen shows at least

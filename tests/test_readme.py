@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import readme
 
-from vitlib import speed
 from vitlib.report import run
 from vitlib.study import params
 from vitlib.study.study import Study
@@ -19,10 +19,10 @@ GALLERY = Study.at(ROOT / "outputs" / "gallery" / "h200-vit-l16")
 def test_results_and_findings_are_those_of_the_gallery(tmp_path):
     """The same command on a copy must change nothing."""
     (tmp_path / "README.md").write_text(README)
-    copy = tmp_path / speed.GALLERY
-    shutil.copytree(GALLERY.folder, copy, ignore=shutil.ignore_patterns("*.ipynb", "shots", "screenshots", "traces"))
-    speed.publish(tmp_path)
-    assert (tmp_path / "README.md").read_text() == README, "run: python -m vitlib.speed"
+    copy = tmp_path / readme.GALLERY
+    shutil.copytree(GALLERY.folder, copy, ignore=shutil.ignore_patterns("shots", "screenshots", "traces"))
+    readme.publish(tmp_path)
+    assert (tmp_path / "README.md").read_text() == README, "run: python tools/readme.py"
     drawn = [re.sub(r"[\d.]+", "#", (folder / "hero.svg").read_text()) for folder in (copy, GALLERY.folder)]
     assert len(drawn[0]) == pytest.approx(len(drawn[1]), rel=0.05)  # another matplotlib draws glyphs otherwise
     assert len(README.splitlines()) <= 200

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import readme
 
 from vitlib import speed
 from vitlib.report import plots, tables
@@ -89,25 +90,25 @@ def test_factors_are_those_of_the_medians_with_an_interval(study):
 
 
 def test_the_row_of_the_readme(study):
-    row = speed.overview(study).set_index("variant").loc["NF4 · fused · CUDA graph"]
+    row = readme.results(study).set_index("variant").loc["NF4 · fused · CUDA graph"]
     assert row["weights (MB)"] == "16.7" and row["ms, batch 1 (95 % interval)"] == "1.25"
     assert row["times faster, batch 8"] == "8.00" and row["class changed"] == "5"
 
 
 def test_the_readmes_table_and_the_hero_are_published_between_the_markers(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "GALLERY", "unit")
-    readme = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "GALLERY", "unit")
+    file = tmp_path / "README.md"
     marks = ("<!-- findings: -->", "<!-- end of findings -->", "before", "<!-- results: here -->", "old")
-    readme.write_text("\n".join([*marks, "<!-- end of results -->"]))
-    speed.publish(tmp_path)
-    before, marker, head, align, *rows, end = readme.read_text().splitlines()[-len(MEASURED) - 5 :]
+    file.write_text("\n".join([*marks, "<!-- end of results -->"]))
+    readme.publish(tmp_path)
+    before, marker, head, align, *rows, end = file.read_text().splitlines()[-len(MEASURED) - 5 :]
     assert (before, marker, end) == ("before", "<!-- results: here -->", "<!-- end of results -->")
     assert head.startswith("| variant | weights (MB) |") and len(rows) == len(MEASURED)
     assert align.startswith("| --- | ---: |") and len({row.count("|") for row in (head, align, *rows)}) == 1
     assert "<svg" in (study.folder / "hero.svg").read_text()
-    readme.write_text("no markers")
+    file.write_text("no markers")
     with pytest.raises(ValueError, match="0 places"):
-        speed.publish(tmp_path)
+        readme.publish(tmp_path)
 
 
 def test_the_headline_walks_to_the_fastest(study):
@@ -128,7 +129,7 @@ def test_rates_are_those_of_the_notebooks_that_ran(study):
     assert speed.rates(study)["images/s"].tolist() == [1000.0, 7.0]
 
 
-PAGE = ("ladder", "against_fp16", "rates", "overview")
+PAGE = ("ladder", "against_fp16", "rates")
 
 
 @pytest.mark.parametrize("function", PAGE)

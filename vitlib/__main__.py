@@ -4,7 +4,6 @@ COMMANDS = {
     "report run notebooks/N.ipynb --study S": "execute a notebook into outputs/S/",
     "report index --study S": "write outputs/S/index.html",
     "report summary --study S": "print the table of variants of a study",
-    "speed": "write the README's table of results and the gallery's hero.svg",
     "study.params N": "print the parameters cell of a notebook, such as 2_evaluate",
     "pretrained": "fetch a small pretrained network, ViT-S/14, and save it as a checkpoint",
     "training.standin --help": "train a base where no pretrained weights can be had",

@@ -101,7 +101,8 @@ def choose(study: Study, device: torch.device) -> tuple[Variant, str]:
         return variants.find(settings.variant), "the parameter `variant` names it"
     rows = study.read("variants") if study.has("variants") else pd.DataFrame(columns=["variant", "status"])
     rows = rows[rows["status"] == "ok"].reindex(columns=["variant", "batch", "latency_p50_ms"]).dropna()
-    rows = rows[[_runs(name, device) for name in rows["variant"]]]
+    known = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
+    rows = rows[[bool(found) and not attention.not_runnable(found, device) for found in known]]
     if rows.empty:
         default = Variant("fp16" if device.type == "cuda" else "fp32")
         return default, f"notebook 2 has measured no variant that runs here, and it is the default on {device.type}"
@@ -112,13 +113,6 @@ def choose(study: Study, device: torch.device) -> tuple[Variant, str]:
         f"it is the fastest of {len(nearest)} variants that notebook 2 measured and that run here, with "
         f"{best['latency_p50_ms']:.3g} ms at batch size {best['batch']:.0f} (the nearest to {settings.eval_batch_size})"
     )
-
-
-def _runs(name: str, device: torch.device) -> bool:
-    try:
-        return not attention.not_runnable(variants.find(name), device)
-    except ValueError:  # a variant of another version of this project
-        return False
 
 
 def find_pictures(study: Study) -> tuple[list[Picture], list[tuple[str, str]]]:
@@ -264,14 +258,11 @@ def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdo
     order = np.lexsort((-best.sum(axis=0), ~right.any(axis=0)))  # those that one of them gets right come first
     differ = order[(ids[0] != ids[1])[order]]
     if not len(differ):
-        return Markdown(
-            f"In notebook 2, NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."
-        ), _looks()
+        same = f"In notebook 2, NF4 and FP32 choose the same class for all {len(truth):,} validation pictures."
+        return Markdown(same), _looks()
     for at in differ[:count]:
-        told = [
-            f"{who}: {names[ids[k, at]]} {100 * best[k, at]:.0f}{NO_BREAK}%" for k, who in enumerate(("FP32", "NF4"))
-        ]
-        title = " · ".join([*told, f"is {names[truth[at]]}"])
+        fp32, nf4 = (f"{names[ids[k, at]]} {100 * best[k, at]:.0f}{NO_BREAK}%" for k in (0, 1))
+        title = f"FP32: {fp32} · NF4: {nf4} · is {names[truth[at]]}"
         shown.append((valid[at], title, bool(right[1, at]) if right[:, at].any() else None))
     first, second = right[:, differ].sum(axis=1)
     neither = len(differ) - first - second
@@ -321,10 +312,8 @@ def _speed(study: Study, predictor: Predictor, rate: float) -> str:
     rows = rows[(rows["variant"] == predictor.variant.name) & (rows["peak_vram_mb"].notna() == cuda)]
     for row in rows.iloc[(rows["batch"] - settings.eval_batch_size).abs().argsort()[:1]].itertuples():
         if row.throughput_img_s > LIMITED * rate:
-            said += (
-                f"; the network alone does {row.throughput_img_s:,.0f} (notebook 2, batch size {row.batch:.0f}), so "
-            )
-            said += "reading and decoding limit it"
+            said += f"; the network alone does {row.throughput_img_s:,.0f} (notebook 2, batch size {row.batch:.0f}), "
+            said += "so reading and decoding limit it"
     return f"{said}."
 
 

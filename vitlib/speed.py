@@ -1,71 +1,21 @@
-"""Notebook 6: what each technique adds in speed, from the records of the study. Nothing is measured here.
+"""Notebook 6: what each technique adds in speed, from the records of the study. Nothing is measured here."""
 
-python -m vitlib.speed      writes the README's results and findings, and the gallery's hero.svg
-"""
-
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pandas as pd
 
 from vitlib.measure import benchmark, stats
-from vitlib.report import cards, columns, page, plots, tables
+from vitlib.report import tables
 from vitlib.report.tables import MISSING, NO_BREAK, Markdown, estimate
-from vitlib.study import files
 from vitlib.study.study import Study
 from vitlib.study.variants import find, label
 
 open = Study.open
-GALLERY = "outputs/gallery/h200-vit-l16"  # whose results the README shows
-_MARKED = r"(<!-- {0}\b.*?-->\n).*?(?=<!-- end of {0} -->)"
 
 
 def variants(study: Study) -> pd.DataFrame:
     """The rows of `records/variants.csv` that ran."""
     return study.read("variants").query("status == 'ok'").astype({"batch": int})
-
-
-def overview(study: Study) -> pd.DataFrame:
-    """The results as the README shows them, a row a variant, all text, for the smallest and the largest batch size."""
-    table = variants(study)
-    ends = table[table["batch"].isin([table["batch"].min(), table["batch"].max()])]
-    return tables.table(*columns.speed(ends, "model_mb", "flips")).text
-
-
-def readme_table(study: Study) -> str:
-    """`overview` as a Markdown table for GitHub, numbers aligned to the right."""
-    table = overview(study)
-    rows = [list(table), ["---", *["---:"] * (table.shape[1] - 1)], *table.to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def readme_findings(study: Study) -> str:
-    """The finding of each of the study's pages as a Markdown list with links, for a README at the project's root."""
-    found = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
-    said = (card for card in found if card["finding"] and "href" in card)
-    return "\n".join(f"- {_escaped(c['finding'])} ([{c['title']}]({GALLERY}/{c['href']}))" for c in said)
-
-
-def _escaped(plain: str) -> str:
-    """Plain text for Markdown; what only matters at the start of a line or in a pair of brackets stays readable."""
-    return re.sub(r"[\\`*_\[\]<>|$~]", lambda found: f"\\{found[0]}", plain)
-
-
-def publish(root: Path) -> None:
-    """Write results and findings between their markers in `root`'s README.md, and the gallery's `hero.svg`."""
-    study, readme = Study.at(root / GALLERY), root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, written in {"results": readme_table(study), "findings": readme_findings(study)}.items():
-        marked = re.compile(_MARKED.format(name), re.DOTALL)
-        text, count = marked.subn(lambda m, written=written: f"{m[1]}{written}\n", text)
-        if count != 1:
-            raise ValueError(
-                f"README.md has {count} places between <!-- {name} --> and <!-- end of {name} -->, not one"
-            )
-    with files.atomic_path(readme) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    plots.hero(benchmark.points(variants(study))).saved(study.folder / "hero.svg")
 
 
 def ladder(study: Study) -> pd.DataFrame:
@@ -139,7 +89,7 @@ def against_fp16(study: Study) -> pd.DataFrame:
         if find(name).quantized and other in set(table["variant"]):
             batches = sorted(table["batch"].unique())
             found = {f"batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
-            rows.append({"variant": name, "compared with": label(other), **found})
+            rows.append({"variant": name, "compared with": other, **found})
     return pd.DataFrame(rows)
 
 
@@ -198,7 +148,3 @@ def _path(latencies: pd.DataFrame, climbed: dict[str, tuple[str, str]], name: st
         steps.insert(0, technique if factor == MISSING else f"{technique} {factor}×")
         name, (technique, before) = before, climbed[before]
     return f" Step by step: {', '.join(steps)}." if steps else ""
-
-
-if __name__ == "__main__":
-    publish(files.project_root())

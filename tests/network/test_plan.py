@@ -62,11 +62,3 @@ def test_a_network_that_contradicts_its_plan_is_refused(checkpoints, tmp_path):
     records.write_json({name: swapped[form] for name, form in chosen.items()}, tmp_path / "mixed" / plan.FILE)
     with pytest.raises(EvidenceError, match="has not the format of the plan"):
         loaded(tmp_path, "mixed")
-
-
-def test_bits_per_weight_count_every_weight(checkpoints):
-    model = loaded(checkpoints, "fp16")
-    names = plan.linears(model)
-    assert plan.bits_per_weight(dict.fromkeys(names, "nf4"), model, {"nf4": 4.127}) == pytest.approx(4.127)
-    half = {name: "fp16" if "mlp" in name else "nf4" for name in names}  # the MLP has two thirds of the weights
-    assert plan.bits_per_weight(half, model, {"nf4": 4.0, "fp16": 16.0}) == pytest.approx(12.0)

@@ -261,7 +261,7 @@ def test_a_fault_of_the_code_is_not_taken_for_a_bad_picture():
 def test_duplicates_are_exact_or_near_and_different_pictures_are_neither(tmp_path):
     same, again, smaller, *others = (
         Image.fromarray(synthetic.render(flower, index=index, split="train", seed=0, size=96))
-        for flower in synthetic.TARGET_CLASSES[:3]
+        for flower in synthetic.classes("in the study")[:3]
         for index in range(2)
     )
     small = smaller.resize((72, 72))

@@ -47,7 +47,7 @@ def tree(tmp_path) -> Path:
 
 def test_synthetic_pictures_are_drawn_when_opened_and_follow_the_seed():
     dataset, again, other = (load("synthetic", pictures_per_class=6, image_size=16, seed=seed) for seed in (1, 1, 2))
-    classes = len(synthetic.TARGET_CLASSES)
+    classes = len(synthetic.classes("in the study"))
     counts = {split: len(pictures) for split, pictures in dataset.splits.items()}
     assert counts == {"train": 6 * classes, "valid": 2 * classes, "test": 2 * classes}
     assert set(dataset.names) == set(dataset.classes("train"))

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitlib.pictures.synthetic import PRETRAIN_CLASSES, TARGET_CLASSES, render
+from vitlib.pictures.synthetic import classes, render
 
+TARGET_CLASSES, PRETRAIN_CLASSES = classes("in the study"), classes("before it")
 ALL_CLASSES = TARGET_CLASSES + PRETRAIN_CLASSES
 PINNED_MEANS = (153.31, 169.46, 185.62)  # grey levels of R, G, B
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +43,8 @@ def test_a_picture_does_not_depend_on_those_before_it():
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_a_picture_is_the_same_in_another_process(hash_seed):
     code = (
-        "import sys; from vitlib.pictures.synthetic import TARGET_CLASSES, render;"
-        "p = render(TARGET_CLASSES[-1], index=3, split='valid', seed=7, size=32);"
+        "import sys; from vitlib.pictures.synthetic import classes, render;"
+        "p = render(classes('in the study')[-1], index=3, split='valid', seed=7, size=32);"
         "sys.stdout.buffer.write(p.tobytes())"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}

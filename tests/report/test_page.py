@@ -107,7 +107,7 @@ def test_pandas_own_tables_and_pictures_survive(folder):
     soup = BeautifulSoup(text, "html.parser")
     assert len(soup.select("table tbody tr")) == 2 and "style scoped" not in text
     assert "&lt;script&gt;alert(1)" in text
-    assert soup.select_one(f'img[src="data:image/png;base64,{PNG}"]')["width"] == "320"
+    assert not soup.select_one(f'img[src="data:image/png;base64,{PNG}"]').has_attr("width")
 
 
 def test_links_within_the_study_and_to_the_web_survive():
@@ -164,20 +164,8 @@ def test_pages_are_rendered_again_with_the_facts_of_their_run(folder, capsys):
     assert not (folder.parent / "none").exists()
 
 
-@pytest.mark.parametrize(
-    ("sources", "shown"),
-    [
-        (['study: str = "demo"  # name', 'study = "h200"'], "h200"),
-        (['study: str = "demo"'], "demo"),
-        (['study: str = "../out"'], "copy"),
-        (["study ="], "copy"),
-        (["other = 1"], "copy"),
-    ],
-)
-def test_a_page_is_named_by_its_notebooks_parameter(folder, sources, shown):
-    cells = [
-        new_code_cell(source, metadata={"tags": [tag]})
-        for source, tag in zip(sources, ("parameters", "injected-parameters"), strict=False)
-    ]
-    text = page.page_of(new_notebook(cells=cells), folder.with_name("copy") / "2_evaluate.html")
+@pytest.mark.parametrize(("given", "shown"), [({"study": "h200"}, "h200"), ({"study": "../out"}, "copy"), ({}, "copy")])
+def test_a_page_is_named_by_its_notebooks_parameter(folder, given, shown):
+    notebook = new_notebook(cells=[new_code_cell("1")], metadata={"papermill": {"parameters": given}})
+    text = page.page_of(notebook, folder.with_name("copy") / "2_evaluate.html")
     assert BeautifulSoup(text, "html.parser").select_one("a.home").get_text() == shown

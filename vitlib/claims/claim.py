@@ -69,18 +69,15 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 
     def text(self, measured: Measurement) -> str:
         """The figures in the order of their cases; named unless the original gives one for each, in the same order."""
-        if len(measured) == 1:
-            ((case, figure),) = measured.items()
-            parts = [f"{f'{label(case)}: ' if case else ''}{number(figure.value)} {self.unit}".rstrip()]
-            if math.isfinite(figure.high - figure.low) and figure.low < figure.high:
-                parts.append(f"({number(figure.low)} … {number(figure.high)})")
-            return " ".join(parts + [f"({figure.note})"] * bool(figure.note))
-        named = not isinstance(self.original, dict)
-        parts = [
-            f"{f'{label(case)}: ' if named else ''}{number(figure.value)}{f' ({figure.note})' if figure.note else ''}"
-            for case, figure in measured.items()
-        ]
-        return f"{', '.join(parts)} {self.unit}".rstrip()
+        single, named = len(measured) == 1, not isinstance(self.original, dict)
+        parts = []
+        for case, figure in measured.items():
+            words = [f"{label(case)}:"] if case and (single or named) else []
+            words += [number(figure.value), self.unit if single else ""]
+            if single and math.isfinite(figure.high - figure.low) and figure.low < figure.high:
+                words.append(f"({number(figure.low)} … {number(figure.high)})")
+            parts.append(" ".join(filter(None, [*words, f"({figure.note})" if figure.note else ""])))
+        return ", ".join(parts) if single else f"{', '.join(parts)} {self.unit}".rstrip()
 
     def _supported(self, case: str, figure: Figure) -> bool | None:
         """Whether a figure's whole interval is in the accepted range; None where only a part of it is."""
@@ -103,9 +100,7 @@ def kind_of(verdict: str) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, and all digits before the decimal point."""
-    if not math.isfinite(value) or value == int(value) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _listed(cases: list[str]) -> str:

@@ -63,9 +63,3 @@ def fill(model: nn.Module, networks: Mapping[str, nn.Module], plan: Mapping[str,
             model.vit.set_submodule(name, networks[form].vit.get_submodule(name))
         elif form == "int8":
             model.vit.get_submodule(name).weight.copy_(quantize.dequantized(networks[form].vit.get_submodule(name)))
-
-
-def bits_per_weight(plan: Mapping[str, str], model: nn.Module, bits: Mapping[str, float]) -> float:
-    """Mean bits of a weight in the encoder's linears, with `bits` a format, for any network of the same shape."""
-    counts = {name: layer.in_features * layer.out_features for name, layer in linears(model).items()}
-    return sum(bits[plan[name]] * count for name, count in counts.items()) / sum(counts.values())

@@ -91,7 +91,7 @@ def load(settings: Parameters) -> Dataset:
     """The data set that `settings.data_source` names, checked and cut to `settings.limit`."""
     kind, _, rest = settings.data_source.partition(":")
     if kind == "synthetic":
-        dataset = from_synthetic(synthetic.TARGET_CLASSES, settings)
+        dataset = from_synthetic(synthetic.classes("in the study"), settings)
     elif kind in ("hub", "torchvision"):
         dataset = (from_hub if kind == "hub" else from_torchvision)(rest, settings.max_megapixels)
     else:

@@ -1,17 +1,20 @@
 """Flower pictures drawn with NumPy: a small classification task that needs no download and no licence.
 
-A class is a row of a table: a family, which fixes the form, the number of petals and three colours. Everything else
+A class is a row of flowers.csv: a family, which fixes the form, the number of petals and three colours. Everything else
 (pose, light, background, occlusion, focus, noise) comes from a generator seeded with (seed, class, split, index).
 Positions are complex numbers: a picture spans [-1, 1] on both axes, y points down, a product turns and scales them.
 """
 
 import cmath
+import csv
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+CLASSES = Path(__file__).with_name("flowers.csv")
 _PALETTE = {
     "white": "f4f2ea", "cream": "f6e8ba", "yellow": "fad026", "lemon": "f8ec62", "orange": "f58c20",
     "apricot": "f8b27a", "coral": "f4705c", "red": "d42228", "crimson": "a00e30", "rose": "f096b0", "pink": "ee70a8",
@@ -52,60 +55,14 @@ class FlowerClass(NamedTuple):
     centre: str
 
 
-# Neighbours differ only in number of petals, hue or doubling: those are the pairs to confuse.
-TARGET_CLASSES: tuple[FlowerClass, ...] = (
-    FlowerClass("blue-star-5", "five-petalled blue star", "star", 5, "blue", "sky", "yellow"),
-    FlowerClass("blue-star-8", "eight-petalled blue star", "star", 8, "blue", "white", "white"),
-    FlowerClass("white-star-6", "six-petalled white star", "lily", 6, "white", "cream", "orange"),
-    FlowerClass("pink-campion", "notched pink campion", "campion", 5, "pink", "white", "cream"),
-    FlowerClass("magenta-campion", "notched magenta campion", "campion", 5, "magenta", "pink", "cream"),
-    FlowerClass("fringed-pink", "fringed rose pink", "pink", 5, "rose", "magenta", "white"),
-    FlowerClass("oxeye", "white ox-eye daisy", "daisy", 16, "white", "white", "yellow"),
-    FlowerClass("yellow-coneflower", "yellow coneflower", "daisy", 12, "yellow", "orange", "brown"),
-    FlowerClass("double-coneflower", "double yellow coneflower", "double", 12, "yellow", "lemon", "green"),
-    FlowerClass("red-poppy", "red field poppy", "poppy", 4, "red", "brown", "black"),
-    FlowerClass("lemon-trumpet", "lemon trumpet lily", "trumpet", 6, "lemon", "yellow", "orange"),
-    FlowerClass("crimson-rose", "crimson spiral rose", "rose", 5, "crimson", "red", "yellow"),
-    FlowerClass("apricot-rose", "apricot spiral rose", "rose", 5, "apricot", "orange", "yellow"),
-    FlowerClass("coral-tulip", "coral cup tulip", "tulip", 3, "coral", "yellow", "yellow"),
-    FlowerClass("violet-bell", "violet bellflower", "bell", 4, "violet", "lilac", "white"),
-    FlowerClass("white-bell", "white bellflower", "bell", 4, "white", "cream", "yellow"),
-    FlowerClass("purple-spire", "purple meadow spire", "spire", 4, "purple", "pink", "white"),
-    FlowerClass("lilac-globe", "lilac globe leek", "globe", 6, "lilac", "white", "green"),
-)
+def classes(taught: str) -> list[FlowerClass]:
+    """The classes of `flowers.csv` that are taught "in the study", or "before it", to the base of the demo.
 
-PRETRAIN_CLASSES: tuple[FlowerClass, ...] = (
-    FlowerClass("sky-star-5", "five-petalled sky star", "star", 5, "sky", "white", "yellow"),
-    FlowerClass("sky-star-8", "eight-petalled sky star", "star", 8, "sky", "blue", "white"),
-    FlowerClass("violet-star-5", "five-petalled violet star", "star", 5, "violet", "blue", "white"),
-    FlowerClass("violet-star-8", "eight-petalled violet star", "star", 8, "violet", "lilac", "yellow"),
-    FlowerClass("yellow-star-6", "six-petalled yellow star", "lily", 6, "yellow", "lemon", "orange"),
-    FlowerClass("coral-star-6", "six-petalled coral star", "lily", 6, "coral", "orange", "black"),
-    FlowerClass("white-campion", "notched white campion", "campion", 5, "white", "rose", "green"),
-    FlowerClass("red-campion", "notched red campion", "campion", 5, "red", "coral", "cream"),
-    FlowerClass("lilac-campion", "notched lilac campion", "campion", 5, "lilac", "white", "yellow"),
-    FlowerClass("fringed-white", "fringed white pink", "pink", 5, "white", "crimson", "white"),
-    FlowerClass("fringed-crimson", "fringed crimson pink", "pink", 5, "crimson", "magenta", "white"),
-    FlowerClass("pink-daisy", "pink garden daisy", "daisy", 16, "pink", "rose", "yellow"),
-    FlowerClass("violet-aster", "violet aster", "daisy", 16, "violet", "purple", "yellow"),
-    FlowerClass("orange-coneflower", "orange coneflower", "daisy", 12, "orange", "red", "brown"),
-    FlowerClass("double-orange-coneflower", "double orange coneflower", "double", 12, "orange", "red", "yellow"),
-    FlowerClass("double-aster", "double lilac aster", "double", 16, "lilac", "purple", "yellow"),
-    FlowerClass("yellow-poppy", "yellow mountain poppy", "poppy", 4, "yellow", "orange", "orange"),
-    FlowerClass("apricot-poppy", "apricot field poppy", "poppy", 4, "apricot", "coral", "black"),
-    FlowerClass("white-trumpet", "white trumpet lily", "trumpet", 6, "white", "cream", "yellow"),
-    FlowerClass("rose-trumpet", "rose trumpet lily", "trumpet", 6, "rose", "white", "magenta"),
-    FlowerClass("pink-rose", "pink spiral rose", "rose", 5, "pink", "magenta", "yellow"),
-    FlowerClass("cream-rose", "cream spiral rose", "rose", 5, "cream", "yellow", "yellow"),
-    FlowerClass("red-tulip", "red cup tulip", "tulip", 3, "red", "yellow", "yellow"),
-    FlowerClass("purple-tulip", "purple goblet tulip", "goblet", 3, "purple", "violet", "yellow"),
-    FlowerClass("sky-bell", "sky-blue bellflower", "bell", 4, "sky", "white", "white"),
-    FlowerClass("rose-bell", "rose bellflower", "bell", 4, "rose", "cream", "white"),
-    FlowerClass("blue-spire", "blue meadow spire", "spire", 4, "blue", "violet", "white"),
-    FlowerClass("rose-spire", "rose meadow spire", "spire", 4, "rose", "pink", "white"),
-    FlowerClass("white-globe", "white globe leek", "globe", 6, "white", "green", "green"),
-    FlowerClass("magenta-globe", "magenta globe leek", "globe", 6, "magenta", "purple", "white"),
-)
+    Neighbours differ only in number of petals, hue or doubling: those are the pairs to confuse.
+    """
+    with CLASSES.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.pop("taught") == taught]
+    return [FlowerClass(**row | {"petals": int(row["petals"])}) for row in rows]
 
 
 def render(flower: FlowerClass, *, index: int, split: str, seed: int, size: int) -> Array:

@@ -6,7 +6,6 @@ A table shows those columns that its frame has, in this order.
 import pandas as pd
 
 from vitlib.report.tables import Column, number
-from vitlib.study.variants import label
 
 OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "variant": "variant",
@@ -110,9 +109,3 @@ def _by_batch(frame: pd.DataFrame, once: dict, each: dict) -> tuple[pd.DataFrame
                 columns[new if len(new) > 1 else new[0]] = about._replace(title=about.title.format(batch))
     wide.attrs = frame.attrs
     return wide.reset_index(), columns
-
-
-def with_reference(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows that were compared with a reference, whose name becomes words."""
-    compared = frame.dropna(subset=["relative_error"])
-    return compared.assign(reference=compared["reference"].map(label))

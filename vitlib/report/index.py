@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ from vitlib.study import files, origin, provenance
 from vitlib.study.study import Study
 
 HERO = "hero.svg"  # notebook 2 writes it into the study's folder
+_META = r'<meta name="(\w+)" content="([^"]*)" />'
 _HERO_ALT = "Milliseconds at batch size 1 against size in MB, a point a variant."
 _ABOUT = "How small and how fast a Vision Transformer can be made, and what that costs in accuracy: one card a study."
 _BASES = {  # kind of base, see `origin`
@@ -35,7 +37,7 @@ def write(folder: str | Path) -> Path:
     made = _environment(study)
     name, all_studies = _name(study, made), overview(study.folder)
     shown = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
-    about = _about(study, made, shown)
+    about = {"study": name, "sentence": _sentence(study, made, frame), **_about(shown)}
     # A published study is found through its repository: there, no page of all studies is beside it.
     beside = all_studies and all_studies.parent == study.folder.absolute().parent
     target = _written(
@@ -43,12 +45,12 @@ def write(folder: str | Path) -> Path:
         "index.html.j2",
         title=f"Study {name}: how small and how fast a Vision Transformer can be made",
         description=about["finding"] or about["sentence"],
-        study=name,
         about=about,
+        hero=cards.drawing(study.folder / HERO),
         overview="../index.html" if beside else "",
         readme=(study.folder / "README.md").is_file(),
         cards=shown,
-        facts=_facts(study, name, made, shown),
+        facts=_facts(study, made, about),
         table="" if frame.empty else page.linked(tables.table(frame, columns).to_html()),
         note=note,
         files=_files(study, "."),
@@ -66,17 +68,16 @@ def overview(folder: str | Path) -> Path | None:
 
 
 def _write_overview(target: Path) -> None:
+    """Write a card for each study with a finished report, from what the heads of their indexes say of them."""
     shown = []
-    for folder in [*target.parent.glob("*/"), *target.parent.glob("gallery/*/")]:
+    for own in [*target.parent.glob("*/index.html"), *target.parent.glob("gallery/*/index.html")]:
         with suppress(FileNotFoundError):  # a study may be removed meanwhile
-            done = [cards.card(folder, stem, status) for stem, status in page.reports(folder) if status == "done"]
-            if done and (folder / "index.html").is_file():
-                made = _environment(study := Study.at(folder))
-                name = _name(study, made) + " (gallery)" * (folder.parent != target.parent)
-                about = {"name": name, "href": f"{folder.relative_to(target.parent).as_posix()}/index.html"}
-                shown.append(_about(study, made, done) | about | {"date": _last(done)})
+            head = own.read_text(encoding="utf-8").partition("</head>")[0]
+            said = {name: html.unescape(text) for name, text in re.findall(_META, head)}
+            about = {"href": own.relative_to(target.parent).as_posix(), "hero": cards.drawing(own.with_name(HERO))}
+            shown += [said | about] if said.get("date") else []
     shown.sort(key=lambda study: study["date"], reverse=True)
-    _written(target, "studies.html.j2", title="Studies: vitlib", description=_ABOUT, studies=shown)
+    _written(target, "studies.html.j2", title="Studies: vitlib", description=_ABOUT, about={}, studies=shown)
 
 
 def _written(target: Path, template: str, **values: Any) -> Path:
@@ -137,21 +138,20 @@ def _name(study: Study, made: Any) -> str:
     return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
 
 
-def _about(study: Study, made: Any, shown: list[dict[str, Any]]) -> dict[str, str]:
-    """What the study is, its main finding, and its hero figure with a text; '' for what is not known."""
+def _about(shown: list[dict[str, Any]]) -> dict[str, str]:
+    """The main finding of a study's cards, a text for its hero figure, and the date of its last report."""
     first = sorted(shown, key=lambda card: card["stem"] != "2_evaluate")  # the main result comes first
-    said = [card["finding"] for card in first if card["finding"]]
-    main = [image for card in first if card["stem"] == "2_evaluate" for image in card["thumbnails"]]
-    drawn = [image.alt for image in main if image.drawn and image.alt]
-    about = {"sentence": _sentence(study, made), "finding": said[0] if said else ""}
-    return about | {"hero": cards.drawing(study.folder / HERO), "hero_alt": (drawn or [_HERO_ALT])[0]}
+    drawn = [image.alt for card in first[:1] for image in card["thumbnails"] if image.drawn and image.alt]
+    finding = next((card["finding"] for card in first if card["finding"]), "")
+    date = max((card["date"] for card in shown if card["status"] == "done"), default="")
+    return {"finding": finding, "figure": (drawn or [_HERO_ALT])[0], "date": date}
 
 
-def _sentence(study: Study, made: Any) -> str:
-    """Base, data and hardware of the study in one sentence."""
+def _sentence(study: Study, made: Any, frame: pd.DataFrame) -> str:
+    """Base, data and hardware of the study in one sentence; `frame` has a row a variant."""
     base, parameters = origin.of_study(study.folder), provenance.part(made, "parameters")
     kind, source = str(base.get("kind", "")), str(parameters.get("data_source", ""))
-    count, hardware = _ran(study), provenance.part(made, "hardware")
+    count, hardware = 0 if frame.empty else (frame["status"] == "ok").sum(), provenance.part(made, "hardware")
     machine = provenance.facts(made)["hardware"].split(", ")[0] if hardware.get("gpus") else hardware.get("cpu")
     words = [
         f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer",
@@ -162,33 +162,21 @@ def _sentence(study: Study, made: Any) -> str:
     return ", ".join(filter(None, words)) + "."
 
 
-def _ran(study: Study) -> int:
-    """Number of variants that ran; 0 where that is not recorded."""
-    try:
-        return study.read("variants").query("status == 'ok'")["variant"].nunique()
-    except (OSError, ValueError):
-        return 0
-
-
-def _last(shown: list[dict[str, Any]]) -> str:
-    return max((card["date"] for card in shown), default="")
-
-
 def _files(study: Study, below: str) -> list[str]:
     found = (path for path in (study.record("x").parent / below).glob("[!.]*.*") if path.is_file())
     return sorted(path.relative_to(study.folder).as_posix() for path in found)
 
 
-def _facts(study: Study, name: str, made: Any, shown: list[dict[str, Any]]) -> Mapping[str, str]:
+def _facts(study: Study, made: Any, about: Mapping[str, str]) -> Mapping[str, str]:
     """What the index folds: parameter set, base, date, hardware, versions; unknown ones are left out."""
     parameters = dict(provenance.part(made, "parameters"))
     if parameters.get("data_source", "synthetic") != "synthetic":  # they only apply to synthetic pictures
         for unused in ("image_size", "pictures_per_class"):
             parameters.pop(unused, None)
     facts = {
-        "parameter set": f"params/{name}.yaml",
+        "parameter set": f"params/{about['study']}.yaml",
         "base": re.sub("[*`]", "", origin.sentence(study.folder)),
-        "last report": _last(shown),
+        "last report": about["date"],
         **provenance.facts(made),
         "parameters": ", ".join(f"{key} = {value}" for key, value in parameters.items()),
     }

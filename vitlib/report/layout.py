@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -95,19 +95,17 @@ def title_of(notebook: NotebookNode) -> str:
     return next((plain(found[2]) for found in headings if found and len(found[1]) == 1), "")
 
 
+def answer_of(notebook: NotebookNode) -> list[NotebookNode]:
+    """The outputs of the cells with the tag `summary`."""
+    answer = (cell for cell in notebook.cells if SUMMARY in cell.metadata.get("tags", ()))
+    return [output for cell in answer for output in cell.get("outputs", ())]
+
+
 def finding_of(notebook: NotebookNode) -> str:
     """The first sentence of the answer as plain text; '' where the notebook has none."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()) if SUMMARY in cell.metadata.get("tags", ()) else ():
-            if text := _text_of(output):
-                return plain(_SENTENCE.split(text)[0])
-    return ""
-
-
-def _text_of(output: NotebookNode) -> str:
-    data: Any = output.get("data", {})
-    lines = (line.strip() for line in str(data.get("text/markdown", "")).splitlines())
-    return next((line for line in lines if line and not line.startswith("#")), "")
+    texts = (output.get("data", {}).get("text/markdown", "") for output in answer_of(notebook))
+    lines = (line.strip() for text in texts for line in text.splitlines())
+    return next((plain(_SENTENCE.split(line)[0]) for line in lines if line and not line.startswith("#")), "")
 
 
 def plain(markdown: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitlib.report import layout, sorting
-from vitlib.study import files, params
+from vitlib.study import files
 from vitlib.study.study import Study
 
 if TYPE_CHECKING:
@@ -248,32 +248,22 @@ def _made(executed: NotebookNode) -> str:
 
 
 def _study_of(executed: NotebookNode) -> str:
-    """The value of `study` that an executed notebook was given; '' without one that can name a study."""
-    found = None
-    for cell in executed.cells:
-        if {"parameters", "injected-parameters"} & {*_tags(cell)}:
-            found = params.assigned(cell.source).get("study", found)  # papermill's own cell comes second
-    name = str(getattr(found, "value", ""))
+    """The study that an executed notebook was given, as papermill records it; '' without one that can name a study."""
+    name = str(executed.metadata.get("papermill", {}).get("parameters", {}).get("study", ""))
     return name if re.fullmatch(files.STUDY_NAME, name) else ""
 
 
 def _shown(executed: NotebookNode) -> NotebookNode:
-    """A copy with what a page may hold: known kinds of output, integers as sizes of pictures."""
+    """A copy with what a page may hold: known kinds of output, without their metadata and progress bars."""
     copy = deepcopy(executed)
     copy.metadata = type(copy)(language_info={"name": "python", "pygments_lexer": "ipython3"})
     for cell in copy.cells:
         for output in cell.get("outputs", ()):
             if "data" in output:
                 output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
-                output.metadata = {kind: _sizes(output.metadata.get(kind)) for kind in output.data}
-            elif output.get("name") == "stderr":  # a reader of the page needs no progress bars
+                output.metadata = {}  # the template would write sizes from it without quotes
+            elif output.get("name") == "stderr":
                 output.text = re.sub(r".*\d%\|.*\n?", "", output.text)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("data", output.get("text", "-").strip())]
     return copy
-
-
-def _sizes(metadata: Any) -> dict[str, int]:
-    # The template writes them without quotes, so anything but an integer could become a second attribute.
-    sizes = metadata if isinstance(metadata, dict) else {}
-    return {key: sizes[key] for key in ("width", "height") if type(sizes.get(key)) is int}

@@ -12,17 +12,17 @@ import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
 
 from vitlib.report.tables import number
 from vitlib.study import files, variants
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
@@ -43,8 +43,6 @@ class Plot:
         self.figure, self.message = figure, message
 
     def _repr_svg_(self) -> str:
-        import matplotlib
-
         text = io.StringIO()
         with matplotlib.rc_context({"svg.hashsalt": "vitlib"}):  # the same figure gives the same text
             self.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -61,38 +59,39 @@ class Plot:
 
 
 class Pictures:
-    """Photographs with a caption each, in rows that fill the width of the page; a notebook shows them as HTML."""
+    """uint8 pictures (h, w, 3) with a title each: green if `right` is true, red if false. Shown as HTML.
+
+    They fill the width of the page, in rows of `columns` (0: as fit).
+    """
 
     def __init__(
-        self, sources: Sequence[str], captions: Sequence[str], right: Sequence[bool | None], columns: int = 0
+        self, images: Sequence[np.ndarray], titles: Sequence[str], right: Sequence[bool | None] = (), columns: int = 0
     ) -> None:
-        self.sources, self.captions, self.right = list(sources), list(captions), list(right)
-        self.columns = columns
+        self.sources, self.titles, self.columns = [_data_address(image) for image in images], list(titles), columns
+        self.right = list(right) or [None] * len(self.titles)
 
     def _repr_html_(self) -> str:
         # Styles are for JupyterLab; pages drop them and have classes.
         kinds = {True: ("right", "#1a7f37"), False: ("wrong", "#c0272d"), None: ("", "inherit")}
         made = []
-        for source, caption, right in zip(self.sources, self.captions, self.right, strict=True):
-            kind, colour = kinds[right]
-            text = html.escape(caption)
+        for source, title, right in zip(self.sources, map(html.escape, self.titles), self.right, strict=True):
             made.append(
-                f'<figure class="{kind}" style="margin: 0"><img style="width: 100%" alt="{text}" src="{source}">'
-                f'<figcaption style="color: {colour}">{text}</figcaption></figure>'
+                f'<figure class="{kinds[right][0]}" style="margin: 0"><img style="width: 100%" alt="{title}" '
+                f'src="{source}"><figcaption style="color: {kinds[right][1]}">{title}</figcaption></figure>'
             )
         style = f"display: grid; gap: 0.7rem; grid-template-columns: repeat({self.columns or 6}, minmax(4rem, 1fr))"
         kind = f"pictures of{self.columns}" if self.columns else "pictures"
         return f'<div class="{kind}" style="{style}">{"".join(made)}</div>'
 
     def __repr__(self) -> str:
-        return f"{len(self.captions)} pictures: {'; '.join(self.captions)}"
+        return f"{len(self.titles)} pictures: {'; '.join(self.titles)}"
+
+
+picture_grid = Pictures
 
 
 def _figure(rows: int = 1, columns: int = 1, *, width: float = 8.0, height: float = 4.5, **grid: object) -> Figure:
     """A figure with `rows` × `columns` axes in `figure.axes`, sizes in inches."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.subplots(rows, columns, **grid)
@@ -125,18 +124,8 @@ def _around(rows: pd.DataFrame, column: str, scale: float = 1.0) -> np.ndarray:
     return scale * np.array([rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column]])
 
 
-def picture_grid(
-    images: Sequence[np.ndarray], titles: Sequence[str], *, right: Sequence[bool | None] = (), columns: int = 0
-) -> Pictures:
-    """uint8 pictures (h, w, 3) with a caption each: green if `right` is true, red if false. 0 columns: as fit."""
-    marks = list(right) or [None] * len(images)
-    return Pictures([_data_address(image) for image in images], titles, marks, columns)
-
-
 def _data_address(image: np.ndarray) -> str:
     """A uint8 picture (h, w, 3) as the text of a `data:` address; small ones enlarged, so that browsers smooth them."""
-    from PIL import Image
-
     picture, file = Image.fromarray(image), io.BytesIO()
     if picture.width < _SMALL:
         picture = picture.resize((_SMALL, _SMALL * picture.height // picture.width), Image.Resampling.BICUBIC)
@@ -284,10 +273,6 @@ def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[st
     heights = {name: float((np.log(ends[name]) - low) / (high - low)) for name in names}
     for below, name in itertools.pairwise(names):
         heights[name] = max(heights[name], heights[below] + gap)
-    top = 1.0
-    for name in reversed(names):
-        heights[name] = min(heights[name], top)
-        top = heights[name] - gap
     return heights
 
 
@@ -340,8 +325,6 @@ def ladder(frame: pd.DataFrame) -> Plot:
 
 def roofline(table: pd.DataFrame) -> Plot:
     """Achieved TFLOP/s of each variant's computing parts against operations per byte, under the measured ceilings."""
-    from matplotlib.lines import Line2D
-
     rows = table[table["gflop"] > 0].assign(intensity=lambda t: 1e3 * t["gflop"] / t["mb"])
     (axis,) = _figure(width=9, height=5).axes
     markers, formats = dict(zip(sorted(rows["part"].unique()), "osD^vP", strict=False)), []

@@ -4,7 +4,7 @@
 otherwise the run is kept beside them as `<notebook>.failed.ipynb` and `.failed.html`. From a shell:
 
     python -m vitlib.report run notebooks/2_evaluate.ipynb --study demo
-    python -m vitlib.report index | summary | render | shots --study demo
+    python -m vitlib.report index | summary | render --study demo
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitlib.report import index, page, shots
+from vitlib.report import index, page
 from vitlib.study import files, params, provenance
 from vitlib.study.study import Study, StudyBusy
 
@@ -209,7 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("index", help="write the study's index.html, and that of all studies")
     commands.add_parser("summary", help="print the table of variants")
     commands.add_parser("render", help="make the pages of executed notebooks again; nothing is run")
-    commands.add_parser("shots", help="write screenshots of all pages into shots/ (needs playwright and Chromium)")
     for name, command in commands.choices.items():
         command.add_argument("--study", required=name == "run", help="results are in outputs/<study>/")
         if name != "run":
@@ -222,19 +221,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _run(options, files.study_folder(options.study))
         else:
             _show(options.command, options.folder or files.study_folder(options.study))
-    except (ReportError, page.PageError, shots.NoBrowser, StudyBusy, OSError, ValueError) as error:
+    except (ReportError, page.PageError, StudyBusy, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _show(command: str, folder: Path) -> None:
-    """Make what `command` names of what the study has, and print its paths."""
+    """Print the study's table, or make its pages from what it has, and print their paths."""
     if command == "summary":
         print(index.summary(folder))
         return
-    written = page.render(folder) if command == "render" else []
-    written += [index.write(folder), index.overview(folder)] if command != "shots" else shots.write(folder)
+    written = [*(page.render(folder) if command == "render" else []), index.write(folder), index.overview(folder)]
     print("\n".join(page.display(path) for path in written if path))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import NamedTuple
 
@@ -54,45 +54,34 @@ class Column(NamedTuple):
 
 
 class Table:
-    """A table that a notebook renders. Cells are text, escaped in HTML; `numbers` are aligned to the right.
+    """A table that a notebook renders. Cells are text, escaped in HTML; those of numeric columns are on the right.
 
     `values` holds the numbers behind the text of numeric columns, `columns` how each is shown, and `record` the file
     that the table was made from (`records/x.csv`), which a page links to.
     """
 
     def __init__(
-        self,
-        text: pd.DataFrame,
-        numbers: Collection[str],
-        index: bool,
-        values: Mapping[str, pd.Series] | None = None,
-        columns: Mapping[str, Column] | None = None,
-        record: str = "",
+        self, text: pd.DataFrame, values: Mapping[str, pd.Series], columns: Mapping[str, Column], record: str
     ) -> None:
-        self.text, self.numbers, self.index = text, set(numbers), index
-        self.values, self.columns, self.record = dict(values or {}), dict(columns or {}), record
+        self.text, self.values, self.columns, self.record = text, values, columns, record
 
     def to_html(self) -> str:
         """A `<table>` whose cells have the class `num` or `text`; no ids and no style sheet."""
         head = "".join(f"<th {self._kind(name)}>{_escaped(name)}</th>" for name in self.text)
-        cells = {name: self._cells(name) for name in self.text}
-        rows = ["".join(row) for row in zip(*cells.values(), strict=True)]
-        if self.index:
-            head = f"<th>{_escaped(self.text.index.name or '')}</th>{head}"
-            rows = [f"<th>{_escaped(label)}</th>{row}" for label, row in zip(self.text.index, rows, strict=True)]
-        body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        rows = zip(*(self._cells(name) for name in self.text), strict=True)
+        body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
         caption = f"<caption>{_escaped(self.record)}</caption>\n" if self.record else ""
         return f"<table>\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
     def _kind(self, name: str) -> str:
         # The class is for the pages' style sheet; JupyterLab has none, and aligns to the right by itself.
-        return 'class="num"' if name in self.numbers else 'class="text" style="text-align: left"'
+        return 'class="num"' if name in self.values else 'class="text" style="text-align: left"'
 
     def _cells(self, name: str) -> list[str]:
         """The `<td>` of a column: with the number to sort by, the best in bold, a bar as long as its share."""
-        about, values = self.columns.get(name, Column(name)), self.values.get(name)
-        if values is None:
+        if name not in self.values:
             return [f"<td {self._kind(name)}>{_escaped(text)}</td>" for text in self.text[name]]
+        about, values = self.columns[name], self.values[name]
         best = {"low": values.min(), "high": values.max()}.get(about.best) if values.nunique() > 1 else None
         made, longest = [], values.max() or 1  # all are zero: no bar
         for text, value in zip(self.text[name], values, strict=True):
@@ -109,11 +98,11 @@ class Table:
     def __repr__(self) -> str:
         """Text for a terminal; control characters are shown as escapes."""
         shown = self.text.map(lambda text: text if text.isprintable() else repr(text)[1:-1])
-        for name in self.text.columns.difference(list(self.numbers)):
-            width = max(len(str(name)), *shown[name].str.len())
+        for name in shown.columns.difference(list(self.values)):
+            width = max(len(name), *shown[name].str.len())
             shown[name] = shown[name].str.ljust(width)
-            shown = shown.rename(columns={name: str(name).ljust(width)})
-        return "\n".join(line.rstrip() for line in shown.to_string(index=self.index).splitlines())
+            shown = shown.rename(columns={name: name.ljust(width)})
+        return "\n".join(line.rstrip() for line in shown.to_string(index=False).splitlines())
 
 
 def table(
@@ -128,12 +117,13 @@ def table(
 
     `columns` chooses and orders what is shown; a key of two names is an interval, its lower and upper bound, and one of
     three is a value with its interval (`estimate`). Columns that `frame` lacks and columns without any text are left
-    out. Names of variants become words.
+    out. Names of variants become words. With `index` the first column is the frame's index.
     """
     if frame.empty:
         return Markdown(f"*{none}*")
-    text, numbers, values, shown_as = {}, [], {}, {}
-    for key, about in (columns or {name: Column(name) for name in frame}).items():
+    record, text, values, shown_as = frame.attrs.get("record", ""), {}, {}, {}  # `Study.write` and `Study.read` set it
+    frame = frame.rename_axis(frame.index.name or "").reset_index() if index else frame
+    for key, about in (columns or {name: name for name in frame}).items():
         about = about if isinstance(about, Column) else Column(about)
         names = key if isinstance(key, tuple) else (key,)
         if not set(names) <= set(frame):
@@ -144,10 +134,8 @@ def table(
         elif any((parts := [_cells(frame[name], about, digits) for name in names])[0]):
             text[about.title] = [_interval(bounds) for bounds in zip(*parts, strict=True)] if about.format else parts[0]
         if about.format or frame[names[0]].dtype.kind in "iuf":
-            numbers.append(about.title)
             values[about.title], shown_as[about.title] = pd.to_numeric(frame[names[0]], errors="coerce"), about
-    record = frame.attrs.get("record", "")  # `Study.write` and `Study.read` set it
-    return Table(pd.DataFrame(text, index=frame.index), numbers, index, values, shown_as, record)
+    return Table(pd.DataFrame(text, index=frame.index), values, shown_as, record)
 
 
 def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
@@ -168,7 +156,7 @@ def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
 
 def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
     """The values as text: names of variants in words, numbers grouped, whole ones without digits."""
-    if about.title == "variant":
+    if about.title in ("variant", "compared with"):
         return [variants.label(str(value)) for value in values]
     whole = values.dtype.kind in "iuf" and (values.dropna() % 1 == 0).all()
     form = about.format or f",.{0 if whole else digits}f"

@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import pandas as pd
 
 from vitlib.study import files
 
@@ -165,7 +166,8 @@ def _card(nvml: ModuleType, card: Any) -> dict[str, Any]:
         return scale * value if isinstance(value, int) else value
 
     memory = ask("nvmlDeviceGetMemoryInfo")
-    reasons = ask("nvmlDeviceGetCurrentClocksEventReasons")
+    bits = ask("nvmlDeviceGetCurrentClocksEventReasons")
+    reasons = None if bits is None else [text for at, text in enumerate(_CLOCK_REASONS) if int(bits) >> at & 1]
     return {
         "uuid": ask("nvmlDeviceGetUUID"),
         "name": ask("nvmlDeviceGetName"),
@@ -177,9 +179,7 @@ def _card(nvml: ModuleType, card: Any) -> dict[str, Any]:
         "temperature_c": ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
         "power_w": ask("nvmlDeviceGetPowerUsage", scale=1e-3),
         "power_limit_w": ask("nvmlDeviceGetPowerManagementLimit", scale=1e-3),
-        "throttle_reasons": None
-        if reasons is None
-        else [t for at, t in enumerate(_CLOCK_REASONS) if int(reasons) >> at & 1],
+        "throttle_reasons": reasons,
     }
 
 
@@ -215,16 +215,13 @@ class Monitor:
 
     def summary(self) -> dict[str, Any]:
         """Number of samples; minimum, median and maximum of each field over all cards; every throttle reason seen."""
-        rows = [state for states in self.samples for state in states]
-        if not rows:
+        rows = pd.DataFrame([state for states in self.samples for state in states])
+        if rows.empty:
             return {"samples": 0, "reason": self.reason}
-        found: dict[str, Any] = {"samples": len(self.samples)}
-        for field in self.FIELDS:
-            values = [row[field] for row in rows if row[field] is not None]
-            if values:
-                found[field] = {"min": min(values), "median": float(statistics.median(values)), "max": max(values)}
-        found["throttle_reasons"] = sorted({reason for row in rows for reason in row["throttle_reasons"] or ()})
-        return found
+        measured = rows[list(self.FIELDS)].dropna(axis="columns", how="all").astype(float)
+        reasons = sorted(rows["throttle_reasons"].explode().dropna().unique())
+        fields = measured.agg(["min", "median", "max"]).to_dict()
+        return {"samples": len(self.samples), **fields, "throttle_reasons": reasons}
 
 
 def _git(root: Path) -> dict[str, Any]:

@@ -6,11 +6,8 @@ it. No torch.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +45,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "claims": ("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
 }
 """Columns that each record has at least, in this order; units are in the names."""
-
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "variants": (
-        *("gelu", "held_mb", "prepare_s", "rounds", "times_baseline", "times_baseline_low", "times_baseline_high"),
-        *("reference", "relative_error", "agreement_with_reference"),
-    ),
-}
-"""Columns that are written today and that records of earlier versions lack."""
 
 NOTEBOOKS: dict[str, str] = {
     **dict.fromkeys(("finetune", "base"), "1_finetune"),
@@ -126,13 +115,22 @@ def _require(path: Path, frame: pd.DataFrame, advice: str) -> None:
 def write_json(obj: Any, path: Path | str) -> Path:
     """Write JSON, atomically, keys in the order given and NaN or infinity as null; returns the path.
 
-    Dataclasses, named tuples and numpy values are written as their plain equivalents, a path as its last name only.
-    Raises TypeError for any other object.
+    Numpy values are written as their plain equivalents, a path as its last name only. TypeError for any other object.
     """
-    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    strict = json.loads(json.dumps(obj, default=_plain), parse_constant=lambda _: None)
     with atomic_path(path) as temporary:
+        text = json.dumps(strict, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return Path(path)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, os.PathLike):
+        return Path(value).name
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON: convert it to text or numbers first")
 
 
 def read_json(path: Path | str) -> Any:
@@ -153,25 +151,3 @@ def _existing(path: Path | str) -> Path:
 
 def _advice(path: Path, when: str) -> str:
     return f"run {NOTEBOOKS.get(path.stem, 'the notebook that writes it')} {when}"
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case None | str() | int():
-            return value
-        case Mapping():
-            return {str(key): _plain(entry) for key, entry in value.items()}
-        case tuple() if hasattr(value, "_asdict"):
-            return _plain(value._asdict())
-        case list() | tuple():
-            return [_plain(entry) for entry in value]
-        case np.ndarray() | np.generic():
-            return _plain(value.tolist())
-        case os.PathLike():
-            return Path(value).name
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    raise TypeError(f"cannot write a {type(value).__name__} as JSON: convert it to text or numbers first")

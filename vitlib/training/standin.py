@@ -7,7 +7,6 @@ learning rate follows, so a slower card ends on time with fewer epochs. Every pi
     python -m vitlib.training.standin --data data/flowers102 --out outputs/flowers102/standin --workers 16
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -15,14 +14,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import HfArgumentParser, set_seed
 
 from vitlib.measure import stats
 from vitlib.network import checkpoint
@@ -111,12 +110,13 @@ def demo_base(study: Study, device: torch.device) -> Path:
     settings = study.settings
     keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
     settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(DEMO_RECIPE)}
-    settled["generator"] = files.checksum(Path(synthetic.__file__))  # other pictures make another base
+    drawn_by = (Path(synthetic.__file__), synthetic.CLASSES)  # other pictures make another base
+    settled["generator"] = [files.checksum(file) for file in drawn_by]
     folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
     if (folder / "config.json").is_file():
         return folder
     many = settings.model_copy(update={"pictures_per_class": DEMO_PICTURES})
-    drawn = sources.from_synthetic(synthetic.PRETRAIN_CLASSES, many)
+    drawn = sources.from_synthetic(synthetic.classes("before it"), many)
     drawn.splits["valid"] = sources.evenly(drawn.splits["valid"], DEMO_VALID)
     pre, labels = preprocess.new(settings.image_size), sources.new_labels(drawn)
     set_seed(settings.seed)
@@ -324,21 +324,16 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
 
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line; one line on standard error and code 1 where that is impossible."""
-    show = argparse.ArgumentDefaultsHelpFormatter
     about = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser("python -m vitlib.training.standin", None, about, formatter_class=show)
+    parser = HfArgumentParser(StandIn, prog="python -m vitlib.training.standin", description=about)
     parser.add_argument("--data", required=True, help="folder with train/<class>/ and valid/<class>/")
     parser.add_argument("--out", required=True, type=Path, help="folder for stage1/, stage2/ and history.csv")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes the GPU")
     parser.add_argument("--max-megapixels", default=50.0, type=float, help="larger pictures are skipped")
-    for field in fields(StandIn):
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, type=type(field.default))
-    given = vars(parser.parse_args(arguments))
     try:
-        settings = StandIn(**{field.name: given[field.name] for field in fields(StandIn)})
-        device = checkpoint.pick_device(given["device"])
-        dataset = sources.from_folder(sources.existing_folder(given["data"]), given["max_megapixels"])
-        history = train(settings, dataset, given["out"], device)
+        settings, given = parser.parse_args_into_dataclasses(arguments)
+        dataset = sources.from_folder(sources.existing_folder(given.data), given.max_megapixels)
+        history = train(settings, dataset, given.out, checkpoint.pick_device(given.device))
     except (sources.DataError, StandInError, checkpoint.NotRun, OSError) as error:
         sys.exit(f"standin: {error}")
     for file, split, reason in dataset.skipped:

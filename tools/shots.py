@@ -1,8 +1,9 @@
-"""Screenshots of a study's pages, as PNG in its folder `shots/`: wide and narrow, light and dark. No torch."""
+"""Screenshots of a study's pages, PNG in its folder `shots/`, wide and narrow, light and dark: `make shots`."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,3 +58,17 @@ def write(folder: Path) -> list[Path]:
                     tab.screenshot(path=file, full_page=True)
             tab.close()
     return made
+
+
+def main(folder: Path) -> int:
+    """Print the paths of the screenshots; returns the exit status, 1 with one line on stderr if there are none."""
+    try:
+        print("\n".join(page.display(path) for path in write(folder)))
+    except (NoBrowser, page.PageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,11 +1,11 @@
 """Screenshots: one a page, width and colour scheme, and one line where there is no browser."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+import shots
 from PIL import Image
-
-from vitlib.report import run, shots
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_every_page_is_shot_at_each_width_and_scheme(folder, capsys):
     if not any(map(shutil.which, shots.NAMES)):
         pytest.skip("no Chromium here")
     pytest.importorskip("playwright")
-    assert run.main(["shots", "--study", "demo"]) == 0
+    assert shots.main(folder) == 0
     sizes = {path.name: Image.open(path).size for path in (folder / "shots").iterdir()}
     names = [
         f"{page}-{width}-{scheme}.png"
@@ -42,11 +42,9 @@ def test_every_page_is_shot_at_each_width_and_scheme(folder, capsys):
 
 def test_what_is_missing_is_said_in_one_line(folder, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert run.main(["shots", "--study", "demo"]) == 1
+    assert shots.main(folder) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert "chromium, chromium-browser, google-chrome" in said or "playwright is not installed" in said
-    assert run.main(["shots", "--folder", "outputs/none"]) == 1
+    assert shots.main(Path("outputs/none")) == 1
     assert "there is no page in outputs/none" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run.main(["shots"])
