@@ -7,6 +7,8 @@ a ViT's classifier input, a strided view of the class token, as if it were conti
 batch over 1 wrong.
 """
 
+from collections.abc import Callable
+
 import bitsandbytes as bnb
 import torch
 from torch import nn
@@ -56,13 +58,13 @@ def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
     return layer.eval()
 
 
-def quantized_copy(module: nn.Module, bits: int) -> nn.Module:
-    """`module` with every linear in it quantized; other parameters are shared with the original, not copied."""
+def exchanged(module: nn.Module, twin: Callable[[str, nn.Linear], nn.Module], name: str = "") -> nn.Module:
+    """`module` with `twin(name, linear)` in place of each linear; all else is shared with the original, not copied."""
     if isinstance(module, nn.Linear):
-        return quantize_linear(module, bits)
+        return twin(name, module)
     clone = module.__new__(type(module))
     clone.__dict__ = module.__dict__.copy()
-    clone._modules = {name: quantized_copy(child, bits) for name, child in module.named_children()}
+    clone._modules = {key: exchanged(child, twin, f"{name}.{key}".strip(".")) for key, child in module.named_children()}
     return clone
 
 

@@ -104,8 +104,12 @@ class Parameters(BaseModel):
     eval_batch_size: int = _field(32, "batch size where only the outputs matter", 2, 3, 4, 5, ge=1)
     margin: float = _field(0.02, "fraction of pictures that a non-inferior variant may lose", 2, gt=0, lt=1)
 
+    calibration_pictures: int = _field(
+        64, "training pictures, spread over the classes, for calibrated NF4 and the search of formats", 1, 3, ge=8
+    )
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
+    plan_bits: float = _field(4.5, "bits a weight, at most, of the plan saved as checkpoint `mixed`", 3, ge=4.2, le=16)
 
     decoder: Literal["pil", "nvjpeg", "auto"] = _field(
         "pil", "auto is nvJPEG on the GPU where it works; its pixels differ slightly", 4

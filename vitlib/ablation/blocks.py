@@ -1,30 +1,20 @@
-"""Notebook 3: which blocks of the network are sensitive to quantization.
-
-The network is loaded once, every block gets a quantized twin, and a configuration chooses between the two. The blocks
-before the first one in which two configurations differ are evaluated once for both, which saves half of all block
-evaluations. Configurations that have diverged but reach the same block again are batched into one call.
-"""
+"""The ablation of whole blocks: what is left of the error where one is kept in FP16, or what one alone causes."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from vitlib.ablation.exchange import FULL, LINEARS, Configuration, Exchange
+from vitlib.ablation.subject import Subject
 from vitlib.measure import stats
-from vitlib.network import checkpoint, quantize
-from vitlib.pictures import sources
-from vitlib.pictures.sources import Dataset
+from vitlib.network import quantize
 from vitlib.report.tables import Column, Markdown
-from vitlib.study import origin
 from vitlib.study.study import Study
-from vitlib.study.variants import Variant
 
-TOGETHER = 256  # most pictures in one call of a block, where configurations are batched
+FORMATS = {4: "nf4", 8: "int8"}  # what `ablation_bits` stands for
 NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"
 REPEATS = 0.5  # lowest rank correlation between halves of the pictures at which a ranking is said to repeat
 PARTS = {NONE: "nothing", ENDS: "first and last block", HEADS: "classifier"}  # the patch embedding always is in FP16
@@ -53,118 +43,35 @@ RELIABILITY = {
 }
 
 
-@dataclass
-class Subject:
-    """The FP16 network, its validation pictures (n, 3, h, w) in uint8, and their class ids (n,)."""
-
-    loaded: checkpoint.Loaded
-    pixels: torch.Tensor
-    labels: torch.Tensor
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The encoder blocks."""
-        return self.loaded.model.vit.layers
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """Which blocks and whether the classifier stay in FP16; the patch embedding, a convolution, always does."""
-
-    kept: str
-    blocks: frozenset[int]
-    classifier: bool
+def configurations(blocks: int, kind: str) -> list[Configuration]:
+    """By what is kept in FP16 (all else is of the format `kind`): nothing, ends, classifier, blocks, everything."""
+    everything = set(range(blocks))
+    kept = {NONE: (set(), kind), ENDS: ({0, blocks - 1}, kind), HEADS: (set(), FULL)}
+    kept |= {f"block {k}": ({k}, kind) for k in everything}
+    kept |= {f"all but block {k}": (everything - {k}, FULL) for k in everything} | {ALL: (everything, FULL)}
+    uniform = {is_kept: (FULL if is_kept else kind,) * len(LINEARS) for is_kept in (True, False)}
+    return [
+        Configuration(name, tuple(uniform[k in own] for k in range(blocks)), classifier)
+        for name, (own, classifier) in kept.items()
+    ]
 
 
-open = Study.open
-
-
-def prepare(study: Study, dataset: Dataset | None = None) -> Subject:
-    """The merged checkpoint in FP16, for bitsandbytes' int8 product, and the pictures (default: the study's)."""
-    checkpoint.quiet_libraries()
-    settings, dataset = study.settings, dataset or sources.load(study.settings)
-    loaded = checkpoint.load(study.checkpoints, Variant("fp16"), checkpoint.pick_device(settings.device))
-    loaded.labels.check(dataset, "valid")
-    dataset.splits["valid"] = sources.evenly(dataset.splits["valid"], settings.ablation_pictures)
-    valid = sources.decode_splits(dataset, ["valid"], loaded.preprocess, settings.workers)["valid"]
-    return Subject(loaded, valid.pixels, loaded.labels.ids(valid.pictures))
-
-
-def introduce(study: Study) -> Markdown:
-    """What the base is, and what follows for the accuracies of this page."""
-    return Markdown(origin.sentence(study.folder))
-
-
-def configurations(blocks: int) -> list[Configuration]:
-    """Nothing kept, first and last block, classifier, each block alone kept or alone quantized, and everything kept."""
-    everything = frozenset(range(blocks))
-    single = [Configuration(f"block {k}", frozenset({k}), False) for k in range(blocks)]
-    single += [Configuration(f"all but block {k}", everything - {k}, True) for k in range(blocks)]
-    ends = Configuration(ENDS, frozenset({0, blocks - 1}), False)
-    plain = [Configuration(NONE, frozenset(), False), ends, Configuration(HEADS, frozenset(), True)]
-    return [*plain, *single, Configuration(ALL, everything, True)]
-
-
-def twin(subject: Subject, number: int, bits: int) -> nn.Module:
-    """The quantized twin of block `number`."""
-    return quantize.quantized_copy(subject.blocks[number], bits)
-
-
-State = tuple[torch.Tensor, list[Configuration]]  # activations (n, tokens, hidden), and the configurations with them
-
-
-class Exchange:
-    """The blocks and the classifier of a network, a quantized twin of each, and passes that choose between them.
-
-    Several configurations run in calls of at most TOGETHER pictures, but one by one in int8 blocks, as LLM.int8() finds
-    its outliers in the whole batch. `block_runs` counts the evaluations of a block for a batch of pictures.
-    """
-
-    def __init__(self, model: nn.Module, bits: int) -> None:
-        self.model = model
-        self.pairs = [(block, quantize.quantized_copy(block, bits)) for block in model.vit.layers]
-        self.classifiers = (model.classifier, quantize.quantized_copy(model.classifier, bits))
-        self.joins = (True, bits != 8)  # the block itself, its quantized twin
-        self.block_runs = 0
-
-    def logits(self, pixel_values: torch.Tensor, wanted: list[Configuration]) -> dict[str, torch.Tensor]:
-        """Logits (n, classes) of one batch by what is kept; holds at most `len(wanted)` activations at once."""
-        states = [(self.model.vit.embeddings(pixel_values), wanted)]
-        for number in range(len(self.pairs)):
-            states = [state for quantized in (False, True) for state in self._step(states, number, quantized)]
-        found = {}
-        for hidden, group in states:
-            tokens = self.model.vit.layernorm(hidden)[:, 0, :]
-            found |= {c.kept: self.classifiers[not c.classifier](tokens) for c in group}
-        return found
-
-    def _step(self, states: list[State], number: int, quantized: bool) -> list[State]:
-        """States after block `number` or its quantized twin, of the configurations that use this one of the two."""
-        block, size = self.pairs[number][quantized], len(states[0][0])
-        parted = [(hidden, [c for c in group if (number in c.blocks) != quantized]) for hidden, group in states]
-        going = [(hidden, group) for hidden, group in parted if group]
-        self.block_runs += len(going)
-        after, most = [], max(1, TOGETHER // size if self.joins[quantized] else 1)
-        for first in range(0, len(going), most):
-            hidden, groups = zip(*going[first : first + most], strict=True)
-            outputs = block(hidden[0] if len(hidden) == 1 else torch.cat(hidden)).split(size)
-            after += zip(outputs, groups, strict=True)
-        return after
+def exchange(subject: Subject, bits: int) -> Exchange:
+    """The network with bitsandbytes' layers as twins: NF4, or LLM.int8(), which finds outliers in the whole batch."""
+    kind = FORMATS[bits]
+    twins = {kind: lambda _, linear: quantize.quantize_linear(linear, bits)}
+    return Exchange(subject.loaded.model, twins, alone=["int8"])
 
 
 def measure(study: Study, subject: Subject) -> tuple[dict[tuple[int, str], torch.Tensor], float]:
     """float32 logits (n, classes) on the CPU by (bits, kept), and the share of all block evaluations that it took."""
-    loaded, wanted = subject.loaded, configurations(len(subject.blocks))
+    size, blocks = study.settings.eval_batch_size, len(subject.blocks)
     found, needed, full = {}, 0, 0
     for bits in study.settings.ablation_bits:
-        exchange, parts = Exchange(loaded.model, bits), []
-        batches = subject.pixels.split(study.settings.eval_batch_size)
-        with torch.inference_mode():
-            for batch in tqdm(batches, f"{bits} bits, {len(wanted)} configurations", unit="batch"):
-                logits = exchange.logits(loaded.preprocess.normalise(batch.to(loaded.device), loaded.dtype), wanted)
-                parts.append(torch.stack([logits[one.kept] for one in wanted]).float().cpu())  # one copy, so one wait
-        found |= {(bits, one.kept): values for one, values in zip(wanted, torch.cat(parts, dim=1), strict=True)}
-        needed, full = needed + exchange.block_runs, full + len(batches) * len(wanted) * len(subject.blocks)
+        own, wanted = exchange(subject, bits), configurations(blocks, FORMATS[bits])
+        logits = own.outputs(subject.pixels, wanted, subject.loaded.preprocess, size, f"{bits} bits")
+        found |= {(bits, kept): values for kept, values in logits.items()}
+        needed, full = needed + own.block_runs, full + len(subject.pixels.split(size)) * len(wanted) * blocks
     return found, needed / full
 
 
@@ -210,7 +117,7 @@ def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subje
     adjustment for all configurations; `smallest_points` is their share in percent, NaN if there are fewer.
     """
     labels, rows, blocks = subject.labels.numpy(), [], range(len(subject.blocks))
-    needed = stats.fewest_significant(len(configurations(len(blocks))) - 1)
+    needed = stats.fewest_significant(len(configurations(len(blocks), FULL)) - 1)
     for bits in study.settings.ablation_bits:
         reference = logits[bits, ALL].numpy()
         alone = [stats.kl_divergence(reference, logits[bits, f"all but block {k}"].numpy()) for k in blocks]
