@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vitlib.network import quantize
 from vitlib.network.kernels import dequantize, products, triton_support
 from vitlib.network.kernels.dequantize import BLOCK
 from vitlib.network.kernels.products import Config
-from vitlib.network.quantize import INT8_MAX
 from vitlib.network.tuning import Implementation, Tuned
 
 
@@ -155,7 +155,7 @@ class NF4(WeightOnly):
         weights = self.out_features * self.in_features
         self.repacked = weights % dequantize.GROUP == 0 and use_kernels(packed.device)
         self.register_buffer("packed", dequantize.repack_nf4(packed) if self.repacked else packed)
-        self.register_buffer("absmax", _joined([_expanded(state) for state in states]))
+        self.register_buffer("absmax", _joined([quantize.scales_of(state) for state in states]))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         shape = [self.out_features, self.in_features]
@@ -183,7 +183,7 @@ class Int8(Rows):
 
     def __init__(self, layers: Sequence[bnb.nn.Linear8bitLt]) -> None:
         maxima = [layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB for layer in layers]
-        rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / INT8_MAX
+        rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / quantize.INT8_MAX
         super().__init__(rows, scales, _bias(layers))
 
 
@@ -285,13 +285,6 @@ def make(layers: Sequence[nn.Linear], kind: str) -> Linear:
     if CLASSES[kind].source is not stored:
         raise ValueError(f"a {stored.__name__} cannot be computed as {kind}: load the checkpoint that holds it")
     return CLASSES[kind](layers)
-
-
-def _expanded(state: "bnb.functional.QuantState") -> torch.Tensor:
-    """The fp32 scale of each block of 64."""
-    if not state.nested:  # without double quantization
-        return state.absmax.float()
-    return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -58,6 +58,29 @@ def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
     return layer.eval()
 
 
+def scales_of(state: "bnb.functional.QuantState") -> torch.Tensor:
+    """The fp32 scale of each block of 4-bit weights (blocks,)."""
+    if not state.nested:  # without double quantization
+        return state.absmax.float()
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
+def set_codes(layer: bnb.nn.Linear4bit, codes: torch.Tensor) -> None:
+    """Replace the 4-bit codes of a layer by these (out, in), two in a byte, the first in the high half."""
+    pairs = codes.to(torch.uint8).flatten().view(-1, 2)
+    layer.weight.data = ((pairs[:, 0] << 4) | pairs[:, 1]).view(layer.weight.shape)
+
+
+def dequantized(layer: nn.Linear) -> torch.Tensor:
+    """The weight (out, in) of a bitsandbytes layer that has not run yet, in float32; of another, the weight itself."""
+    weight = layer.weight.data
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight, layer.weight.quant_state).float()
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return weight.float() * (layer.weight.SCB.float() / INT8_MAX)[:, None]
+    return weight.float()
+
+
 def exchanged(module: nn.Module, twin: Callable[[str, nn.Linear], nn.Module], name: str = "") -> nn.Module:
     """`module` with `twin(name, linear)` in place of each linear; all else is shared with the original, not copied."""
     if isinstance(module, nn.Linear):

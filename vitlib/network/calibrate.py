@@ -1,0 +1,132 @@
+"""Calibrated NF4: error compensation (GPTQ, Frantar et al. 2023) onto the grid of bitsandbytes' NF4.
+
+Plain NF4 rounds each weight to the nearest code. Here the columns of a weight matrix are rounded one after another, and
+the error of each is compensated in those that follow, so that the layer's *outputs* on some pictures change least. The
+scales stay those that bitsandbytes found and rounded (double quantization); only codes change. So the result has the
+bytes of plain NF4, and bitsandbytes, transformers and fused kernels load it. Blocks are treated in sequence, so that
+each layer sees inputs that went through the quantized layers before it.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from vitlib.network import quantize
+
+DAMPING = 0.01  # of the mean diagonal, added to the diagonal: Frantar et al. 2023, section 3.3
+TOGETHER = 128  # columns after which their errors are compensated in all that follow: one large product instead of many
+STAGES = (  # linears of a block that have the same inputs, in the order in which they run
+    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    ("attention.o_proj",),
+    ("mlp.fc1",),
+    ("mlp.fc2",),
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that each weight of a matrix (out, in) may take: `levels` · scale + offset of its group.
+
+    `levels` (k,) rise. `scales` and `offsets` are (out, groups): a group is `in` / groups consecutive weights of a row.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+
+    @classmethod
+    def of_layer(cls, layer: bnb.nn.Linear4bit) -> "Grid":
+        """That of a layer in bitsandbytes' 4 bits, in float32 on its device."""
+        state = layer.weight.quant_state
+        return cls(state.code.to(layer.weight.device).float(), quantize.scales_of(state).view(state.shape[0], -1))
+
+    def columns(self, width: int) -> tuple[Tensor, Tensor]:
+        """Scale and offset of each weight, transposed: (in, out)."""
+        scales = self.scales.clamp(min=torch.finfo(torch.float32).tiny)
+        offsets = torch.zeros_like(scales) if self.offsets is None else self.offsets
+        return tuple(part.repeat_interleave(width // part.shape[1], dim=1).T.contiguous() for part in (scales, offsets))
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Codes (out, in) of a weight (out, in), each rounded to the nearest value."""
+        scales, offsets = self.columns(weight.shape[1])
+        return self._round((weight.float().T.contiguous() - offsets) / scales).T
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The weight (out, in) in float32 that has these codes (out, in)."""
+        scales, offsets = self.columns(codes.shape[1])
+        return (self.levels[codes.T.long()] * scales + offsets).T
+
+    def _round(self, values: Tensor) -> Tensor:
+        return torch.bucketize(values, (self.levels[1:] + self.levels[:-1]) / 2)
+
+    def compensated(self, weight: Tensor, gram: Tensor) -> Tensor:
+        """Codes (out, in) of a weight (out, in), with the rounding errors compensated; see the module's docstring.
+
+        `gram` (in, in) is X'X of the layer's inputs X. Columns whose inputs are largest come first, while many are left
+        that can compensate them.
+        """
+        order = gram.diagonal().argsort(descending=True)
+        factor, back = _inverse_factor(gram[order][:, order]), order.argsort()
+        left = weight.float()[:, order].T.contiguous()  # (in, out): each step works on adjacent memory
+        scales, offsets = (part[order] for part in self.columns(len(left)))
+        codes = torch.empty_like(left, dtype=torch.long)
+        for start in range(0, len(left), TOGETHER):
+            part, end = left[start : start + TOGETHER], min(start + TOGETHER, len(left))
+            errors = torch.empty_like(part)
+            for at in range(end - start):
+                column = start + at
+                codes[column] = self._round((part[at] - offsets[column]) / scales[column])
+                found = self.levels[codes[column]] * scales[column] + offsets[column]
+                errors[at] = (part[at] - found) / factor[column, column]
+                part[at + 1 :].addr_(factor[column, column + 1 : end], errors[at], alpha=-1)
+            left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        return codes[back].T
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped inverse of `gram` (n, n), in float32; inputs that are 0 count as independent."""
+    h = gram.double().clone()
+    dead = h.diagonal() == 0
+    h[dead, dead] = 1
+    h.diagonal().add_(DAMPING * h.diagonal().mean())
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, quantized: nn.Module, pixel_values: Tensor, batch_size: int = 32) -> None:
+    """Choose the codes of all NF4 layers of `quantized` anew, in place, from unlabelled `pixel_values` (n, 3, h, w).
+
+    `network` is the unquantized ViT in float32 on the same device; it stays as it is. `quantized` must not have run on a
+    CPU yet, where bitsandbytes may repack the weights in a first pass.
+    """
+    device = next(network.parameters()).device
+    states = [network.vit.embeddings(part.to(device)) for part in pixel_values.split(batch_size)]
+    for original, block in zip(network.vit.layers, quantized.vit.layers, strict=True):
+        twin = copy.deepcopy(original)  # takes the quantized weights in float32, which runs faster than decoding them
+        for names in STAGES:
+            gram = _gram(twin, names[0], states)
+            for name in names:
+                linear, layer = twin.get_submodule(name), block.get_submodule(name)
+                grid = Grid.of_layer(layer)
+                codes = grid.compensated(linear.weight, gram)
+                quantize.set_codes(layer, codes)
+                linear.weight.copy_(grid.values(codes))
+        states = [twin(state) for state in states]
+
+
+def _gram(block: nn.Module, name: str, states: list[Tensor]) -> Tensor:
+    """X'X (in, in) of the inputs X that the linear `name` of `block` sees when these `states` run through it."""
+    found = []
+
+    def add(_module: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        found[:] = [x.T @ x + (found[0] if found else 0)]
+
+    hook = block.get_submodule(name).register_forward_pre_hook(add)
+    for state in states:
+        block(state)
+    hook.remove()
+    return found[0]
