@@ -19,6 +19,7 @@ from vitlib.network import quantize
 from vitlib.pictures.preprocess import Preprocess
 
 TOGETHER = 256  # most pictures in one call of a block, where configurations are batched
+MOST = 64  # configurations in a pass, which bounds the activations held
 FULL = "fp16"  # the format of a linear that is left as it is
 CLASSIFIER = quantize.CLASSIFIER
 # The linears of a block by what figures and records call them, in the order of a configuration's formats.
@@ -100,6 +101,8 @@ class Exchange:
         own, parts = self.model.classifier.weight, []
         with torch.inference_mode():
             for batch in tqdm(pixels.split(size), f"{what}, {len(wanted)} configurations", unit="batch"):
-                logits = self.logits(preprocess.normalise(batch.to(own.device), own.dtype), wanted)
+                x, logits = preprocess.normalise(batch.to(own.device), own.dtype), {}
+                for first in range(0, len(wanted), MOST):
+                    logits |= self.logits(x, wanted[first : first + MOST])
                 parts.append(torch.stack([logits[one.name] for one in wanted]).float().cpu())  # one copy, so one wait
         return dict(zip((one.name for one in wanted), torch.cat(parts, dim=1), strict=True))
