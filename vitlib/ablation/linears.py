@@ -160,8 +160,8 @@ def sensitivity(study: Study, linears: Linears) -> tuple[pd.DataFrame, dict[str,
 def correlations(study: Study, frame: pd.DataFrame, kl: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Whether other methods and other pictures rank the linears as the measured KL does; `records/correlations.csv`.
 
-    Spearman's correlation with a bootstrap interval over linears. That of random halves of the pictures is the mean over
-    the splits, and each resample of linears takes one split.
+    Spearman's correlation with a bootstrap interval over linears. That of random halves of the pictures is the mean
+    over the splits, and each resample of linears takes one split.
     """
     rows = []
     for kind, own in frame.groupby("format", sort=False):
