@@ -26,7 +26,7 @@ NOTEBOOKS = {
     "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),
 }
 # One file represents each checkpoint, whose folder is put in place as a whole.
-CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "int8")]}
+CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "nf4-calibrated", "int8")]}
 # Other files that a notebook reads.
 FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 

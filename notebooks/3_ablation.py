@@ -22,6 +22,7 @@ pictures_per_class: int = 60  # training pictures per class (synthetic data only
 max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures
 image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
+calibration_pictures: int = 128  # training pictures, without labels, that low precision is fitted to
 eval_batch_size: int = 32  # batch size where only the outputs matter
 ablation_bits: list[int] = [4, 8]  # 4 is NF4, 8 is int8
 ablation_pictures: int = 0  # validation pictures used, spread over the classes; 0: all

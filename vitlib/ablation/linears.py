@@ -18,12 +18,13 @@ from torch import nn
 from vitlib.ablation.exchange import FULL, LINEARS, Configuration, Exchange
 from vitlib.ablation.subject import Subject
 from vitlib.measure import stats
-from vitlib.network import checkpoint, quantize
+from vitlib.network import checkpoint, plan, quantize
 from vitlib.report.tables import Column
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS, Variant
 
-KINDS = {"nf4": "NF4", "nf4c": "NF4 calibrated", "int8": "INT8 rows"}  # formats and what pages call them
+EIGHT, PLAIN, FOUR = "int8", "nf4", "nf4c"  # formats compared with FP16; plans choose between FULL, EIGHT and FOUR
+KINDS = {PLAIN: "NF4", FOUR: "NF4 calibrated", EIGHT: "INT8 rows"}  # and what pages call them
 METHODS = {"fisher": "Fisher proxy", "fisher_by_type": "Fisher proxy by module type", "weight_error": "weight error"}
 HALVES = "KL on other pictures"
 FISHER_BATCH = 8  # pictures in a backward pass
@@ -57,11 +58,6 @@ class Linears:
     counts: np.ndarray
     batch_size: int
 
-    @property
-    def four(self) -> str:
-        """The 4-bit format of plans: calibrated NF4 where the study has it."""
-        return "nf4c" if "nf4c" in self.weights else "nf4"
-
     def logits(
         self, pixels: torch.Tensor, mixtures: Mapping[str, Mapping[str, str]], what: str
     ) -> dict[str, np.ndarray]:
@@ -90,10 +86,9 @@ def load(study: Study, subject: Subject) -> Linears:
     counts = np.array([model.vit.get_submodule(name).weight.numel() for name in names])
     weights, bits = {}, {FULL: np.full(len(names), 16.0)}
     for kind in KINDS:
-        if (study.checkpoint(FORMATS[kind].checkpoint) / "config.json").is_file():
-            stored = checkpoint.load(study.checkpoints, Variant(kind), subject.loaded.device).model.vit
-            weights[kind] = {name: quantize.dequantized(stored.get_submodule(name)) for name in names}
-            bits[kind] = np.array([_bits(stored.get_submodule(name)) for name in names])
+        stored = plan.linears(checkpoint.load(study.checkpoints, Variant(kind), subject.loaded.device).model)
+        weights[kind] = {name: quantize.dequantized(stored[name]) for name in names}
+        bits[kind] = np.array([_bits(stored[name]) for name in names])
     twins = {kind: lambda name, linear, own=own: _dense(linear, own[name]) for kind, own in weights.items()}
     return Linears(subject, Exchange(model, twins), names, weights, bits, counts, study.settings.eval_batch_size)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from vitlib.ablation.exchange import FULL, LINEARS
-from vitlib.ablation.linears import KINDS, Linears
+from vitlib.ablation.linears import EIGHT, FOUR, KINDS, Linears
 from vitlib.measure import search, stats
 from vitlib.report.tables import Column
 from vitlib.study.study import Study
@@ -23,7 +23,7 @@ RANDOM = 12  # random mixtures in which the prediction is compared with the meas
 ADDITIVE = 0.2  # mean error of the prediction (log ratio) above which pairs are measured
 BUDGETS = (4.25, 4.5, 5, 5.5, 6, 7, 8, 10, 12)  # bits a weight
 FIXED, KEPT, SEARCHED = "one format", "kept by hand", "searched"
-EIGHT = "int8"
+OPTIONS = (FULL, EIGHT, FOUR)
 PLANS = {
     **{"name": "plan", "bits": Column("bits a weight", ".2f"), "megabytes": Column("MB", ".2f")},
     "predicted_kl": Column("predicted KL", ".1e"),
@@ -57,10 +57,10 @@ class Prediction:
 
     def kl(self, mixture: Mixture, paired: bool | None = None) -> float:
         """The predicted KL in nats, with pairs or without; by default as in the search."""
-        names, four = self.linears.names, self.linears.four
+        names = self.linears.names
         found = sum(self.cost[mixture[name]][at] for at, name in enumerate(names) if mixture.get(name, FULL) != FULL)
         pairs = self.excess if (self.paired if paired is None else paired) else {}
-        found += sum(extra for pair, extra in pairs.items() if all(mixture.get(names[at]) == four for at in pair))
+        found += sum(extra for pair, extra in pairs.items() if all(mixture.get(names[at]) == FOUR for at in pair))
         return max(float(found), 0.0)
 
     def bits(self, mixture: Mixture) -> float:
@@ -75,12 +75,11 @@ class Prediction:
         ValueError where 4 bits in all linears take more.
         """
         own = self.linears
-        options, counts = (FULL, EIGHT, own.four), own.counts / own.counts.sum()
-        cost = np.stack([np.zeros(len(own.names)), self.cost[EIGHT], self.cost[own.four]], axis=1)
-        size = np.stack([own.bits[kind] * counts for kind in options], axis=1)
+        cost = np.stack([np.zeros(len(own.names)), self.cost[EIGHT], self.cost[FOUR]], axis=1)
+        size = np.stack([own.bits[kind] * own.counts / own.counts.sum() for kind in OPTIONS], axis=1)
         pairs = [(*pair, 2, 2, extra) for pair, extra in self.excess.items()] if self.paired else []
         found = search.choose(cost, size, bits, pairs)
-        return {name: options[option] for name, option in zip(own.names, found, strict=True)}
+        return {name: OPTIONS[option] for name, option in zip(own.names, found, strict=True)}
 
 
 def predict(study: Study, linears: Linears, kl: Mapping[str, np.ndarray]) -> tuple[Prediction, pd.DataFrame]:
@@ -93,7 +92,7 @@ def predict(study: Study, linears: Linears, kl: Mapping[str, np.ndarray]) -> tup
     prediction = Prediction(linears, {kind: values.mean(axis=1) for kind, values in kl.items()})
     for number in range(RANDOM):
         shares = rng.dirichlet(np.ones(3))
-        kinds = rng.choice([FULL, EIGHT, linears.four], len(names), p=shares)
+        kinds = rng.choice(OPTIONS, len(names), p=shares)
         found[f"random {number + 1}"] = dict(zip(names, map(str, kinds), strict=True))
     measured = linears.kl(found, "random mixtures")
     frame = pd.DataFrame({"plan": list(found), "bits": [prediction.bits(one) for one in found.values()]})
@@ -103,7 +102,7 @@ def predict(study: Study, linears: Linears, kl: Mapping[str, np.ndarray]) -> tup
     frame["predicted_pairs"] = np.nan
     prediction.error = (_log_error(frame["kl"], frame["predicted"]),)
     if prediction.error[0] > ADDITIVE:
-        prediction.excess = _pairs(linears, prediction.cost[linears.four])
+        prediction.excess = _pairs(linears, prediction.cost[FOUR])
         frame["predicted_pairs"] = [prediction.kl(one, paired=True) for one in found.values()]
         prediction.error += (_log_error(frame["kl"], frame["predicted_pairs"]),)
     return prediction, study.write("additivity", frame)
@@ -121,7 +120,7 @@ def _pairs(linears: Linears, cost: np.ndarray) -> dict[tuple[int, int], float]:
         for start in range(0, len(names), width)
         for i, j in itertools.combinations(range(width), 2)
     ]
-    mixtures = {f"{i} {j}": {names[i]: linears.four, names[j]: linears.four} for i, j in found}
+    mixtures = {f"{i} {j}": {names[i]: FOUR, names[j]: FOUR} for i, j in found}
     measured = linears.kl(mixtures, "pairs of linears in 4 bits")
     return {(i, j): float(measured[f"{i} {j}"].mean() - cost[i] - cost[j]) for i, j in found}
 
@@ -133,7 +132,7 @@ def candidates(prediction: Prediction, plan_bits: float) -> tuple[dict[str, tupl
     """
     own, blocks = prediction.linears, len(prediction.linears.subject.blocks)
     found = {"FP16": (FIXED, {})}
-    found |= {label: (FIXED, dict.fromkeys(own.names, kind)) for kind, label in KINDS.items() if kind in own.weights}
+    found |= {label: (FIXED, dict.fromkeys(own.names, kind)) for kind, label in KINDS.items()}
     last = max(1, blocks // 8)  # of 24 blocks the last three, which the original study recommends
     eighth = f"blocks {blocks - last}–{blocks - 1}" if last > 1 else f"block {blocks - 1}"
     kept = {f"{eighth} in FP16": set(range(blocks - last, blocks)), "first and last block in FP16": {0, blocks - 1}}
@@ -141,11 +140,11 @@ def candidates(prediction: Prediction, plan_bits: float) -> tuple[dict[str, tupl
     budgets = {bits: f"searched, {bits:.4g} bits" for bits in sorted({*BUDGETS, plan_bits})}
     rivals, width = {}, len(LINEARS)
     for name, blocks_kept in kept.items():
-        mixture = {linear: own.four for at, linear in enumerate(own.names) if at // width not in blocks_kept}
+        mixture = {linear: FOUR for at, linear in enumerate(own.names) if at // width not in blocks_kept}
         found[name] = (KEPT, mixture)
         bits = prediction.bits(mixture)
         rivals[name] = budgets.setdefault(bits, f"searched, {bits:.2f} bits")
-    least = prediction.bits(dict.fromkeys(own.names, own.four))
+    least = prediction.bits(dict.fromkeys(own.names, FOUR))
     for bits, name in sorted(budgets.items()):
         if bits >= least:
             found[name] = (SEARCHED, prediction.best(bits))
@@ -186,4 +185,4 @@ def _named(name: str, interval: stats.Interval) -> dict[str, float]:
 def chosen(study: Study, prediction: Prediction) -> dict[str, str]:
     """The plan of `plan_bits`, by linear "fp16", "int8" or "nf4", which stands for the 4 bits of plans."""
     mixture = prediction.best(study.settings.plan_bits)
-    return {name: "nf4" if kind == prediction.linears.four else kind for name, kind in mixture.items()}
+    return {name: "nf4" if kind == FOUR else kind for name, kind in mixture.items()}

@@ -87,7 +87,7 @@ class Grid:
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse of `gram` (n, n), in float32; inputs that are 0 count as independent."""
+    """Upper Cholesky factor of the damped inverse of `gram` (n, n), float32; inputs that are 0 count as independent."""
     h = gram.double().clone()
     dead = h.diagonal() == 0
     h[dead, dead] = 1
@@ -97,10 +97,10 @@ def _inverse_factor(gram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrate(network: nn.Module, quantized: nn.Module, pixel_values: Tensor, batch_size: int = 32) -> None:
-    """Choose the codes of all NF4 layers of `quantized` anew, in place, from unlabelled `pixel_values` (n, 3, h, w).
+    """Choose other codes for all NF4 layers of `quantized`, in place, from unlabelled `pixel_values` (n, 3, h, w).
 
-    `network` is the unquantized ViT in float32 on the same device; it stays as it is. `quantized` must not have run on a
-    CPU yet, where bitsandbytes may repack the weights in a first pass.
+    `network` is the unquantized ViT in float32 on the same device; it stays as it is. `quantized` must not have run on
+    a CPU yet, where bitsandbytes may repack the weights in a first pass.
     """
     device = next(network.parameters()).device
     states = [network.vit.embeddings(part.to(device)) for part in pixel_values.split(batch_size)]

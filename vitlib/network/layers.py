@@ -188,7 +188,14 @@ class Int8(Rows):
 
 
 class Int8WeightOnly(Int8, WeightOnly):
-    """int8 rows, dequantized and then multiplied in the input's dtype."""
+    """int8 rows, dequantized and then multiplied in the input's dtype; also of FP16 weights that are on such a grid."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        if isinstance(layers[0], bnb.nn.Linear8bitLt):
+            super().__init__(layers)
+        else:
+            weight = _joined([layer.weight for layer in layers])
+            Rows.__init__(self, *products.quantize_rows(weight, torch.int8), _bias(layers))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty_like(self.rows, dtype=dtype)
@@ -196,6 +203,21 @@ class Int8WeightOnly(Int8, WeightOnly):
             dequantize.dequantize_int8(self.rows.view(-1), self.scales, out.view(-1))
             return out
         return torch.mul(self.rows, self.scales[:, None], out=out)  # computed in fp32 and rounded once
+
+
+class Parts(WeightOnly):
+    """Linears of several formats with the same inputs: one product with their weights side by side."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        super().__init__(sum(part.out_features for part in parts), parts[0].in_features, bias)
+        self.step, self.parts = Step(), nn.ModuleList(parts)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([part.weight if isinstance(part, Dense) else part.weight(dtype) for part in self.parts])
+
+    def alike(self) -> tuple:
+        return *super().alike(), *(type(part) for part in self.parts)
 
 
 class EightBit(Rows):

@@ -88,6 +88,9 @@ class Parameters(BaseModel):
     compile_training: Literal["auto", "always", "never"] = _field(
         "auto", "compile the blocks; auto does so in long runs on a GPU", 1
     )
+    calibration_pictures: int = _field(
+        128, "training pictures, without labels, that low precision is fitted to", 1, 3, ge=8, le=4096
+    )
     resume: bool = _field(False, "continue from the last complete training checkpoint", 1)
 
     variants: list[str] = _field(
@@ -104,9 +107,6 @@ class Parameters(BaseModel):
     eval_batch_size: int = _field(32, "batch size where only the outputs matter", 2, 3, 4, 5, ge=1)
     margin: float = _field(0.02, "fraction of pictures that a non-inferior variant may lose", 2, gt=0, lt=1)
 
-    calibration_pictures: int = _field(
-        64, "training pictures, spread over the classes, for calibrated NF4 and the search of formats", 1, 3, ge=8
-    )
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
     plan_bits: float = _field(4.5, "bits a weight, at most, of the plan saved as checkpoint `mixed`", 3, ge=4.2, le=16)
