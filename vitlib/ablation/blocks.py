@@ -16,8 +16,6 @@ from vitlib.study.study import Study
 
 FORMATS = {4: "nf4", 8: "int8"}  # what `ablation_bits` stands for
 NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"
-REPEATS = 0.5  # lowest rank correlation between halves of the pictures at which a ranking is said to repeat
-PARTS = {NONE: "nothing", ENDS: "first and last block", HEADS: "classifier"}  # the patch embedding always is in FP16
 TABLE = {
     "bits": "bits",
     "kept": "kept in FP16",
@@ -132,91 +130,23 @@ def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subje
     return study.write("reliability", pd.DataFrame(rows))
 
 
-def headline(study: Study, frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> Markdown:
-    """The block that matters most, the size of the error, whether the order repeats, and differences of accuracy."""
-    removed, errors, first, trusted = [], [], {}, reliable.set_index("bits")
-    used = "of the {:,.0f} validation pictures used here" if study.settings.ablation_pictures else "of {:,.0f} pictures"
-    for bits, rows in frame.groupby("bits", sort=False):
-        by_name, own = rows.set_index("kept"), blocks[blocks["bits"] == bits].set_index("block")
-        classifier = 1 - by_name["logit_kl"].get(HEADS, np.nan) / by_name.loc[NONE, "logit_kl"]
-        removed.append(_removed(bits, own["kl_removed"], classifier))
-        changed = f"{by_name.loc[ALL, 'flips']:.0f} {used.format(trusted.loc[bits, 'pictures'])} change class"
-        errors.append(f"at {bits} bits it is {by_name.loc[NONE, 'logit_kl']:.1e} nats, and {changed}")
-        kept = own["kl_removed"].idxmax() if own["kl_removed"].max() > 0 else None
-        first[bits] = (kept, own["kl_alone"].idxmax())
-    alone = _ranking(trusted["split_half_kl_only_quantized"], " on other pictures", "rank correlation ")
-    tested, different = frame["holm_p"].notna().sum(), (frame["holm_p"] < stats.SIGNIFICANCE).sum()
-    accuracy = "No configuration's accuracy differs significantly from that of the fully quantized network: 0"
-    if different:
-        accuracy = f"Accuracy differs significantly from that of the fully quantized network in {different}"
-    lines = [
-        f"**{removed[0]}** {' '.join(removed[1:])}",
-        "The error is the KL divergence: how far the class probabilities are from those of the FP16 network (0: the "
-        "same). With everything quantized, the classifier too (page 2 keeps it in FP16), "
-        f"{'; '.join(errors)}.",
-        f"{_alone(first)}, and that ranking {alone}; the ranking by kept blocks "
-        f"{_ranking(trusted['split_half_kl_only_kept'])}.",
-        f"{accuracy} of the {tested} configurations tested.",
-    ]
-    return Markdown("\n".join(f"- {line.strip()}" for line in lines))
-
-
-def _alone(first: dict[int, tuple[int | None, int]]) -> str:
-    """The block with the largest error when quantized alone; `first` has, by bits, the first when kept and this one."""
-    if len({block for pair in first.values() for block in pair}) == 1:
-        return f"Block {next(iter(first.values()))[1]} also has the largest error when it alone is quantized"
-    worst = " and ".join(f"block {alone} at {bits} bits" for bits, (_, alone) in first.items())
-    return f"If one block alone is quantized, the error is largest for {worst}"
-
-
-def _ranking(correlations: pd.Series, where: str = "", what: str = "") -> str:
-    """Whether a ranking repeats, with its rank correlations by bits."""
-    said = []
-    for word, chosen in (("repeats", correlations >= REPEATS), ("does not repeat", ~(correlations >= REPEATS))):
-        figures = " and ".join(f"{value:.2f} at {bits} bits" for bits, value in correlations[chosen].items())
-        said += [f"{word}{where} ({what}{figures})"] * bool(figures)
-    return " and ".join(said)
-
-
-def _removed(bits: int, shares: pd.Series, classifier: float) -> str:
-    """The block that removes most of the error, the classifier if it removes more than the second, and the second."""
-    best, others = shares.idxmax(), shares.drop(shares.idxmax())
-    if shares[best] <= 0:
-        return f"Keeping a single block in FP16 does not reduce the {bits}-bit error."
-    said = f"Keeping block {best} in FP16 removes {100 * shares[best]:.0f} % of the {bits}-bit error"
-    if classifier > max([0, *others]):
-        said += f", keeping the classifier {100 * classifier:.0f} %"
-    if len(others):
-        said += f"; the next block removes {100 * others.max():.0f} %" if others.max() > 0 else "; no other block helps"
-    return f"{said}."
-
-
-def reliability_in_words(reliable: pd.DataFrame) -> Markdown:
-    """Whether the rankings repeat on other pictures, and which difference of accuracy could be significant."""
-    lines = [
-        f"- **{trust['bits']} bits**: {_repeats('one quantized block', trust['split_half_kl_only_quantized'])} "
-        f"{_repeats('one kept block', trust['split_half_kl_only_kept'])} {_by_accuracy(trust)} {_smallest(trust)}"
-        for trust in reliable.to_dict("records")
-    ]
+def in_words(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> Markdown:
+    """By bits: which block matters most, whether the order repeats on other pictures, and differences of accuracy."""
+    lines = []
+    for trust in reliable.to_dict("records"):
+        rows = frame[frame["bits"] == trust["bits"]].set_index("kept")
+        own = blocks[blocks["bits"] == trust["bits"]].set_index("block")
+        removed, tested = own["kl_removed"], rows["holm_p"].dropna()
+        best = f"block {removed.idxmax()} removes {100 * removed.max():.0f} % of it"
+        best = best if removed.max() > 0 else "no single block removes any of it"
+        classifier = 1 - rows["logit_kl"].get(HEADS, np.nan) / rows.loc[NONE, "logit_kl"]
+        different, nothing = (tested < stats.SIGNIFICANCE).sum(), rows.loc[NONE, "logit_kl"]
+        alike = [f"{trust[f'split_half_kl_only_{which}']:.2f}" for which in ("quantized", "kept")]
+        lines.append(
+            f"- **{trust['bits']} bits**: with everything quantized the KL is {nothing:.1e}. In FP16, {best}, the "
+            f"classifier {100 * classifier:.0f} %. Quantized alone, block {own['kl_alone'].idxmax()} has the most KL. "
+            f"Other pictures rank blocks alike with a correlation of {alike[0]} (one quantized) and {alike[1]} (one "
+            f"kept). Top-1 differs significantly from full quantization in {different} of {len(tested)} "
+            f"configurations; that takes {trust['fewest_pictures']:.0f} of {trust['pictures']:,} pictures."
+        )
     return Markdown("\n".join(lines))
-
-
-def _repeats(what: str, correlation: float) -> str:
-    repeats = "repeats" if correlation >= REPEATS else "does not repeat"
-    return f"The ranking by the KL of {what} {repeats} on other pictures (rank correlation {correlation:.2f})."
-
-
-def _by_accuracy(trust: dict[str, float]) -> str:
-    splits, undefined = int(trust["top1_splits"]), int(trust["top1_splits_undefined"])
-    if undefined == splits:
-        return f"Accuracy cannot rank the blocks: in each of {splits} splits all blocks tie in a half."
-    ties = f", over the {splits - undefined} of {splits} splits in which no half ties" if undefined else ""
-    return f"By accuracy the rank correlation is {trust['split_half_top1_only_kept']:.2f}{ties}."
-
-
-def _smallest(trust: dict[str, float]) -> str:
-    needed, pictures = int(trust["fewest_pictures"]), int(trust["pictures"])
-    if np.isnan(trust["smallest_points"]):
-        return f"No difference of accuracy could be significant: that takes {needed} pictures and there are {pictures}."
-    points = f"{trust['smallest_points']:.2f} points of {pictures:,} pictures"
-    return f"The smallest difference that could be significant is {needed} pictures in one direction ({points})."

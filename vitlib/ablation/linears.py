@@ -29,7 +29,7 @@ METHODS = {"fisher": "Fisher proxy", "fisher_by_type": "Fisher proxy by module t
 HALVES = "KL on other pictures"
 FISHER_BATCH = 8  # pictures in a backward pass
 SENSITIVITY = {
-    **{"format": "format", "block": "block", "linear": "linear", "weights": Column("weights", ",d")},
+    **{"format": "format", "block": "block", "linear": "linear", "weights": Column("weights", ",.0f")},
     "kl": Column("KL (nats)", ".1e", bar=True),
     ("kl_low", "kl_high"): Column("95 % interval", ".1e"),
     "fisher": Column("Fisher proxy (nats)", ".1e"),

@@ -16,6 +16,7 @@ import pandas as pd
 from vitlib.ablation.exchange import FULL, LINEARS
 from vitlib.ablation.linears import EIGHT, FOUR, KINDS, Linears
 from vitlib.measure import search, stats
+from vitlib.network import checkpoint
 from vitlib.report.tables import Column
 from vitlib.study.study import Study
 
@@ -26,12 +27,13 @@ FIXED, KEPT, SEARCHED = "one format", "kept by hand", "searched"
 OPTIONS = (FULL, EIGHT, FOUR)
 PLANS = {
     **{"name": "plan", "bits": Column("bits a weight", ".2f"), "megabytes": Column("MB", ".2f")},
-    "predicted_kl": Column("predicted KL", ".1e"),
-    ("kl", "kl_low", "kl_high"): Column("KL", lambda value: f"{value:.2e}"),
+    "predicted_kl": Column("predicted KL (nats)", ".1e"),
+    "kl": Column("KL (nats)", ".1e"),
+    ("kl_low", "kl_high"): Column("95 % interval", ".1e"),
     ("top1", "top1_low", "top1_high"): Column("Top-1 (%)", ",", 100),
-    "flips": Column("class changed", ",d"),
-    "rival": "searched at this size",
-    ("more", "more_low", "more_high"): Column("its KL is lower by", ","),
+    "flips": Column("class changed", ",.0f"),
+    "rival": "searched plan of this size",
+    ("more_low", "more_high"): Column("its KL is lower by (95 % interval)", ".1e"),
 }
 
 Mixture = dict[str, str]  # formats by linear; those that it does not name are in FP16
@@ -125,6 +127,11 @@ def _pairs(linears: Linears, cost: np.ndarray) -> dict[tuple[int, int], float]:
     return {(i, j): float(measured[f"{i} {j}"].mean() - cost[i] - cost[j]) for i, j in found}
 
 
+def name_of(bits: float) -> str:
+    """The name of the searched plan with at most so many bits a weight."""
+    return f"searched, at most {bits:.2f} bits"
+
+
 def candidates(prediction: Prediction, plan_bits: float) -> tuple[dict[str, tuple[str, Mixture]], dict[str, str]]:
     """Kind and mixture of each plan by name, and of each that is kept by hand the searched plan of its size.
 
@@ -137,13 +144,13 @@ def candidates(prediction: Prediction, plan_bits: float) -> tuple[dict[str, tupl
     eighth = f"blocks {blocks - last}–{blocks - 1}" if last > 1 else f"block {blocks - 1}"
     kept = {f"{eighth} in FP16": set(range(blocks - last, blocks)), "first and last block in FP16": {0, blocks - 1}}
     kept |= {f"block {k} in FP16": {k} for k in range(blocks)}
-    budgets = {bits: f"searched, {bits:.4g} bits" for bits in sorted({*BUDGETS, plan_bits})}
+    budgets = {bits: name_of(bits) for bits in sorted({*BUDGETS, plan_bits})}
     rivals, width = {}, len(LINEARS)
     for name, blocks_kept in kept.items():
         mixture = {linear: FOUR for at, linear in enumerate(own.names) if at // width not in blocks_kept}
         found[name] = (KEPT, mixture)
         bits = prediction.bits(mixture)
-        rivals[name] = budgets.setdefault(bits, f"searched, {bits:.2f} bits")
+        rivals[name] = budgets.setdefault(bits, name_of(bits))
     least = prediction.bits(dict.fromkeys(own.names, FOUR))
     for bits, name in sorted(budgets.items()):
         if bits >= least:
@@ -182,7 +189,13 @@ def _named(name: str, interval: stats.Interval) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
-def chosen(study: Study, prediction: Prediction) -> dict[str, str]:
-    """The plan of `plan_bits`, by linear "fp16", "int8" or "nf4", which stands for the 4 bits of plans."""
-    mixture = prediction.best(study.settings.plan_bits)
-    return {name: "nf4" if kind == FOUR else kind for name, kind in mixture.items()}
+def save(study: Study, prediction: Prediction) -> dict[str, str]:
+    """Write the checkpoint `mixed` of at most `plan_bits` bits a weight; by linear "fp16", "int8" or "nf4".
+
+    The last means calibrated NF4, see `network.plan`. ValueError where no plan is so small.
+    """
+    mixture, subject = prediction.best(study.settings.plan_bits), prediction.linears.subject
+    chosen = {name: "nf4" if kind == FOUR else kind for name, kind in mixture.items()}
+    note = {"study": study.name, "bits_per_weight": prediction.bits(mixture), "predicted_kl": prediction.kl(mixture)}
+    checkpoint.save_mixed(study.checkpoints, chosen, subject.loaded.device, note)
+    return chosen
