@@ -35,7 +35,9 @@ study = ablation.open(globals())
 
 # %%
 subject = ablation.prepare(study)
-print(f"{len(subject.blocks)} blocks; {len(subject.calibration)} training and {len(subject.labels)} validation pictures")
+print(
+    f"{len(subject.blocks)} blocks; {len(subject.calibration)} training and {len(subject.labels)} validation pictures"
+)
 
 # %% [markdown] tags=["details"]
 # ## How formats are exchanged
@@ -95,18 +97,25 @@ plots.predicted(additivity, front)
 # ## Plans
 #
 # A plan chooses FP16, INT8 rows or calibrated NF4 for each layer. For a number of bits a weight, an integer programme
-# finds the plan of least predicted KL. Plans kept by hand have calibrated NF4 outside the blocks that they keep. All are
-# measured on validation pictures, which neither the search nor the calibration has seen.
+# finds the plan of least predicted KL; that of `plan_bits` is saved as the checkpoint `mixed`, which loads as a variant
+# in every notebook:
+
+# %%
+plan = ablation.plans.save(study, prediction)
+plots.plan_grid(plan, {"fp16": "FP16", "int8": "INT8 rows", "nf4": "NF4 calibrated"})
+
+# %% [markdown] tags=["details"]
+# ### Table of all plans
+#
+# All plans are measured on validation pictures, which neither the search nor the calibration has seen. Plans kept by
+# hand have calibrated NF4 outside the blocks that they keep. The last column compares them with the searched plan that
+# is not larger, on the same pictures; an interval above zero means that the searched plan is better.
 
 # %%
 tables.table(front, ablation.plans.PLANS)
 
 # %% [markdown]
-# The plan of `plan_bits` is saved as the checkpoint `mixed`, which loads as a variant in every notebook:
-
-# %%
-plan = ablation.plans.save(study, prediction)
-plots.plan_grid(plan, {"fp16": "FP16", "int8": "INT8 rows", "nf4": "NF4 calibrated"})
+# ## The base
 
 # %%
 ablation.introduce(study)
@@ -115,20 +124,18 @@ ablation.introduce(study)
 # ## Whole blocks in plain NF4 and LLM.int8()
 #
 # The original study kept blocks in FP16 and quantized all else. This repeats it with bitsandbytes' own layers in FP16,
-# and with the opposite experiment: one block quantized, everything else kept.
+# and adds the opposite experiment: one block quantized, everything else kept.
 
 # %%
 logits, share = ablation.blocks.measure(study, subject)
 print(f"{share:.0%} of the block evaluations of a full pass for each configuration were needed")
 
-# %%
-frame = ablation.blocks.table(study, logits, subject)
-blocks = ablation.blocks.sensitivity(frame)
-plots.sensitivity_bars(blocks)
+# %% [markdown]
+# The share of the error that is removed when one block is kept in FP16:
 
 # %%
-reliable = ablation.blocks.reliability(study, logits, subject)
-ablation.blocks.in_words(frame, blocks, reliable)
+frame = ablation.blocks.table(study, logits, subject)
+plots.sensitivity_bars(ablation.blocks.sensitivity(frame))
 
 # %% [markdown]
 # ### Table of all configurations
@@ -149,6 +156,7 @@ tables.table(frame, ablation.blocks.TABLE)
 # difference of accuracy that could be significant after Holm's adjustment, if all changes were in one direction.
 
 # %%
+reliable = ablation.blocks.reliability(study, logits, subject)
 tables.table(reliable, ablation.blocks.RELIABILITY)
 
 # %% [markdown] tags=["summary"]

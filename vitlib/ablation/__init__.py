@@ -9,8 +9,8 @@ from __future__ import annotations
 import pandas as pd
 
 from vitlib.ablation import blocks, linears, plans
-from vitlib.ablation.subject import prepare
-from vitlib.report.tables import Markdown, estimate
+from vitlib.ablation.exchange import prepare
+from vitlib.report.tables import NO_BREAK, Markdown, estimate, number
 from vitlib.study import origin
 from vitlib.study.study import Study
 
@@ -27,60 +27,58 @@ def headline(
     study: Study, sensitivity: pd.DataFrame, ranks: pd.DataFrame, prediction: plans.Prediction, front: pd.DataFrame
 ) -> Markdown:
     """What 4 bits cost, where, what mends it, and how good the prediction is; from the records of this notebook."""
-    rows, pictures = front.set_index("name"), len(prediction.linears.subject.labels)
-    plain, calibrated = (rows.loc[linears.KINDS[kind]] for kind in (linears.PLAIN, linears.FOUR))
-    plan = rows.loc[plans.name_of(study.settings.plan_bits)]
-    change = "leaves Top-1 unchanged" if not plain["difference"] else f"changes Top-1 by {_points(plain)} points"
+    rows, kept = front.set_index("name"), front[front["kind"] == plans.KEPT]
+    names = ("NF4", "NF4 calibrated", plans.searched(study.settings.plan_bits))
+    plain, calibrated, plan = (rows.loc[name] for name in names)
+    changed = "; ".join(
+        f"{name} {row['flips']} ({_top1(row)})"
+        for name, row in zip(("NF4", "calibrated NF4", "the plan"), (plain, calibrated, plan), strict=True)
+    )
     lines = [
-        f"**NF4 {change} (KL {plain['kl']:.2g}); calibrated in the same bytes its KL is {calibrated['kl']:.2g}, and "
-        f"{plan['kl']:.2g} with a searched plan of {plan['bits']:.2f} bits a weight.** KL is how far the class "
-        f"probabilities are from those of FP16 (0: the same), on {pictures:,} validation pictures.",
-        f"Of these pictures NF4 gives {plain['flips']} another class ({_change(plain)}), calibrated NF4 "
-        f"{calibrated['flips']} ({_change(calibrated)}), the plan {plan['flips']} ({_change(plan)}).",
-        _where(sensitivity[sensitivity["format"] == linears.PLAIN]),
-        f"Calibration makes the KL of NF4 {plain['kl'] / calibrated['kl']:.2g} times smaller. {_against_hand(front)}",
-        _prediction(prediction, ranks[ranks["format"] == linears.FOUR].set_index("second")),
+        f"**NF4 costs a KL of {_kl(plain)} ({_top1(plain, False)}); calibrated in the same bytes its KL is "
+        f"{_kl(calibrated)}, and {_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence of "
+        "the class probabilities from those of FP16 (0: the same).",
+        f"Of {len(prediction.linears.subject.labels):,} validation pictures these change class: {changed}.",
+        _where(sensitivity[sensitivity["format"] == "nf4"]),
+        f"Calibration makes the KL of NF4 {number(plain['kl'] / calibrated['kl'])} times smaller. Of {len(kept)} "
+        f"plans that keep blocks in FP16 by hand, {(kept['more_low'] > 0).sum()} have a higher KL than the searched plan "
+        f"of their size, and {(kept['more_high'] < 0).sum()} a lower one (paired 95 % interval).",
+        _prediction(prediction, ranks[ranks["format"] == "nf4c"].set_index("second")),
     ]
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
-def _points(row: pd.Series) -> str:
-    return estimate(*(100 * row[f"difference{end}"] for end in ("", "_low", "_high")), form="+").replace("-", "−")
+def _kl(row: pd.Series) -> str:
+    return f"{row['kl']:.{'1e' if row['kl'] < 1e-3 else '2g'}}"
 
 
-def _change(row: pd.Series) -> str:
-    return f"Top-1 {_points(row)} points" if row["difference"] else "same Top-1"
+def _top1(row: pd.Series, interval: bool = True) -> str:
+    """How Top-1 differs from FP16's, in points."""
+    bounds = [100 * row[f"difference{end}"] for end in ("", "_low", "_high")]
+    points = estimate(*bounds, form="+") if interval else f"{bounds[0]:+.1f}"
+    return f"{points.replace('-', '−')} points of Top-1" if bounds[0] else "the same Top-1"
 
 
 def _where(own: pd.DataFrame) -> str:
-    """Which blocks and kinds of linears carry the error of NF4 linears, each alone."""
-    blocks_kl, kinds = own.groupby("block")["kl"].sum(), own.groupby("linear", sort=False)[["kl", "weights"]].sum()
-    block, shares = blocks_kl.idxmax(), (100 * kinds / kinds.sum()).sort_values("kl", ascending=False)
-    listed = ", ".join(f"{name} {row['kl']:.0f} % ({row['weights']:.0f} %)" for name, row in shares.iterrows())
-    share, equal = 100 * blocks_kl[block] / blocks_kl.sum(), 100 / len(blocks_kl)
+    """Which blocks and kinds of linears carry the error of linears that are quantized alone."""
+    shares, kinds = own.groupby("block")["kl"].sum() / own["kl"].sum(), own.groupby("linear")[["kl", "weights"]].sum()
+    ordered = (100 * kinds / kinds.sum()).sort_values("kl", ascending=False)
+    listed = (f"{name} {row['kl']:.0f} % ({row['weights']:.0f} %)" for name, row in ordered.iterrows())
     return (
-        f"With one linear layer in NF4 at a time, block {block} causes {share:.0f} % of the summed KL (equal share "
-        f"{equal:.0f} %). By kind, with its share of the weights: {listed}."
-    )
-
-
-def _against_hand(front: pd.DataFrame) -> str:
-    """In how many sizes the searched plan is better than the plan that keeps blocks by hand."""
-    kept = front[front["kind"] == plans.KEPT]
-    better, worse = (kept["more_low"] > 0).sum(), (kept["more_high"] < 0).sum()
-    return (
-        f"At equal size the searched plan has a lower KL than {better} of the {len(kept)} plans that keep blocks in "
-        f"FP16 by hand and a higher one than {worse} (paired 95 % interval of the difference)."
+        f"With one linear layer in NF4 at a time, block {shares.idxmax()} causes {100 * shares.max():.0f} % of the "
+        f"summed KL (equal share {100 / len(shares):.0f} %). By kind of layer, with its share of the weights: "
+        f"{', '.join(each.replace(' ', NO_BREAK) for each in listed)}."
     )
 
 
 def _prediction(prediction: plans.Prediction, ranks: pd.DataFrame) -> str:
     """How far predicted and measured KL are apart, and whether the order of the linears repeats."""
     errors = [f"{100 * error:.0f} %" for error in prediction.error]
-    pairs = f", with pairs of linears in a block by {errors[1]}" if len(errors) > 1 else ""
-    found = [ranks.loc[name, ["correlation", "low", "high"]] for name in (linears.HALVES, linears.METHODS["fisher"])]
+    pairs = f", with pairs of layers in a block {errors[1]}" if len(errors) > 1 else ""
+    found = (ranks.loc[name, ["correlation", "low", "high"]] for name in (linears.HALVES, linears.METHODS["fisher"]))
     repeats, proxy = (estimate(*values) for values in found)
     return (
-        f"The sum of the KL of single linears predicts that of random mixtures with an error of {errors[0]}{pairs}. "
-        f"Rank correlation of calibrated linears on other pictures: {repeats}; with a gradient proxy: {proxy}."
+        f"The sum of the KL of single layers predicts that of random mixtures with a mean error of {errors[0]}"
+        f"{pairs}. Rank correlation of calibrated "
+        f"layers on other pictures: {repeats}; with a gradient proxy: {proxy}."
     )

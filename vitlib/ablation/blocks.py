@@ -7,11 +7,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vitlib.ablation.exchange import FULL, LINEARS, Configuration, Exchange
-from vitlib.ablation.subject import Subject
+from vitlib.ablation.exchange import FULL, LINEARS, Configuration, Exchange, Subject
 from vitlib.measure import stats
 from vitlib.network import quantize
-from vitlib.report.tables import Column, Markdown
+from vitlib.report.tables import Column
 from vitlib.study.study import Study
 
 FORMATS = {4: "nf4", 8: "int8"}  # what `ablation_bits` stands for
@@ -96,16 +95,11 @@ def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Su
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
-    """By block: the share of the KL that is removed when it alone is kept, and the KL when it alone is quantized."""
+    """By bits and block: the share of the KL that is removed when it alone is kept."""
+    kept = frame[frame["kept"].str.startswith("block ")]
     nothing = frame[frame["kept"] == NONE].set_index("bits")["logit_kl"]
-    only_kept = frame[frame["kept"].str.startswith("block ")]
-    alone = frame[frame["kept"].str.startswith("all but ")]
-    alone = alone.assign(kept=alone["kept"].str.removeprefix("all but "))
-    both = only_kept.merge(alone, on=["bits", "kept"], suffixes=("", "_alone"))
-    both["block"] = both["kept"].str.removeprefix("block ").astype(int)
-    both["kl_removed"] = 1 - both["logit_kl"] / both["bits"].map(nothing)
-    names = {f"logit_kl{end}_alone": f"kl_alone{end}" for end in ("", "_low", "_high")}
-    return both.rename(columns=names)[["bits", "block", "kl_removed", *names.values()]]
+    removed = 1 - kept["logit_kl"] / kept["bits"].map(nothing)
+    return pd.DataFrame({"bits": kept["bits"], "block": kept["kept"].str[6:].astype(int), "kl_removed": removed})
 
 
 def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:
@@ -128,25 +122,3 @@ def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subje
         row |= {"top1_splits": by_top1.splits, "top1_splits_undefined": by_top1.undefined, "fewest_pictures": needed}
         rows.append(row | {"smallest_points": 100 * needed / len(labels) if needed <= len(labels) else np.nan})
     return study.write("reliability", pd.DataFrame(rows))
-
-
-def in_words(frame: pd.DataFrame, blocks: pd.DataFrame, reliable: pd.DataFrame) -> Markdown:
-    """By bits: which block matters most, whether the order repeats on other pictures, and differences of accuracy."""
-    lines = []
-    for trust in reliable.to_dict("records"):
-        rows = frame[frame["bits"] == trust["bits"]].set_index("kept")
-        own = blocks[blocks["bits"] == trust["bits"]].set_index("block")
-        removed, tested = own["kl_removed"], rows["holm_p"].dropna()
-        best = f"block {removed.idxmax()} removes {100 * removed.max():.0f} % of it"
-        best = best if removed.max() > 0 else "no single block removes any of it"
-        classifier = 1 - rows["logit_kl"].get(HEADS, np.nan) / rows.loc[NONE, "logit_kl"]
-        different, nothing = (tested < stats.SIGNIFICANCE).sum(), rows.loc[NONE, "logit_kl"]
-        alike = [f"{trust[f'split_half_kl_only_{which}']:.2f}" for which in ("quantized", "kept")]
-        lines.append(
-            f"- **{trust['bits']} bits**: with everything quantized the KL is {nothing:.1e}. In FP16, {best}, the "
-            f"classifier {100 * classifier:.0f} %. Quantized alone, block {own['kl_alone'].idxmax()} has the most KL. "
-            f"Other pictures rank blocks alike with a correlation of {alike[0]} (one quantized) and {alike[1]} (one "
-            f"kept). Top-1 differs significantly from full quantization in {different} of {len(tested)} "
-            f"configurations; that takes {trust['fewest_pictures']:.0f} of {trust['pictures']:,} pictures."
-        )
-    return Markdown("\n".join(lines))

@@ -15,18 +15,52 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vitlib.network import quantize
+from vitlib.network import checkpoint, quantize
+from vitlib.pictures import sources
 from vitlib.pictures.preprocess import Preprocess
+from vitlib.pictures.sources import Dataset
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 
 TOGETHER = 256  # most pictures in one call of a block, where configurations are batched
 MOST = 64  # configurations in a pass, which bounds the activations held
 FULL = "fp16"  # the format of a linear that is left as it is
-CLASSIFIER = quantize.CLASSIFIER
 # The linears of a block by what figures and records call them, in the order of a configuration's formats.
 LINEARS = {name: f"attention.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}" for name in ("fc1", "fc2")}
 
 Formats = tuple[str, ...]  # of the linears of a block, in the order of LINEARS
 Twin = Callable[[str, nn.Linear], nn.Module]  # makes one of a linear, and of its name (`layers.3.mlp.fc1`)
+
+
+@dataclass
+class Subject:
+    """The FP16 network, its validation pictures (n, 3, h, w) in uint8 with their class ids (n,), and training pictures.
+
+    Formats are chosen on the training pictures `calibration` (m, 3, h, w) and judged on the others.
+    """
+
+    loaded: checkpoint.Loaded
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    calibration: torch.Tensor
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The encoder blocks."""
+        return self.loaded.model.vit.layers
+
+
+def prepare(study: Study, dataset: Dataset | None = None) -> Subject:
+    """The merged checkpoint in FP16, for bitsandbytes' int8 product, and the pictures (default: the study's)."""
+    checkpoint.quiet_libraries()
+    settings, dataset = study.settings, dataset or sources.load(study.settings)
+    loaded = checkpoint.load(study.checkpoints, Variant("fp16"), checkpoint.pick_device(settings.device))
+    loaded.labels.check(dataset, "valid")
+    for split, count in (("train", settings.calibration_pictures), ("valid", settings.ablation_pictures)):
+        dataset.splits[split] = sources.evenly(dataset.splits[split], count)
+    decoded = sources.decode_splits(dataset, ["train", "valid"], loaded.preprocess, settings.workers)
+    valid, calibration = decoded["valid"], decoded["train"].pixels
+    return Subject(loaded, valid.pixels, loaded.labels.ids(valid.pictures), calibration)
 
 
 @dataclass(frozen=True)
@@ -55,7 +89,7 @@ class Exchange:
     def linear(self, name: str, kind: str) -> nn.Module:
         """The linear `name`, or its twin of the format `kind`."""
         if (name, kind) not in self._made:
-            scope = self.model if name == CLASSIFIER else self.model.vit
+            scope = self.model if name == quantize.CLASSIFIER else self.model.vit
             self._made[name, kind] = self._twins[kind](name, scope.get_submodule(name))
         return self._made[name, kind]
 
@@ -76,7 +110,7 @@ class Exchange:
         found = {}
         for hidden, group in states:
             tokens = self.model.vit.layernorm(hidden)[:, 0, :]
-            found |= {one.name: self.linear(CLASSIFIER, one.classifier)(tokens) for one in group}
+            found |= {one.name: self.linear(quantize.CLASSIFIER, one.classifier)(tokens) for one in group}
         return found
 
     def _step(self, states: list[State], number: int) -> list[State]:

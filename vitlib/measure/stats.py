@@ -27,6 +27,11 @@ class Interval(NamedTuple):
     high: float
 
 
+def columns(name: str, interval: Interval) -> dict[str, float]:
+    """The columns `name`, `<name>_low` and `<name>_high` of a record's row."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+
+
 class McNemar(NamedTuple):
     """Images the variant lost and gained against the baseline, and the exact two-sided p."""
 

@@ -435,6 +435,7 @@ def predicted(random: pd.DataFrame, plans: pd.DataFrame) -> Plot:
     axis.set(
         xscale="log", yscale="log", xlabel="predicted KL (nats, log scale)", ylabel="measured KL (nats, log scale)"
     )
+    axis.tick_params(which="minor", labelbottom=False, labelleft=False)
     axis.legend(frameon=False, fontsize=9)
     ratios = {label: np.median(rows["kl"] / rows["shown"]) for label, (rows, *_) in shown.items()}
     said = "; ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items())
