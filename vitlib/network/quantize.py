@@ -7,7 +7,7 @@ a ViT's classifier input, a strided view of the class token, as if it were conti
 batch over 1 wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import bitsandbytes as bnb
 import torch
@@ -83,13 +83,13 @@ def dequantized(layer: nn.Linear) -> torch.Tensor:
     return weight.float()
 
 
-def quantized_copy(module: nn.Module, bits: int) -> nn.Module:
-    """`module` with every linear in it quantized; other parameters are shared with the original, not copied."""
+def exchanged(module: nn.Module, twin: Callable[[str, nn.Linear], nn.Module], name: str = "") -> nn.Module:
+    """`module` with `twin(name, linear)` in place of each linear; all else is shared with the original, not copied."""
     if isinstance(module, nn.Linear):
-        return quantize_linear(module, bits)
+        return twin(name, module)
     clone = module.__new__(type(module))
     clone.__dict__ = module.__dict__.copy()
-    clone._modules = {name: quantized_copy(child, bits) for name, child in module.named_children()}
+    clone._modules = {key: exchanged(child, twin, f"{name}.{key}".strip(".")) for key, child in module.named_children()}
     return clone
 
 

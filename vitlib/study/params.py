@@ -111,6 +111,7 @@ class Parameters(BaseModel):
 
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
+    plan_bits: float = _field(4.5, "bits a weight, at most, of the plan saved as checkpoint `mixed`", 3, ge=4.2, le=16)
 
     decoder: Literal["pil", "nvjpeg", "auto"] = _field(
         "pil", "auto is nvJPEG on the GPU where it works; its pixels differ slightly", 4
