@@ -20,7 +20,10 @@ NOTEBOOKS = {
         + ["environment.json", "logits.npz"],
         ["1_finetune"],
     ),
-    "3_ablation": (["ablation.csv", "reliability.csv"], ["2_evaluate"]),
+    "3_ablation": (
+        [f"{table}.csv" for table in ("ablation", "reliability", "sensitivity", "correlations", "additivity", "plans")],
+        ["2_evaluate"],
+    ),
     "4_inference": (["predictions.csv", "inference.json", "recommendation.json"], ["2_evaluate"]),
     "5_claims": (["claims.csv", "preprocessing.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
     "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),

@@ -266,3 +266,22 @@ def test_topk_flips_and_f1() -> None:
     assert math.isnan(stats.topk_accuracy(np.zeros((0, 3)), np.zeros(0, int), 1))
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         stats.topk_right(logits, [0, 1, 2, 3])
+
+
+def test_rank_correlation_is_scipys_and_its_interval_widens_with_noise() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=40)
+    close, far = a + 0.2 * rng.normal(size=40), a + 2 * rng.normal(size=40)
+    for b in (close, far):
+        found = stats.rank_correlation(a, b)
+        assert found.estimate == pytest.approx(scipy_stats.spearmanr(a, b).statistic)
+        assert found.low < found.estimate < found.high <= 1
+    narrow, wide = (stats.rank_correlation(a, b) for b in (close, far))
+    assert narrow.low > 0.8 and wide.high - wide.low > 3 * (narrow.high - narrow.low)
+
+
+def test_random_halves_share_no_picture() -> None:
+    values = np.eye(6)[None].repeat(2, axis=0).sum(axis=0)  # picture i counts for row i alone
+    first, second = stats.random_halves(values, repeats=50)
+    assert first.shape == second.shape == (50, 6) and not (first * second).any()
+    assert stats.columns("kl", Interval(1.0, 0.5, 2.0)) == {"kl": 1.0, "kl_low": 0.5, "kl_high": 2.0}

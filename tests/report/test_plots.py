@@ -112,10 +112,5 @@ def test_figures_of_training_ablation_and_pictures_are_drawn():
         {"epoch": [1, 2], "train_loss": [2, 1], "valid_loss": [2, 1], "top1": [0, 1], "top5": [1, 1]}
     )
     blocks = pd.DataFrame({"bits": [4, 4, 8, 8], "block": [0, 1, 0, 1], "kl_removed": [0.5, 0.1, 0.2, -0.1]})
-    blocks = blocks.assign(kl_alone=2e-3, kl_alone_low=1e-3, kl_alone_high=3e-3)
-    kept = pd.DataFrame({"bits": [4, 4], "kept": ["none", "head"], "logit_kl": 2e-3}).assign(
-        logit_kl_low=1e-3, logit_kl_high=3e-3
-    )
     drawn(plots.learning_curves(history))
-    assert "4 bits" in drawn(plots.sensitivity_bars(blocks)) and "8 bits" in drawn(plots.alone_bars(blocks))
-    assert "head" in drawn(plots.kept_parts(kept, {"none": "nothing", "head": "head"}))
+    assert {"4 bits", "8 bits"} <= set(drawn(plots.sensitivity_bars(blocks)))

@@ -28,35 +28,37 @@ def headline(
 ) -> Markdown:
     """What 4 bits cost, where, what mends it, and how good the prediction is; from the records of this notebook."""
     rows, kept = front.set_index("name"), front[front["kind"] == plans.KEPT]
-    names = ("NF4", "NF4 calibrated", plans.searched(study.settings.plan_bits))
-    plain, calibrated, plan = (rows.loc[name] for name in names)
-    changed = "; ".join(
-        f"{name} {row['flips']} ({_top1(row)})"
-        for name, row in zip(("NF4", "calibrated NF4", "the plan"), (plain, calibrated, plan), strict=True)
-    )
+    names = {"NF4": "NF4", "calibrated NF4": "NF4 calibrated", "the plan": plans.searched(study.settings.plan_bits)}
+    plain, calibrated, plan = (rows.loc[name] for name in names.values())
+    changed = "; ".join(f"{name} {_changes(rows.loc[row])}" for name, row in names.items())
+    points = _points(f"{100 * plain['difference']:+.1f} points of Top-1") if plain["difference"] else "same Top-1"
     lines = [
-        f"**NF4 costs a KL of {_kl(plain)} ({_top1(plain, False)}); calibrated in the same bytes its KL is "
-        f"{_kl(calibrated)}, and {_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence of "
-        "the class probabilities from those of FP16 (0: the same).",
+        f"**NF4 costs a KL of {_kl(plain)} ({points}); calibrated in the same bytes its KL is {_kl(calibrated)}, and "
+        f"{_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence "
+        "of the class probabilities from those of FP16 (0: the same).",
         f"Of {len(prediction.linears.subject.labels):,} validation pictures these change class: {changed}.",
         _where(sensitivity[sensitivity["format"] == "nf4"]),
-        f"Calibration makes the KL of NF4 {number(plain['kl'] / calibrated['kl'])} times smaller. Of {len(kept)} "
-        f"plans that keep blocks in FP16 by hand, {(kept['more_low'] > 0).sum()} have a higher KL than the searched plan "
-        f"of their size, and {(kept['more_high'] < 0).sum()} a lower one (paired 95 % interval).",
+        f"Calibration makes the KL of NF4 {number(plain['kl'] / calibrated['kl'])} times smaller. Of {len(kept)} plans "
+        f"that keep blocks in FP16 by hand, {(kept['more_low'] > 0).sum()} have a higher KL than the searched plan of "
+        f"their size, and {(kept['more_high'] < 0).sum()} a lower one (paired 95 % interval).",
         _prediction(prediction, ranks[ranks["format"] == "nf4c"].set_index("second")),
     ]
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
 def _kl(row: pd.Series) -> str:
-    return f"{row['kl']:.{'1e' if row['kl'] < 1e-3 else '2g'}}"
+    return linears.nats(row["kl"]) if row["kl"] < 1e-3 else f"{row['kl']:.2g}"
 
 
-def _top1(row: pd.Series, interval: bool = True) -> str:
-    """How Top-1 differs from FP16's, in points."""
-    bounds = [100 * row[f"difference{end}"] for end in ("", "_low", "_high")]
-    points = estimate(*bounds, form="+") if interval else f"{bounds[0]:+.1f}"
-    return f"{points.replace('-', '−')} points of Top-1" if bounds[0] else "the same Top-1"
+def _points(text: str) -> str:
+    return text.replace("-", "−").replace("Top−1", "Top-1")
+
+
+def _changes(row: pd.Series) -> str:
+    """How many pictures change class, and what that does to Top-1."""
+    points = [100 * row[f"difference{end}"] for end in ("", "_low", "_high")]
+    change = f"Top-1 changes by {_points(estimate(*points, form='+'))} points" if points[0] else "same Top-1"
+    return f"{row['flips']}, {change}" if row["flips"] else "none"
 
 
 def _where(own: pd.DataFrame) -> str:

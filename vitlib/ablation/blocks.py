@@ -86,8 +86,8 @@ def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Su
         kl = stats.paired_bootstrap(stats.kl_divergence(logits[bits, ALL].numpy(), found), seed=study.settings.seed)
         row = {"bits": bits, "kept": kept, "top1": right.mean(), "top5": stats.topk_accuracy(found, labels, 5)}
         row["loss"] = nn.functional.cross_entropy(values, subject.labels).item()
-        row |= {"logit_kl": kl.estimate, "logit_kl_low": kl.low, "logit_kl_high": kl.high}
-        row |= {"flips": stats.flips(nothing.argmax(1), found.argmax(1)), "discordant_pairs": test.lost + test.gained}
+        row |= stats.columns("logit_kl", kl) | {"flips": stats.flips(nothing.argmax(1), found.argmax(1))}
+        row["discordant_pairs"] = test.lost + test.gained
         rows.append(row | {"mcnemar_p": np.nan if kept == NONE else test.p})
     frame = pd.DataFrame(rows)
     frame["holm_p"] = frame.groupby("bits")["mcnemar_p"].transform(lambda p: stats.holm(p.to_numpy()))

@@ -29,16 +29,21 @@ LABELS = ("FP16", "INT8 rows", "NF4 calibrated", "NF4")
 METHODS = {"fisher": "Fisher proxy", "fisher_by_type": "Fisher proxy by module type", "weight_error": "weight error"}
 HALVES = "KL on other pictures"
 FISHER_BATCH = 8  # pictures in a backward pass
+
+
+def nats(value: float) -> str:
+    """A KL divergence in two digits, as one word."""
+    return f"{value:.1e}".replace("-", "\u2011") if value else "0"
+
+
 SENSITIVITY = {
-    **{"format": "format", "block": "block", "linear": "linear", "weights": Column("weights", ",.0f")},
-    "kl": Column("KL (nats)", ".1e", bar=True),
-    ("kl_low", "kl_high"): Column("95 % interval", ".1e"),
-    "fisher": Column("Fisher proxy (nats)", ".1e"),
-    "fisher_by_type": Column("of its type's mean", ".2f"),
+    **{"name": "format", "block": "block", "linear": "linear", "weights": Column("weights", ",.0f")},
+    **{"kl": Column("KL (nats)", nats, bar=True), ("kl_low", "kl_high"): Column("95 % interval", nats)},
+    **{"fisher": Column("Fisher proxy (nats)", nats), "fisher_by_type": Column("of its type's mean", ".2f")},
     "weight_error": Column("weight error (%)", ".2f", 100),
 }
 CORRELATIONS = {
-    **{"format": "format", "second": "rank correlation of KL with"},
+    **{"name": "format", "second": "rank correlation of KL with"},
     ("correlation", "low", "high"): Column("Spearman (95 % interval)", ","),
 }
 
@@ -143,8 +148,8 @@ def sensitivity(study: Study, linears: Linears) -> tuple[pd.DataFrame, np.ndarra
     for option, (at, name) in ((option, one) for option in low for one in enumerate(linears.names)):
         own, twin = (linears.exchange.linear(name, kind).weight.detach() for kind in (FULL, OPTIONS[option]))
         kl = stats.paired_bootstrap(found[f"{at} {option}"], seed=study.settings.seed)
-        row = {"format": OPTIONS[option], "bits": FORMATS[OPTIONS[option]].bits, "block": at // len(LINEARS)}
-        row |= {"linear": list(LINEARS)[at % len(LINEARS)], "weights": own.numel()}
+        row = {"format": OPTIONS[option], "name": LABELS[option], "bits": FORMATS[OPTIONS[option]].bits}
+        row |= {"block": at // len(LINEARS), "linear": list(LINEARS)[at % len(LINEARS)], "weights": own.numel()}
         row |= stats.columns("kl", kl) | {"fisher": (squares[name] * (twin - own).square()).sum().item() / 2}
         rows.append(row | {"weight_error": ((twin - own).norm() / own.norm()).item()})
     frame = pd.DataFrame(rows)
@@ -161,11 +166,11 @@ def correlations(study: Study, frame: pd.DataFrame, kl: np.ndarray) -> pd.DataFr
     over the splits, and each resample of linears takes one split.
     """
     rows = []
-    for kind, own in frame.groupby("format", sort=False):
+    for (kind, name), own in frame.groupby(["format", "name"], sort=False):
         compared = {label: (own["kl"], own[column]) for column, label in METHODS.items()}
         compared[HALVES] = stats.random_halves(kl[OPTIONS.index(kind)], seed=study.settings.seed)
         for label, both in compared.items():
             found = stats.rank_correlation(*both, seed=study.settings.seed)
-            row = {"format": kind, "first": "kl", "second": label, "linears": len(own)}
-            rows.append(row | {"correlation": found.estimate, "low": found.low, "high": found.high})
+            row = {"format": kind, "name": name, "first": "KL", "second": label}
+            rows.append(row | dict(zip(("correlation", "low", "high"), found, strict=True)))
     return study.write("correlations", pd.DataFrame(rows))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vitlib.ablation.exchange import LINEARS
-from vitlib.ablation.linears import FOUR, LABELS, OPTIONS, Linears, Mixture
+from vitlib.ablation.linears import FOUR, LABELS, OPTIONS, Linears, Mixture, nats
 from vitlib.measure import search, stats
 from vitlib.network import checkpoint
 from vitlib.report.tables import Column
@@ -23,20 +23,13 @@ RANDOM = 12  # random mixtures in which the prediction is compared with the meas
 ADDITIVE = 0.2  # mean error of the prediction (log ratio) above which pairs are measured
 BUDGETS = (4.25, 4.5, 5, 5.5, 6, 7, 8, 10, 12)  # bits a weight
 FIXED, KEPT, SEARCHED = "one format", "kept by hand", "searched"
-
-
-def _nats(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
-
-
 PLANS = {
     **{"name": "plan", "bits": Column("bits a weight", ".2f"), "megabytes": Column("MB", ".2f")},
-    "predicted_kl": Column("predicted KL", _nats),
-    "kl": Column("KL (nats)", _nats),
-    ("kl_low", "kl_high"): Column("95 % interval", _nats),
+    **{"predicted_kl": Column("predicted KL", nats), "kl": Column("KL (nats)", nats)},
+    ("kl_low", "kl_high"): Column("95 % interval", nats),
     ("top1", "top1_low", "top1_high"): Column("Top-1 (%)", ",", 100),
     "flips": Column("class changed", ",.0f"),
-    ("more_low", "more_high"): Column("more KL than searched at this size", ".1e"),
+    ("more_low", "more_high"): Column("more KL than searched at this size", nats),
 }
 
 

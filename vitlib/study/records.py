@@ -38,6 +38,17 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("bits", "kept", "top1", "top5", "loss", "logit_kl", "logit_kl_low", "logit_kl_high"),
         *("flips", "discordant_pairs", "mcnemar_p", "holm_p"),
     ),
+    "sensitivity": (
+        *("format", "name", "bits", "block", "linear", "weights", "kl", "kl_low", "kl_high"),
+        *("fisher", "fisher_by_type", "weight_error"),
+    ),
+    "correlations": ("format", "name", "first", "second", "correlation", "low", "high"),
+    "additivity": ("plan", "bits", "predicted", "predicted_pairs", "kl", "kl_low", "kl_high"),
+    "plans": (
+        *("name", "kind", "format", "bits", "megabytes", "predicted_kl", "kl", "kl_low", "kl_high"),
+        *("top1", "top1_low", "top1_high", "difference", "difference_low", "difference_high"),
+        *("flips", "rival", "more", "more_low", "more_high"),
+    ),
     "predictions": (
         *("file", "status", "reason", "label", "label_name"),
         *(f"{column}_{rank}" for rank in range(1, 6) for column in ("id", "name", "probability")),
@@ -50,7 +61,7 @@ NOTEBOOKS: dict[str, str] = {
     **dict.fromkeys(("finetune", "base"), "1_finetune"),
     **dict.fromkeys(("variants", "accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
     **dict.fromkeys(("kernels", "tuning", "environment"), "2_evaluate"),
-    "ablation": "3_ablation",
+    **dict.fromkeys(("ablation", "sensitivity", "correlations", "additivity", "plans"), "3_ablation"),
     **dict.fromkeys(("predictions", "inference"), "4_inference"),
     "claims": "5_claims",
 }
