@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -238,12 +238,13 @@ class _EpochClock(TrainerCallback):
 def train(
     model: nn.Module, examples: Mapping[str, Examples], *, pre: Preprocess, recipe: Recipe, folder: Path,
     device: torch.device, resume: bool = False, about: Mapping[str, object] | None = None, backend: str = "inductor",
+    keep: bool = True, callbacks: Iterable[TrainerCallback] = (),
 ) -> pd.DataFrame:  # fmt: skip
     """Train `model` in place on `examples['train']`, validate each epoch on `['valid']`, and return a row an epoch.
 
-    `folder` receives the training checkpoints of the last two epochs; `resume` continues from the newest undamaged one,
-    or raises ResumeError where it is of another recipe, data, initial weights, or settings `about` the run. Columns:
-    see `_history`. Afterwards the model computes in fp32 again, on `device`.
+    `folder` receives the training checkpoints of the last two epochs, or none without `keep`; `resume` continues from
+    the newest undamaged one, or raises ResumeError where it is of another recipe, data, initial weights, or settings
+    `about` the run. Columns: see `_history`. Afterwards the model computes in fp32 again, on `device`.
     """
     set_seed(recipe.seed)
     compiled = compiles(recipe, model, len(examples["train"].labels), device)
@@ -254,10 +255,11 @@ def train(
     size = sum(part.pixels.nbytes for part in examples.values())
     if placed := device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4:
         examples = {split: part.to(device) for split, part in examples.items()}
-    arguments = _arguments(recipe, folder, device, pinned=device.type == "cuda" and not placed)
+    arguments = _arguments(recipe, folder, device, pinned=device.type == "cuda" and not placed, keep=keep)
     full = arguments.train_batch_size if compiled else 0
     data = {"train_dataset": _Rows(examples["train"], full), "eval_dataset": _Rows(examples["valid"])}
-    trainer = ImageTrainer(model, arguments, **data, pre=pre, recipe=recipe, identity=identity, compiled=compiled)
+    own = {"pre": pre, "recipe": recipe, "identity": identity, "compiled": compiled}
+    trainer = ImageTrainer(model, arguments, callbacks=list(callbacks), **data, **own)
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
     # Under autocast PEFT need not cast the inputs of its adapters: autocast casts the adapters, which are smaller.
     without_casts = disable_input_dtype_casting(model, precision_of(recipe.precision, device) != "fp32")
@@ -340,7 +342,7 @@ def precision_of(asked: str, device: torch.device) -> str:
     return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
 
 
-def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bool, keep: bool) -> TrainingArguments:
     precision, batch = precision_of(recipe.precision, device), recipe.train_batch_size
     return TrainingArguments(
         str(folder), num_train_epochs=recipe.epochs, seed=recipe.seed, data_seed=recipe.seed,
@@ -349,7 +351,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bo
         lr_scheduler_type="cosine", warmup_steps=recipe.warmup,  # below 1 it is a share of all steps
         bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=device.type == "cpu",
         dataloader_pin_memory=pinned, accelerator_config={"non_blocking": pinned},
-        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
+        eval_strategy="epoch", save_strategy="epoch" if keep else "no", logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it looks at the loss of each step, and the host would wait for it
         save_total_limit=2,  # the one before stays until the next is whole
         label_names=["labels"], remove_unused_columns=False, report_to="none", disable_tqdm=True,
