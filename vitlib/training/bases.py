@@ -53,7 +53,7 @@ def load_base(study: Study, dataset: Dataset) -> Base:
         source, quantized = name if is_hub_id(name) else str(folder), settings.method == "qlora"
         pre = preprocess.load(source, revision or None)
         set_seed(settings.seed)  # the new head's initialisation
-        how = {"dtype": torch.bfloat16 if quantized else torch.float32, "quantized": quantized, "device": device}
+        how = {"dtype": torch.float32, "quantized": quantized, "device": device}  # NF4 layers compute in bf16
         model = checkpoint.load_base(source, revision=revision, side=pre.side[0], labels=labels, **how)
     about = origin.describe(name, revision=revision, architecture=settings.architecture)
     return Base(model, pre, labels, device, about)
@@ -74,7 +74,7 @@ def make_trainable(study: Study, base: Base, *, frozen_head: bool = False) -> nn
     else:
         model.requires_grad_(settings.method == "full")
         model.classifier.requires_grad_(True)
-    if settings.method in ("lora", "head") and trainer.precision_of(settings.precision, base.device) == "bf16":
+    if settings.method != "full" and trainer.precision_of(settings.precision, base.device) == "bf16":
         adapters.round_frozen(model, torch.bfloat16)
     return model
 
