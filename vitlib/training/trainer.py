@@ -115,21 +115,40 @@ class _Rows(torch.utils.data.Dataset):
 class ImageTrainer(Trainer):
     """The Trainer over uint8 pictures, with augmentation on the device and checksums in its training checkpoints."""
 
-    def __init__(self, *args, pre: Preprocess, recipe: Recipe, identity: dict, compiled: bool, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        pre: Preprocess,
+        recipe: Recipe,
+        identity: dict,
+        compiled: bool,
+        teacher: nn.Module | None,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, data_collator=_Rows.collate, compute_metrics=_metrics, **kwargs)
-        self.pre, self.recipe, self.identity, self.compiled = pre, recipe, identity, compiled
+        self.pre, self.recipe, self.identity, self.compiled, self.teacher = pre, recipe, identity, compiled, teacher
         self.add_callback(_EpochClock(self))
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_) -> torch.Tensor | tuple:
-        """Cross entropy of a batch; augmented while training, smoothed only then."""
+        """Cross entropy of a batch, in training augmented and smoothed, or there the KL divergence from the teacher."""
         pixels, labels = inputs["pixels"], inputs["labels"]
         if model.training:  # a resumed run cuts the same crops as an uninterrupted one
             draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.state.global_step)
             pixels = preprocess.augment(pixels, crop_area=self.recipe.crop_area, generator=draw)
         logits = model(pixel_values=self.pre.normalise(pixels)).logits.float()
+        if model.training and self.teacher is not None:
+            return self._divergence(pixels, logits, labels != PADDING)
         smoothing = self.recipe.label_smoothing if model.training else 0.0
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=PADDING)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _divergence(self, pixels: torch.Tensor, logits: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Mean KL divergence from the teacher (Hinton et al. 2015, at temperature 1) over the `counted` pictures."""
+        with torch.no_grad():
+            wanted = self.teacher(pixel_values=self.pre.normalise(pixels, self.teacher.dtype)).logits.float()
+        pair = logits.log_softmax(1), wanted.log_softmax(1)
+        each = nn.functional.kl_div(*pair, reduction="none", log_target=True).sum(1)
+        return (each * counted).sum() / counted.sum()
 
     def warm_up(self) -> float:
         """Compile the blocks on a first batch and see that it fits; seconds of compilation (0.0 without it).
@@ -238,13 +257,14 @@ class _EpochClock(TrainerCallback):
 def train(
     model: nn.Module, examples: Mapping[str, Examples], *, pre: Preprocess, recipe: Recipe, folder: Path,
     device: torch.device, resume: bool = False, about: Mapping[str, object] | None = None, backend: str = "inductor",
-    keep: bool = True, callbacks: Iterable[TrainerCallback] = (),
+    keep: bool = True, callbacks: Iterable[TrainerCallback] = (), teacher: nn.Module | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train `model` in place on `examples['train']`, validate each epoch on `['valid']`, and return a row an epoch.
 
     `folder` receives the training checkpoints of the last two epochs, or none without `keep`; `resume` continues from
     the newest undamaged one, or raises ResumeError where it is of another recipe, data, initial weights, or settings
-    `about` the run. Columns: see `_history`. Afterwards the model computes in fp32 again, on `device`.
+    `about` the run. A `teacher`, in evaluation mode on `device`, gives the targets in place of the labels. Columns: see
+    `_history`. Afterwards the model computes in fp32 again, on `device`.
     """
     set_seed(recipe.seed)
     compiled = compiles(recipe, model, len(examples["train"].labels), device)
@@ -258,7 +278,7 @@ def train(
     arguments = _arguments(recipe, folder, device, pinned=device.type == "cuda" and not placed, keep=keep)
     full = arguments.train_batch_size if compiled else 0
     data = {"train_dataset": _Rows(examples["train"], full), "eval_dataset": _Rows(examples["valid"])}
-    own = {"pre": pre, "recipe": recipe, "identity": identity, "compiled": compiled}
+    own = {"pre": pre, "recipe": recipe, "identity": identity, "compiled": compiled, "teacher": teacher}
     trainer = ImageTrainer(model, arguments, callbacks=list(callbacks), **data, **own)
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
     # Under autocast PEFT need not cast the inputs of its adapters: autocast casts the adapters, which are smaller.
