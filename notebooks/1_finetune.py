@@ -83,7 +83,7 @@ finetune.introduce(study, base)
 # %% [markdown]
 # ## Training
 #
-# Training uses random crops and flips, AdamW and a cosine schedule. Validation after each epoch has no augmentation.
+# Training uses AdamW and a cosine schedule. Validation follows each epoch, without augmentation.
 
 # %%
 model = finetune.make_trainable(study, base)

@@ -270,3 +270,20 @@ def test_a_comparison_answers_for_the_frozen_head_speed_and_memory(compared, bas
     splits = {"train": _split(base, 8, 1), "valid": _split(base, 4)}
     assert original in finetune.headline(settings(), *trained, base, splits, compared)
     assert "original" not in finetune.headline(settings(), *trained, base, splits, compared[:0])
+
+
+def test_a_head_is_trained_on_class_tokens_and_classifies_pictures(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
+    chosen = settings(method="head", epochs=3, learning_rate=0.01, compile_training="always", resume=True)
+    encoder = {name: value.clone() for name, value in base.model.vit.state_dict().items()}
+    split = _split(base, 8)
+    model = finetune.make_trainable(chosen, base)
+    history = finetune.train(chosen, model, base, {"train": split, "valid": split})
+    assert all(torch.equal(value, encoder[name]) for name, value in model.vit.state_dict().items())
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=base.preprocess.normalise(split.pixels)).logits
+    labels = base.labels.ids(split.pictures)
+    assert history["valid_loss"].iloc[-1] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    assert (history["images_per_s"] * history["epoch_s"]).tolist() == pytest.approx([8] * 3)
+    assert "without augmentation" in finetune.trained(chosen, finetune.parameter_table(model))

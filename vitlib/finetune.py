@@ -25,7 +25,7 @@ from vitlib.training.bases import Base, FinetuneError
 
 HISTORY = {
     "epoch": "epoch",
-    "train_loss": Column("training loss (augmented)", ".3f"),
+    "train_loss": Column("training loss", ".3f"),
     "valid_loss": Column("validation loss", ".3f"),
     "top1": Column("Top-1 (%)", ".2f", 100),
     "top5": Column("Top-5 (%)", ".2f", 100),
@@ -63,7 +63,8 @@ TRAINED = {
     "trains these adapters (Hu et al. 2021); *W* stays frozen.",
     "qlora": "QLoRA stores the frozen weights in NF4 and trains LoRA adapters beside them (Dettmers et al. 2023).",
     "full": "All weights are trained; there are no adapters.",
-    "head": "The encoder stays frozen, and there are no adapters.",
+    "head": "The encoder stays frozen, and there are no adapters. It runs once for each picture, without augmentation, "
+    "and the head is trained on the class tokens that it gives.",
 }
 # ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
 MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
@@ -142,7 +143,8 @@ def trained(study: Study, table: pd.DataFrame) -> Markdown:
     """What `method` trains and how many of the parameters in `parameter_table` these are."""
     count, every = table["trainable"].sum(), table.to_numpy().sum()
     share = f"{100 * count / every:.2g} %" if count < every else "all"
-    said = f"{TRAINED[study.settings.method]} The new head starts from random weights and is always trained."
+    views = "" if study.settings.method == "head" else "Every epoch sees other random crops and flips of the pictures."
+    said = f"{TRAINED[study.settings.method]} {views} The new head starts from random weights and is always trained."
     return Markdown(f"{said} {count:,} parameters are trained, {share} of the network.")
 
 

@@ -61,6 +61,6 @@ def test_each_trains_what_it_says_and_memory_is_counted_by_part(compared):
 
 
 def test_activations_are_what_the_peak_has_beyond_the_rest():
-    memory = recipes.Memory()
-    memory.megabytes, memory.resident = {"weights_mb": 80.0, "gradients_mb": 4.0, "optimizer_mb": 8.0}, 300.0
-    assert memory.split(1300.0) == {**memory.megabytes, "activations_mb": 1000.0, "peak_mb": 1092.0}
+    memory = recipes.Memory(torch.nn.Linear(1, 1))
+    memory.parts, memory.resident = {"weights_mb": 80.0, "gradients_mb": 4.0, "optimizer_mb": 8.0}, 300.0
+    assert memory.split(1300.0) == {**memory.parts, "activations_mb": 1000.0, "peak_mb": 1092.0}

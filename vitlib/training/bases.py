@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import set_seed
+from transformers.modeling_outputs import BaseModelOutput
 
 from vitlib.network import checkpoint, quantize
 from vitlib.pictures import preprocess, sources
@@ -82,8 +86,51 @@ def make_trainable(study: Study, base: Base, *, frozen_head: bool = False) -> nn
 def fit(
     settings: Parameters, model: nn.Module, base: Base, decoded: dict[str, Decoded], **options: object
 ) -> pd.DataFrame:
-    """Train `model` on the decoded splits as `settings` say; a row an epoch. `options` are those of `trainer.train`."""
+    """Train `model` on the decoded splits as `settings` say; a row an epoch. `options` are those of `trainer.train`.
+
+    A head alone is trained on class tokens that are computed once: without augmentation, and too fast to be resumed.
+    """
     names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
     options |= {"about": {name: getattr(settings, name) for name in names}, "device": base.device}
     examples = {split: Examples.of(decoded[split], base.labels) for split in ("train", "valid")}
-    return trainer.train(model, examples, pre=base.preprocess, recipe=Recipe.of(settings), **options)
+    options |= {"pre": base.preprocess, "recipe": Recipe.of(settings)}
+    return (_fit_head if settings.method == "head" else trainer.train)(model, examples, **options)
+
+
+def _fit_head(model: nn.Module, examples: dict[str, Examples], **options: Any) -> pd.DataFrame:
+    """`trainer.train` for the head, on class tokens. The epochs share the encoder's time and have its peak memory."""
+    on_gpu, recipe, pre = options["device"].type == "cuda", options["recipe"], options["pre"]
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    tokens = {split: _class_tokens(model.eval(), part, pre, recipe.precision) for split, part in examples.items()}
+    share = (time.perf_counter() - start) / recipe.epochs
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else float("nan")
+    options |= {"pre": None, "recipe": replace(recipe, compile_training="never"), "keep": False, "resume": False}
+    encoder, model.vit = model.vit, _Tokens()
+    try:
+        history = trainer.train(model, tokens, **options)
+    finally:
+        model.vit = encoder
+    seconds = history["epoch_s"] + share
+    speed = history["images_per_s"] * history["epoch_s"] / seconds
+    return history.assign(epoch_s=seconds, images_per_s=speed, peak_vram_mb=history["peak_vram_mb"].clip(lower=peak))
+
+
+class _Tokens(nn.Module):
+    """In place of an encoder whose class tokens (n, hidden) are the inputs."""
+
+    gradient_checkpointing = False  # transformers asks for it
+
+    def forward(self, tokens: torch.Tensor, **_: object) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=tokens[:, None])
+
+
+@torch.no_grad()
+def _class_tokens(model: nn.Module, examples: Examples, pre: Preprocess, precision: str) -> Examples:
+    """The encoder's class tokens (n, hidden) in fp32 on the CPU, computed in the arithmetic of training."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.precision_of(precision, model.device))
+    with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+        parts = tqdm(examples.pixels.split(64), "encoding", unit="batch")
+        encoded = [model.vit(pre.normalise(part.to(model.device))).last_hidden_state[:, 0] for part in parts]
+    return Examples(torch.cat(encoded).float().cpu(), examples.labels)

@@ -42,32 +42,29 @@ WAYS = {
 
 
 class Memory(TrainerCallback):
-    """Counts what training holds in memory: `megabytes` by part, and `resident` on the GPU.
+    """Counts what the training of `model` holds in memory, in its first two steps (the scaler of FP16 may skip one)."""
 
-    It counts in the first two steps, as the scaler of FP16 may skip one.
-
-    `resident` is all that is allocated when no activation is left: the three parts, the pictures and other networks.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.parts = model, {"weights_mb": verify.model_mb(model)}
 
     def on_optimizer_step(self, args: object, state: object, control: object, **now: object) -> None:
-        """Gradients and AdamW's two states exist between the step and the next `zero_grad`."""
+        """Gradients and AdamW's two states exist between the step and the next `zero_grad`, activations do not."""
         if state.global_step > 1:
             return
-        model, states = now["model"], now["optimizer"].state.values()
-        held = [value for each in states for value in each.values() if isinstance(value, torch.Tensor)]
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        parts = {"gradients_mb": gradients, "optimizer_mb": held}
-        self.megabytes = {part: sum(tensor.nbytes for tensor in tensors) / 2**20 for part, tensors in parts.items()}
-        self.megabytes["weights_mb"] = verify.model_mb(model)
-        on_gpu = next(model.parameters()).is_cuda
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        states = [value for state in now["optimizer"].state.values() for value in state.values()]
+        for part, tensors in (("gradients_mb", gradients), ("optimizer_mb", states)):
+            self.parts[part] = sum(tensor.nbytes for tensor in tensors) / 2**20
+        on_gpu = gradients[0].is_cuda
         self.resident = torch.cuda.memory_allocated() / 2**20 if on_gpu else float("nan")
 
     def split(self, peak_mb: float) -> dict[str, float]:
-        """Megabytes of weights, gradients, optimizer and activations, and their sum, for a peak of the whole process.
+        """Megabytes by part and their sum, where the whole process has this peak (NaN without a GPU).
 
-        Activations are what the peak has beyond `resident`, which includes workspaces of libraries.
+        Activations, and workspaces of libraries, are what the peak has beyond all that stays: the three parts, the
+        pictures, and other networks.
         """
-        parts = self.megabytes | {"activations_mb": peak_mb - self.resident}
+        parts = self.parts | {"activations_mb": peak_mb - self.resident}
         return parts | {"peak_mb": sum(parts.values())}
 
 
@@ -87,7 +84,7 @@ def compare(study: Study, dataset: Dataset, decoded: dict[str, Decoded]) -> pd.D
 
 def _row(study: Study, name: str, dataset: Dataset, decoded: dict[str, Decoded], head: dict) -> dict[str, object]:
     """Train by one recipe. The first one's new head goes to `head`, and the others start from it."""
-    way, memory = WAYS[name], Memory()
+    way = WAYS[name]
     settings = study.settings.model_copy(
         update={"method": way.method, "learning_rate": way.rate * study.settings.learning_rate}
     )
@@ -97,6 +94,7 @@ def _row(study: Study, name: str, dataset: Dataset, decoded: dict[str, Decoded],
         head |= {key: value.cpu().clone() for key, value in base.model.classifier.state_dict().items()}
     base.model.classifier.load_state_dict(head)
     model = bases.make_trainable(own, base, frozen_head=way.frozen_head)
+    memory = Memory(model)
     where = {"folder": study.training("recipes"), "keep": False, "callbacks": [memory]}
     history = bases.fit(settings, model, base, decoded, **where)
     last, n = history.iloc[-1], len(decoded["valid"].pictures)

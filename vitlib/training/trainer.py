@@ -116,15 +116,9 @@ class ImageTrainer(Trainer):
     """The Trainer over uint8 pictures, with augmentation on the device and checksums in its training checkpoints."""
 
     def __init__(
-        self,
-        *args,
-        pre: Preprocess,
-        recipe: Recipe,
-        identity: dict,
-        compiled: bool,
-        teacher: nn.Module | None,
+        self, *args, pre: Preprocess | None, recipe: Recipe, identity: dict, compiled: bool, teacher: nn.Module | None,
         **kwargs,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(*args, data_collator=_Rows.collate, compute_metrics=_metrics, **kwargs)
         self.pre, self.recipe, self.identity, self.compiled, self.teacher = pre, recipe, identity, compiled, teacher
         self.add_callback(_EpochClock(self))
@@ -132,10 +126,10 @@ class ImageTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_) -> torch.Tensor | tuple:
         """Cross entropy of a batch, in training augmented and smoothed, or there the KL divergence from the teacher."""
         pixels, labels = inputs["pixels"], inputs["labels"]
-        if model.training:  # a resumed run cuts the same crops as an uninterrupted one
+        if model.training and self.pre:  # a resumed run cuts the same crops as an uninterrupted one
             draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.state.global_step)
             pixels = preprocess.augment(pixels, crop_area=self.recipe.crop_area, generator=draw)
-        logits = model(pixel_values=self.pre.normalise(pixels)).logits.float()
+        logits = model(pixel_values=self.pre.normalise(pixels) if self.pre else pixels).logits.float()
         if model.training and self.teacher is not None:
             return self._divergence(pixels, logits, labels != PADDING)
         smoothing = self.recipe.label_smoothing if model.training else 0.0
@@ -255,11 +249,13 @@ class _EpochClock(TrainerCallback):
 
 
 def train(
-    model: nn.Module, examples: Mapping[str, Examples], *, pre: Preprocess, recipe: Recipe, folder: Path,
+    model: nn.Module, examples: Mapping[str, Examples], *, pre: Preprocess | None, recipe: Recipe, folder: Path,
     device: torch.device, resume: bool = False, about: Mapping[str, object] | None = None, backend: str = "inductor",
     keep: bool = True, callbacks: Iterable[TrainerCallback] = (), teacher: nn.Module | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train `model` in place on `examples['train']`, validate each epoch on `['valid']`, and return a row an epoch.
+
+    Without `pre` the examples are inputs of the network, which are neither augmented nor normalised.
 
     `folder` receives the training checkpoints of the last two epochs, or none without `keep`; `resume` continues from
     the newest undamaged one, or raises ResumeError where it is of another recipe, data, initial weights, or settings
