@@ -14,7 +14,7 @@ RUN = f"{shlex.quote(sys.executable)} -m vitlib.report"
 
 # notebook: the records it writes, and the notebooks whose records it needs. Another notebook is another row.
 NOTEBOOKS = {
-    "1_finetune": (["finetune.csv", "base.json"], []),
+    "1_finetune": (["finetune.csv", "recipes.csv", "base.json"], []),
     "2_evaluate": (
         [f"{table}.csv" for table in ("variants", "kernels", "accuracy", "latency", "throughput", "roofline", "validity")]
         + ["environment.json", "logits.npz"],

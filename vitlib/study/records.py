@@ -18,6 +18,10 @@ from vitlib.study.files import atomic_path, short_path
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "finetune": ("epoch", "train_loss", "valid_loss", "top1", "top5", "epoch_s", "images_per_s", "peak_vram_mb"),
+    "recipes": (
+        *("recipe", "learning_rate", "n", "top1", "top1_low", "top1_high", "train_loss", "trainable", "images_per_s"),
+        *("weights_mb", "gradients_mb", "optimizer_mb", "activations_mb", "peak_mb"),
+    ),
     "variants": (
         *("variant", "weights", "attention", "execution", "status", "reason", "model_mb", "disk_mb", "batch"),
         *("latency_mean_ms", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "throughput_img_s"),
@@ -58,7 +62,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Columns that each record has at least, in this order; units are in the names."""
 
 NOTEBOOKS: dict[str, str] = {
-    **dict.fromkeys(("finetune", "base"), "1_finetune"),
+    **dict.fromkeys(("finetune", "recipes", "base"), "1_finetune"),
     **dict.fromkeys(("variants", "accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
     **dict.fromkeys(("kernels", "tuning", "environment"), "2_evaluate"),
     **dict.fromkeys(("ablation", "sensitivity", "correlations", "additivity", "plans"), "3_ablation"),
