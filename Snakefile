@@ -21,12 +21,15 @@ NOTEBOOKS = {
         ["1_finetune"],
     ),
     "3_ablation": (["ablation.csv", "reliability.csv"], ["2_evaluate"]),
-    "4_inference": (["predictions.csv", "inference.json"], ["2_evaluate"]),
+    "4_inference": (["predictions.csv", "inference.json", "recommendation.json"], ["2_evaluate"]),
     "5_claims": (["claims.csv", "preprocessing.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
     "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),
 }
 # One file represents each checkpoint, whose folder is put in place as a whole.
-CHECKPOINTS = {"1_finetune": [f"{OUT}/checkpoints/{name}/provenance.json" for name in ("merged", "nf4", "int8")]}
+MADE = {"1_finetune": ("merged", "nf4", "nf4-calibrated", "int8")}
+CHECKPOINTS = {
+    notebook: [f"{OUT}/checkpoints/{name}/provenance.json" for name in names] for notebook, names in MADE.items()
+}
 # Other files that a notebook reads, beside the table of drawn flowers.
 FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 

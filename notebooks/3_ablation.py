@@ -7,10 +7,10 @@
 # ---
 
 # %% [markdown]
-# # Ablation: blocks sensitive to quantization
+# # What 4 bits cost, where, and what mends it
 #
-# Quantizing the whole network changes its outputs a little. Here one part at a time is kept in FP16 while everything
-# else is quantized: the more of the change this removes, the more sensitive the part is.
+# Each linear layer of the encoder is put into low precision alone and its error measured on training pictures. From
+# these errors a format is chosen for each layer, and the choice is judged on validation pictures.
 
 # %% tags=["parameters"]
 study: str = "lab"  # results go to outputs/<study>/
@@ -22,104 +22,148 @@ pictures_per_class: int = 60  # training pictures per class (synthetic data only
 max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures
 image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
+calibration_pictures: int = 128  # training pictures, without labels, that low precision is fitted to
 eval_batch_size: int = 32  # batch size where only the outputs matter
 ablation_bits: list[int] = [4, 8]  # 4 is NF4, 8 is int8
 ablation_pictures: int = 0  # validation pictures used, spread over the classes; 0: all
+plan_bits: float = 4.5  # bits a weight, at most, of the plan saved as checkpoint `mixed`
 
 # %%
 from vitlib import ablation
 
 study = ablation.open(globals())
 
-# %% [markdown] tags=["details"]
-# ## How blocks are exchanged
-#
-# The FP16 network is loaded once. Every block gets a quantized twin, and a configuration chooses between the two. The
-# patch embedding is a convolution, which bitsandbytes does not quantize. It is in FP16 in every configuration, so
-# "embeddings+classifier" differs from "none" by the classifier only.
-
 # %%
 subject = ablation.prepare(study)
-print(f"{len(subject.blocks)} blocks, {len(subject.labels)} pictures, on {subject.loaded.device.type}")
-
-# %% [markdown]
-# The quantized twin of the first block, in which only the linear layers are replaced:
-
-# %%
-ablation.twin(subject, 0, study.settings.ablation_bits[0])
-
-# %% [markdown]
-# Configurations that agree up to some block share the evaluation up to it. Configurations that have diverged but reach
-# the same block again are batched into one call.
-
-# %%
-logits, share = ablation.measure(study, subject)
-print(f"{share:.0%} of the block evaluations of a full pass for each configuration were needed")
+print(
+    f"{len(subject.blocks)} blocks; {len(subject.calibration)} training and {len(subject.labels)} validation pictures"
+)
 
 # %% [markdown] tags=["details"]
-# ## Table of all configurations
+# ## How formats are exchanged
 #
-# KL is the mean divergence of the probabilities from those of the FP16 network, with its bootstrap interval over
-# pictures. Flips are pictures whose class differs from that of the fully quantized network ("none"). Discordant are
-# those that only one of the two classifies correctly; McNemar's exact test asks whether they favour one network by more
-# than chance, and Holm's adjustment accounts for the number of configurations.
+# The network is loaded once in FP32. Every linear layer has a twin with the weights of each checkpoint: NF4, calibrated
+# NF4 and INT8 rows. A mixture names the format of each layer. Mixtures that agree up to some block share the evaluation
+# up to it, and mixtures that reach a block with the same formats are batched into one call. The classifier and the
+# patch embedding stay in FP16.
+
+# %%
+mixer = ablation.linears.load(study, subject)
+mixer.exchange.block(0, ("nf4c",) * 4 + ("int8", "fp16"))
+
+# %% [markdown]
+# ## Where the error arises
+#
+# The KL divergence is measured with one linear layer in low precision and everything else in FP16.
 
 # %%
 from vitlib.report import plots, tables
 
-frame = ablation.table(study, logits, subject)
-tables.table(frame, ablation.TABLE)
+sensitivity, kl = ablation.linears.sensitivity(study, mixer)
+plots.linear_grid(sensitivity, {"nf4": "NF4", "nf4c": "NF4 calibrated"})
 
-# %% [markdown]
-# ## One block quantized
+# %% [markdown] tags=["details"]
+# ### Table of all linear layers
 #
-# Where one block is kept in FP16, errors of the others can cancel each other, and a block whose error had cancelled
-# others removes less than nothing. The opposite experiment quantizes one block and keeps everything else in FP16, so
-# nothing can cancel.
+# The Fisher proxy ½ Σ F Δw² estimates the KL from the squared gradients of the network's own predictions, without
+# running a quantized layer. Divided by the mean of its module type (attention or MLP), it compares layers of a type
+# only. The weight error is ‖ΔW‖ / ‖W‖.
 
 # %%
-blocks = ablation.sensitivity(frame)
-plots.alone_bars(blocks)
+tables.table(sensitivity, ablation.linears.SENSITIVITY)
 
-# %% [markdown]
-# ## First block, last block and classifier
+# %% [markdown] tags=["details"]
+# ### Do other methods and other pictures rank the layers alike?
 #
-# The error that is left when nothing, the first and the last block, or the classifier is kept in FP16:
+# Spearman's rank correlation of the measured KL with the other methods, and between random halves of the pictures.
+# Intervals resample the layers.
 
 # %%
-plots.kept_parts(frame, ablation.PARTS)
+ranks = ablation.linears.correlations(study, sensitivity, kl)
+tables.table(ranks, ablation.linears.CORRELATIONS)
 
 # %% [markdown]
-# ## Other pictures, other networks
+# ## Do the errors add up?
 #
-# Would other pictures rank the blocks in the same order? The pictures are split into random halves, and the rankings of
-# the two halves are compared: a rank correlation near 1 is reliable, one near 0 is chance.
+# The KL of a mixture is predicted as the sum of what its layers cause alone. Random mixtures test that on the training
+# pictures. Where the sum is off by more than a fifth, the excess of pairs of layers in a block is measured as well.
 
 # %%
-reliable = ablation.reliability(study, logits, subject)
-ablation.reliability_in_words(reliable)
+prediction, additivity = ablation.plans.predict(study, mixer, kl)
+front = ablation.plans.front(study, prediction)
+plots.predicted(additivity, front)
+
+# %% [markdown]
+# ## Plans
+#
+# A plan chooses FP16, INT8 rows or calibrated NF4 for each layer. For a number of bits a weight, an integer programme
+# finds the plan of least predicted KL; that of `plan_bits` is saved as the checkpoint `mixed`, which loads as a variant
+# in every notebook:
+
+# %%
+plan = ablation.plans.save(study, prediction)
+plots.plan_grid(plan, {"fp16": "FP16", "int8": "INT8 rows", "nf4": "NF4 calibrated"})
+
+# %% [markdown] tags=["details"]
+# ### Table of all plans
+#
+# All plans are measured on validation pictures, which neither the search nor the calibration has seen. Plans kept by
+# hand have calibrated NF4 outside the blocks that they keep. The last column compares them with the searched plan that
+# is not larger, on the same pictures; an interval above zero means that the searched plan is better.
+
+# %%
+tables.table(front, ablation.plans.PLANS)
+
+# %% [markdown]
+# ## The base
 
 # %%
 ablation.introduce(study)
 
 # %% [markdown] tags=["details"]
-# ## Table of rank correlations
+# ## Whole blocks in plain NF4 and LLM.int8()
 #
-# A half in which all blocks tie gives no ranking; such splits are left out and counted. The last two columns are the
-# smallest difference of accuracy that could be significant after Holm's adjustment, if all changes were in one
-# direction.
+# The original study kept blocks in FP16 and quantized all else. This repeats it with bitsandbytes' own layers in FP16,
+# and adds the opposite experiment: one block quantized, everything else kept.
 
 # %%
-tables.table(reliable, ablation.RELIABILITY)
+logits, share = ablation.blocks.measure(study, subject)
+print(f"{share:.0%} of the block evaluations of a full pass for each configuration were needed")
+
+# %% [markdown]
+# The share of the error that is removed when one block is kept in FP16:
+
+# %%
+frame = ablation.blocks.table(study, logits, subject)
+plots.sensitivity_bars(ablation.blocks.sensitivity(frame))
+
+# %% [markdown]
+# ### Table of all configurations
+#
+# Here the classifier is quantized too, unless it is kept. Flips are pictures whose class differs from that of the fully
+# quantized network ("none"). Discordant are those that only one of the two classifies correctly; McNemar's exact test
+# asks whether they favour one network by more than chance, and Holm's adjustment accounts for the number of
+# configurations.
+
+# %%
+tables.table(frame, ablation.blocks.TABLE)
+
+# %% [markdown]
+# ### Table of rank correlations
+#
+# The pictures are split into random halves, and the rankings of the blocks in the two halves are compared. A half in
+# which all blocks tie gives no ranking; such splits are left out and counted. The last two columns are the smallest
+# difference of accuracy that could be significant after Holm's adjustment, if all changes were in one direction.
+
+# %%
+reliable = ablation.blocks.reliability(study, logits, subject)
+tables.table(reliable, ablation.blocks.RELIABILITY)
 
 # %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]
-ablation.headline(study, frame, blocks, reliable)
-
-# %% [markdown] tags=["summary"]
-# The share of the error that is removed when one block is kept in FP16:
+ablation.headline(study, sensitivity, ranks, prediction, front)
 
 # %% tags=["summary"]
-plots.sensitivity_bars(blocks)
+plots.front(front)

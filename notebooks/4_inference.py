@@ -21,7 +21,7 @@ study: str = "lab"  # results go to outputs/<study>/
 data_source: str = "synthetic"  # synthetic, a folder with train/ and valid/, hub:<data set>, or torchvision:<folder>
 pictures: str = ""  # folder of pictures, flat or in class folders; empty: the test split
 checkpoints_of: str = ""  # study whose checkpoints are used; empty: this one
-variant: str = "auto"  # name of a variant; auto is the fastest that this study measured
+variant: str = "auto"  # name of a variant; auto is the best measured within the limits
 grid: int = 12  # pictures shown
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation
@@ -31,6 +31,9 @@ max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures
 image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
 eval_batch_size: int = 32  # batch size where only the outputs matter
+margin: float = 0.02  # fraction of pictures that a non-inferior variant may lose
+memory_limit_mb: float = 0.0  # most memory of a call, weights included, in MB; 0: no limit
+latency_limit_ms: float = 0.0  # highest latency of a call in ms; 0: no limit
 decoder: str = "pil"  # pil, nvjpeg, auto; auto is nvJPEG on the GPU where it works; its pixels differ slightly
 
 # %%
@@ -76,10 +79,20 @@ parted
 # %%
 plots.picture_grid(**different)
 
+# %% [markdown]
+# ## The variant to deploy
+#
+# Of the variants that notebook 2 measured and that run here, within the limits of memory, latency and accuracy: the
+# one that needs the least memory of those as fast as the fastest.
+
+# %%
+advice = inference.recommendation(study, predictor)
+advice
+
 # %% [markdown] tags=["details"]
 # ## The network
 #
-# `auto` takes the fastest variant that notebook 2 measured and that runs on this machine.
+# `auto` takes the variant to deploy.
 
 # %%
 tables.table(predictor.describe())
@@ -113,7 +126,7 @@ tables.table(frame[frame["status"] == "skipped"], inference.FAULTS, none="every 
 # ## Summary
 
 # %% tags=["summary"]
-inference.headline(study, frame, predictor, rate, [missed, parted], passed.note)
+inference.headline(study, frame, predictor, rate, [missed, parted, advice], passed.note)
 
 # %% tags=["summary"]
 plots.picture_grid(**inference.grid(frame, passed, study.settings.grid))

@@ -1,5 +1,6 @@
 """What several tests share: a tiny trained-looking network saved as the three checkpoints of a study."""
 
+import itertools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake
@@ -9,9 +10,10 @@ import pytest
 import torch
 from transformers import ViTImageProcessorPil
 
-from vitlib.network import checkpoint
+from vitlib.network import checkpoint, plan
 from vitlib.pictures import preprocess
 from vitlib.pictures.sources import Labels
+from vitlib.study.variants import FORMATS
 
 torch.set_num_threads(1)
 
@@ -31,7 +33,7 @@ def pre() -> preprocess.Preprocess:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, labels, pre):
-    """A folder with merged, nf4 and int8 checkpoints of a small random ViT."""
+    """A folder with merged, nf4, nf4-calibrated, int8 and mixed checkpoints of a small random ViT."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("study") / "checkpoints"
     network = checkpoint.new("vit-micro", image_size=32, labels=labels).eval()
@@ -39,9 +41,13 @@ def checkpoints(tmp_path_factory, labels, pre):
         network.classifier.weight.mul_(20)
     cpu = torch.device("cpu")
     checkpoint.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={})
-    for weights in ("nf4", "int8"):
-        quantized = checkpoint.quantize_checkpoint(folder / "merged", weights, cpu)
-        checkpoint.save(quantized, folder / weights, pre=pre, labels=labels, provenance={})
+    pictures = torch.randn(16, 3, 32, 32)
+    for weights in ("nf4", "nf4c", "int8"):
+        quantized = checkpoint.quantize_checkpoint(folder / "merged", weights, cpu, pictures)
+        name = FORMATS[weights].checkpoint
+        checkpoint.save(quantized, folder / name, pre=pre, labels=labels, provenance={})
+    chosen = dict(zip(plan.linears(network), itertools.cycle(["int8", "nf4", "fp16", "int8", "nf4"]), strict=False))
+    checkpoint.save_mixed(folder, chosen, cpu, {})
     return folder
 
 

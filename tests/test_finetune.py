@@ -1,6 +1,7 @@
 """What is trained, and that what is saved is what was trained."""
 
 import copy
+import dataclasses
 import re
 
 import pandas as pd
@@ -14,7 +15,7 @@ from vitlib.network import checkpoint, quantize
 from vitlib.pictures import decode, preprocess
 from vitlib.pictures.sources import DataError
 from vitlib.report import plots
-from vitlib.study import files, params
+from vitlib.study import files, params, records
 from vitlib.study.study import Study
 from vitlib.training import adapters
 
@@ -131,18 +132,25 @@ def test_saved_checkpoints_are_reproduced_and_another_network_is_refused(base, t
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     merged = finetune.merge(settings(), _stir(finetune.make_trainable(settings(), base)), base)
     history = pd.DataFrame({"top1": [0.5]})
-    paths = finetune.save_checkpoints(settings(), merged, base, history)
     valid = decode.Decoded(pixels, _pictures(base), [])
-    table = finetune.check_reload(merged, base, paths, valid)
+    train = decode.Decoded(
+        pixels.flip(0), [dataclasses.replace(one, file=f"t{one.file}") for one in _pictures(base)], []
+    )
+    saved = finetune.save_checkpoints(settings(), merged, base, history, {"train": train, "valid": valid})
+    table = finetune.check_reload(merged, base, saved, valid)
     assert table.loc["merged", "reload_difference"] == 0
     assert 0 < table.loc["int8", "from_merged"] < table.loc["nf4", "from_merged"] < 0.5
-    assert checkpoint.read_labels(paths["nf4"]) == base.labels
+    assert table.loc["nf4-calibrated", "from_merged"] < table.loc["nf4", "from_merged"]
+    assert checkpoint.read_labels(saved["nf4"].folder) == base.labels
+    note = records.read_json(saved["nf4-calibrated"].folder / "provenance.json")
+    assert note["calibrated_on"] == [f"t{k}" for k in range(8)]  # training pictures, none of the evaluation
     with torch.no_grad():
         found = merged(pixel_values=base.preprocess.normalise(pixels, torch.float16)).logits.argmax(1)
         assert table.loc["merged", "top1"] == (found == base.labels.ids(valid.pictures)).float().mean().item()
         merged.classifier.weight.mul_(1.5)
+    checkpoint.save(merged, saved["merged"].folder, pre=base.preprocess, labels=base.labels, provenance={})
     with pytest.raises(FinetuneError, match="other logits"):
-        finetune.check_reload(merged, base, paths, valid)
+        finetune.check_reload(merged, base, saved, valid)
 
 
 def _pictures(base):
@@ -154,8 +162,8 @@ def trained():
     """A history that overfits, and what was found of the three checkpoints of 4 validation pictures."""
     history = pd.DataFrame({"epoch": [1, 2, 3], "top1": [0.5, 1.0, 0.75], "top5": 0.9, "images_per_s": 1234.0})
     history["train_loss"], history["valid_loss"] = [0.9, 0.5, 0.1], [0.9, 0.5, 0.6]
-    rows = {"model_mb": [4.0, 1.0, 2.0], "top1": [0.5, 0.5, 0.5], "same_class": [1.0, 0.75, 1.0]}
-    return history, pd.DataFrame(rows, index=["merged", "nf4", "int8"])
+    rows = {"model_mb": [4.0, 1.0, 1.0, 2.0], "top1": 0.5, "same_class": [1.0, 0.75, 1.0, 1.0]}
+    return history, pd.DataFrame(rows, index=["merged", "nf4", "nf4-calibrated", "int8"])
 
 
 def _split(base, count, seed=0):
@@ -174,8 +182,13 @@ def test_headline_starts_with_the_accuracy_and_says_what_overfits(base, trained)
     assert "**After epoch 2 the validation loss no longer falls** (0.50 → 0.60) while the training loss goes on" in text
     assert "falling (0.50 → 0.10): the network overfits. " in text and "the base reached" not in text
     assert "No picture appears in both" in text
-    assert "NF4 takes 4.0 times and INT8 2.0 times less memory than FP16. They give 1 and 0 of 4 pictures" in text
-    assert "another class than the FP16 checkpoint does, in batches of 32 (notebook 2" in text
+    assert (
+        "NF4 takes 4.0 times and INT8 2.0 times less memory than FP16. Of 4 pictures, INT8 gives 0, NF4 1 and" in text
+    )
+    assert (
+        "calibrated NF4, which is as small, 0 another class than the FP16 checkpoint does, in batches of 32 (notebook 2"
+        in text
+    )
 
 
 def test_headline_says_what_a_stand_in_reached_and_where_top1_rises_despite_overfitting(base, trained):

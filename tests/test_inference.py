@@ -54,24 +54,51 @@ def test_auto_without_a_record_of_speed_and_a_named_variant_are_explained(study,
     assert variant == variants.find("int8-sdpa") and "names it" in why
 
 
-@pytest.mark.parametrize(
-    ("size", "runs", "chosen"),
-    [
-        (32, True, "nf4-flash_attention_2"),  # any format and execution, by the latency of its own batch size
-        (32, False, "fp16-sdpa"),  # the fastest that can run here
-        (2, True, "nf4-sdpa"),
-    ],
-)
-def test_auto_takes_the_fastest_variant_that_was_measured_and_runs_here(study, monkeypatch, size, runs, chosen):
-    rows = [("nf4-sdpa", 1, 5.0), ("fp16-sdpa", 1, 6.0), ("nf4-sdpa", 32, 20.0), ("fp16-sdpa", 32, 15.0)]
-    rows += [("nf4-flash_attention_2", 32, 10.0), ("fp16-sdpa-graph", 32, np.nan), ("another-version", 32, 1.0)]
-    table = pd.DataFrame(rows, columns=["variant", "batch", "latency_p50_ms"]).assign(status="ok")
-    study.write("variants", table.reindex(columns=records.COLUMNS["variants"]))
+def measured(study, monkeypatch, runs=True):
+    """A record of five variants at two batch sizes; without `runs` FlashAttention-2 cannot run here."""
+    rows = [
+        ("fp32-sdpa", 1, 9.0, 400.0, np.nan),
+        ("nf4-sdpa", 1, 5.0, 90.0, -0.01),
+        ("fp16-sdpa", 1, 6.0, 200.0, -0.01),
+    ]
+    rows += [("fp32-sdpa", 32, 30.0, 500.0, np.nan), ("nf4-sdpa", 32, 20.0, 150.0, -0.01)]
+    rows += [("fp16-sdpa", 32, 15.0, 300.0, -0.01), ("nf4-flash_attention_2", 32, 15.3, 140.0, -0.01)]
+    rows += [("fp16-sdpa-graph", 32, np.nan, np.nan, -0.01), ("another-version", 32, 1.0, 1.0, 0.0)]
+    table = pd.DataFrame(rows, columns=["variant", "batch", "latency_p50_ms", "peak_memory_mb", "difference_low"])
+    table = table.assign(status="ok", gelu="checkpoint", logit_kl=0.01)
+    study.write(
+        "variants",
+        table.reindex(columns=[*records.COLUMNS["variants"], *table.columns.difference(records.COLUMNS["variants"])]),
+    )
     own_flash = "" if runs else "needs a CUDA device"
     monkeypatch.setattr(inference.attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
-    variant, why = inference.choose(changed(study, eval_batch_size=size), torch.device("cpu"))
-    assert variant.name == chosen
-    assert f"the nearest to {size}" in why and "the fastest of" in why
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs", "chosen"),
+    [
+        ({}, True, "nf4-flash_attention_2"),  # as fast as the fastest within 5 %, and smaller
+        ({}, False, "fp16-sdpa"),
+        ({"eval_batch_size": 2}, True, "nf4-sdpa"),  # by the nearest batch size that was measured
+        ({"memory_limit_mb": 160.0}, False, "nf4-sdpa"),
+        ({"margin": 0.005}, True, "fp32-sdpa"),
+    ],
+)
+def test_auto_takes_the_best_variant_within_the_limits_that_runs_here(study, monkeypatch, changes, runs, chosen):
+    measured(study, monkeypatch, runs)
+    variant, why = inference.choose(changed(study, **changes), torch.device("cpu"))
+    assert variant.name == chosen and "the best within the limits" in why
+
+
+def test_the_recommendation_says_why_the_next_two_lose_and_when_nothing_fits(study, monkeypatch, predicted):
+    measured(study, monkeypatch)
+    text = inference.recommendation(study, predicted[0])
+    assert text.startswith("Deploy **NF4 · FlashAttention-2**: 15.3 ms at batch size 32 and 140 MB with all that")
+    assert "The next: FP16 · SDPA: as fast, but needs 2.1 times the memory; NF4 · SDPA: 1.3 times slower." in text
+    assert study.read_json("recommendation")["sentence"] == text.replace("**", "")
+    none = inference.recommendation(changed(study, latency_limit_ms=1.0), predicted[0])
+    assert none.startswith("**No measured variant is within the limits.** NF4 · FlashAttention-2: takes 15.3 ms, more")
+    assert none.endswith("Limits: 1 ms, a loss of 2 points of Top-1.")
 
 
 def test_predictions_of_other_pictures_are_not_replaced(study, predicted, tmp_path):

@@ -74,7 +74,7 @@ def test_the_whole_study_runs_and_leaves_its_files(smoke):
         table = records.read_table(smoke / "records" / f"{name}.csv")
         assert len(table) > 0
         assert list(table.columns[: len(records.COLUMNS[name])]) == list(records.COLUMNS[name])
-    for checkpoint in ("merged", "nf4", "int8"):
+    for checkpoint in ("merged", "nf4", "nf4-calibrated", "int8"):
         assert (smoke / "checkpoints" / checkpoint / "preprocessor_config.json").is_file()
     assert (smoke / "index.html").is_file()
 
@@ -111,7 +111,7 @@ def test_snakemake_knows_every_record(smoke):
     declared = (ROOT / "Snakefile").read_text()
     written = [file for file in (smoke / "records").iterdir() if file.is_file()]
     assert not [file.name for file in written if f'"{file.stem}"' not in declared and f'"{file.name}"' not in declared]
-    for checkpoint in ("merged", "nf4", "int8"):
+    for checkpoint in ("merged", "nf4", "nf4-calibrated", "int8"):
         assert (smoke / "checkpoints" / checkpoint / "provenance.json").is_file()
         assert f'"{checkpoint}"' in declared
 

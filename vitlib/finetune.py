@@ -1,9 +1,10 @@
-"""Notebook 1: fine-tune a base network, with LoRA or without, and save it as three self-sufficient checkpoints."""
+"""Notebook 1: fine-tune a base network, with LoRA or without, and save it as self-sufficient checkpoints."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from vitlib.report.tables import Column, Markdown
 from vitlib.study import files, origin, provenance
 from vitlib.study.params import is_hub_id, missing, used_by
 from vitlib.study.study import Study
-from vitlib.study.variants import Variant
+from vitlib.study.variants import FORMATS, Variant
 from vitlib.training import adapters, demo, trainer
 from vitlib.training.trainer import Examples, Recipe
 
@@ -58,6 +59,8 @@ TRAINED = {
 MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
 RELOAD_TOLERANCE = 1e-3
 BATCH = 32  # of the comparison with the checkpoints
+CHECKED = 64  # pictures whose logits must survive saving; a multiple of BATCH
+QUANTIZED = ("nf4", "nf4c", "int8")  # formats that get a checkpoint
 
 
 class FinetuneError(RuntimeError):
@@ -222,47 +225,68 @@ def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:
     return merged
 
 
-def save_checkpoints(study: Study, merged: nn.Module, base: Base, history: pd.DataFrame) -> dict[str, Path]:
-    """Write `merged`, `nf4` and `int8`; the quantized ones are made by transformers from the merged one."""
+class Saved(NamedTuple):
+    """A checkpoint's folder, and the logits of the network that was saved for the first validation pictures."""
+
+    folder: Path
+    logits: torch.Tensor
+
+
+def save_checkpoints(
+    study: Study, merged: nn.Module, base: Base, history: pd.DataFrame, decoded: dict[str, Decoded]
+) -> dict[str, Saved]:
+    """Write `merged` and, quantized from it, those of `QUANTIZED`; pictures of the training split calibrate."""
     merged.config.update(checkpoint.label_maps(base.labels))
     about = {"study": study.name, "origin": base.origin, "method": study.settings.method}
     about |= {"parameters": used_by(study.settings, "1_finetune"), "top1": float(history["top1"].iloc[-1])}
     about["versions"] = provenance.environment(parameters={})["versions"]
+    pixels, made = decoded["valid"].pixels[:CHECKED], {}
 
     def save(model: nn.Module, name: str, **note: object) -> Path:
-        made = about | note
-        return checkpoint.save(model, study.checkpoint(name), pre=base.preprocess, labels=base.labels, provenance=made)
+        how = {"pre": base.preprocess, "labels": base.labels, "provenance": about | note}
+        made[name] = Saved(checkpoint.save(model, study.checkpoint(name), **how), _logits(model, base, pixels))
+        return made[name].folder
 
-    paths = {"merged": save(merged, "merged", weights="fp16")}
-    # The merged file's checksum links the three: evaluation refuses checkpoints of different trainings.
-    about["merged_sha256"] = files.checksum(paths["merged"] / "model.safetensors")
-    for weights in ("nf4", "int8"):
-        quantized = checkpoint.quantize_checkpoint(paths["merged"], weights, base.device)
-        kept = [quantize.CLASSIFIER]
-        paths[weights] = save(quantized, weights, weights=weights, quantized_from="merged", kept_in_16_bit=kept)
-    return paths
+    folder = save(merged, "merged", weights="fp16")
+    # The merged file's checksum links them all: evaluation refuses checkpoints of different trainings.
+    about["merged_sha256"] = files.checksum(folder / "model.safetensors")
+    about |= {"quantized_from": "merged", "kept_in_16_bit": [quantize.CLASSIFIER]}
+    pictures, values = _calibration(decoded["train"], base, study.settings.calibration_pictures)
+    for weights in QUANTIZED:
+        row = FORMATS[weights]
+        quantized = checkpoint.quantize_checkpoint(folder, weights, base.device, values if row.calibrated else None)
+        save(quantized, row.checkpoint, weights=weights, **({"calibrated_on": pictures} if row.calibrated else {}))
+    return made
 
 
-def check_reload(merged: nn.Module, base: Base, paths: dict[str, Path], valid: Decoded) -> pd.DataFrame:
+def _calibration(train: Decoded, base: Base, count: int) -> tuple[list[str], torch.Tensor]:
+    """Names and normalised pixels (n, 3, h, w) of `count` training pictures, spread over the classes."""
+    names = {picture.file for picture in sources.evenly(train.pictures, count)}
+    rows = [row for row, picture in enumerate(train.pictures) if picture.file in names]
+    return sorted(names), base.preprocess.normalise(train.pixels[rows])
+
+
+def _logits(model: nn.Module, base: Base, pixels: torch.Tensor) -> torch.Tensor:
+    """float32 logits (n, classes) of an FP16 or quantized network for uint8 `pixels` (n, 3, h, w)."""
+    loaded = checkpoint.Loaded(model.eval(), base.preprocess, base.labels, base.device, torch.float16, Path(), 0.0)
+    return engine.logits(engine.Engine(loaded), pixels, BATCH)
+
+
+def check_reload(merged: nn.Module, base: Base, saved: dict[str, Saved], valid: Decoded) -> pd.DataFrame:
     """Load each saved checkpoint again and compare it with the model in memory; a row each.
 
     `from_merged`, the cost of quantization, is ‖found − merged‖ / ‖merged‖ of all logits. `reload_difference` compares
-    the first 64 with the network that was saved (quantized again); FinetuneError where it exceeds rounding.
+    the first with those of the network that was saved; FinetuneError where it exceeds rounding.
     """
-    rows, truth = [], base.labels.ids(valid.pictures).numpy()
-    memory = checkpoint.Loaded(merged, base.preprocess, base.labels, base.device, torch.float16, paths["merged"], 0.0)
-    expected = engine.logits(engine.Engine(memory), valid.pixels, BATCH)
-    for name, path in paths.items():
-        loaded = checkpoint.load(path.parent, Variant("fp16" if name == "merged" else name), base.device)
-        found = engine.logits(engine.Engine(loaded), valid.pixels, BATCH)  # in batches that the first 64 fill
-        saved_from = expected[:64]
-        if name != "merged":
-            again = checkpoint.quantize_checkpoint(paths["merged"], name, base.device)
-            saved_from = engine.logits(engine.Engine(replace(memory, model=again)), valid.pixels[:64], BATCH)
-        difference = tuning.relative_error(found[:64], saved_from)
+    rows, truth, expected = [], base.labels.ids(valid.pictures).numpy(), _logits(merged, base, valid.pixels)
+    for weights in ("fp16", *QUANTIZED):
+        folder, before = saved[FORMATS[weights].checkpoint]
+        loaded = checkpoint.load(folder.parent, Variant(weights), base.device)
+        found = engine.logits(engine.Engine(loaded), valid.pixels, BATCH)  # in batches that the first pictures fill
+        difference = tuning.relative_error(found[:CHECKED], before)
         if not difference <= RELOAD_TOLERANCE:
-            raise FinetuneError(f"{name} gives other logits than the network it was saved from ({difference:.1%})")
-        row = {"checkpoint": name, "disk_mb": checkpoint.disk_mb(path), "model_mb": loaded.weights_mb}
+            raise FinetuneError(f"{folder.name} gives other logits than the network that was saved ({difference:.1%})")
+        row = {"checkpoint": folder.name, "disk_mb": checkpoint.disk_mb(folder), "model_mb": loaded.weights_mb}
         row |= {"reload_difference": difference, "from_merged": tuning.relative_error(found, expected)}
         row |= {"top1": stats.topk_accuracy(found.numpy(), truth)}
         rows.append(row | {"same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item()})
@@ -337,11 +361,11 @@ def _copies(found: pd.DataFrame, valid: int) -> str:
 
 
 def _quantized(reloaded: pd.DataFrame, valid: int) -> str:
-    """What NF4 and INT8 save, and how many of the `valid` pictures change class."""
+    """What quantization saves, and how many of the `valid` pictures change class."""
     size, changed = reloaded["model_mb"], (valid * (1 - reloaded["same_class"])).round().astype(int)
     nf4, int8 = (f"{size['merged'] / size[name]:.1f} times" for name in ("nf4", "int8"))
     return (
-        f"NF4 takes {nf4} and INT8 {int8} less memory than FP16. They give {changed['nf4']} and {changed['int8']} of "
-        f"{valid:,} pictures another class than the FP16 checkpoint does, in batches of {BATCH} (notebook 2 compares "
-        "with its own baseline and batch size)."
+        f"NF4 takes {nf4} and INT8 {int8} less memory than FP16. Of {valid:,} pictures, INT8 gives {changed['int8']}, "
+        f"NF4 {changed['nf4']} and calibrated NF4, which is as small, {changed['nf4-calibrated']} another class than "
+        f"the FP16 checkpoint does, in batches of {BATCH} (notebook 2 compares with its own baseline and batch size)."
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitlib.measure import stats
+from vitlib.measure import recommend, stats
 from vitlib.network import attention, checkpoint, stream, verify
 from vitlib.network.engine import Engine
 from vitlib.pictures import decode, sources
@@ -79,11 +79,16 @@ def _source(pictures: str) -> str:
     return hashlib.sha256(pictures.encode()).hexdigest() if pictures else ""
 
 
+def _source_of(study: Study) -> Study:
+    """The study whose checkpoints and measurements are used, with the limits of this one."""
+    return Study.of(study.settings.model_copy(update={"study": study.settings.checkpoints_of or study.name}))
+
+
 def load(study: Study) -> Predictor:
     """The variant of the parameter set, with the checkpoints of `checkpoints_of` or of the study itself."""
     checkpoint.quiet_libraries()
     settings = study.settings
-    source = Study.of(settings.model_copy(update={"study": settings.checkpoints_of or study.name}))
+    source = _source_of(study)
     device = checkpoint.pick_device(settings.device)
     variant, why = choose(source, device)
     loaded = checkpoint.load(source.checkpoints, variant, device)
@@ -93,26 +98,59 @@ def load(study: Study) -> Predictor:
 def choose(study: Study, device: torch.device) -> tuple[Variant, str]:
     """The variant to use, and why.
 
-    `auto` is the one with the lowest median latency in `records/variants.csv` of those that run here, at the batch size
-    nearest to `eval_batch_size`; without such a record it is FP16 with SDPA on a GPU and FP32 with SDPA on a CPU.
+    `auto` is the first of `recommended` that runs here; without a record it is FP16 with SDPA on a GPU and FP32 with
+    SDPA on a CPU.
     """
-    settings = study.settings
-    if settings.variant != "auto":
-        return variants.find(settings.variant), "the parameter `variant` names it"
-    rows = study.read("variants") if study.has("variants") else pd.DataFrame(columns=["variant", "status"])
-    rows = rows[rows["status"] == "ok"].reindex(columns=["variant", "batch", "latency_p50_ms"]).dropna()
-    known = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
-    rows = rows[[bool(found) and not attention.not_runnable(found, device) for found in known]]
+    if study.settings.variant != "auto":
+        return variants.find(study.settings.variant), "the parameter `variant` names it"
+    rows = recommended(study, device)
     if rows.empty:
         default = Variant("fp16" if device.type == "cuda" else "fp32")
         return default, f"notebook 2 has measured no variant that runs here, and it is the default on {device.type}"
-    distance = (rows["batch"] - settings.eval_batch_size).abs()
-    nearest = rows[distance == distance.min()]
-    best = nearest.loc[nearest["latency_p50_ms"].idxmin()]
-    return variants.find(best["variant"]), (
-        f"it is the fastest of {len(nearest)} variants that notebook 2 measured and that run here, with "
-        f"{best['latency_p50_ms']:.3g} ms at batch size {best['batch']:.0f} (the nearest to {settings.eval_batch_size})"
+    if limit := rows["why"].iloc[0]:
+        return variants.find(rows["variant"].iloc[0]), f"no variant is within the limits, and it {limit}"
+    return variants.find(rows["variant"].iloc[0]), "of those measured that run here it is the best within the limits"
+
+
+def recommended(study: Study, device: torch.device) -> pd.DataFrame:
+    """`recommend.ranked` of the variants that run here, with the study's limits; empty without a record."""
+    settings = study.settings
+    if not study.has("variants"):
+        return pd.DataFrame(columns=["variant", "why"])
+    rows = study.read("variants")
+    known = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
+    rows = rows[[bool(found) and not attention.not_runnable(found, device) for found in known]]
+    limits = {"memory_mb": settings.memory_limit_mb, "latency_ms": settings.latency_limit_ms}
+    return recommend.ranked(rows, settings.eval_batch_size, margin=settings.margin, **limits)
+
+
+def recommendation(study: Study, predictor: Predictor) -> Markdown:
+    """Which measured variant to deploy on this device and why the next two lose; also `records/recommendation.json`."""
+    rows = recommended(_source_of(study), predictor.engine.loaded.device)
+    text = (
+        _advice(rows, study) if len(rows) else "Notebook 2 has measured no variant that runs here: none is recommended."
     )
+    study.write_json("recommendation", {"sentence": text.replace("**", ""), "limits": _limits(study)})
+    return Markdown(text)
+
+
+def _limits(study: Study) -> list[str]:
+    """The study's limits in words."""
+    settings = study.settings
+    limits = [f"{settings.memory_limit_mb:g} MB"] * bool(settings.memory_limit_mb)
+    limits += [f"{settings.latency_limit_ms:g} ms"] * bool(settings.latency_limit_ms)
+    return [*limits, f"a loss of {100 * settings.margin:g} points of Top-1"]
+
+
+def _advice(rows: pd.DataFrame, study: Study) -> str:
+    """The first of `recommended` in a sentence, and why the next two lose."""
+    reasons = [f"{variants.label(row.variant)}: {row.why}" for row in rows.head(3).itertuples()]
+    limits, best = f" Limits: {', '.join(_limits(study))}.", rows.iloc[0]
+    if best["why"]:
+        return f"**No measured variant is within the limits.** {'; '.join(reasons)}.{limits}"
+    said = f"Deploy **{variants.label(best['variant'])}**: {best['latency_p50_ms']:.3g} ms at batch size "
+    said += f"{best['batch']:.0f} and {best['peak_memory_mb']:,.0f} MB with all that a call needs."
+    return said + (f" The next: {'; '.join(reasons[1:])}." if reasons[1:] else "") + limits
 
 
 def find_pictures(study: Study) -> tuple[list[Picture], list[tuple[str, str]]]:

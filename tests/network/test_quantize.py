@@ -72,10 +72,10 @@ def test_model_mb_counts_every_byte_once_and_scales_of_both_levels():
     assert verify.model_mb(layer) == pytest.approx((codes + scales + tables) / 2**20)
 
 
-def test_quantized_copy_shares_norms_and_leaves_the_original_alone():
+def test_an_exchanged_block_shares_norms_and_leaves_the_original_alone():
     labels = Labels(("a", "b"), ("a", "b"))
     block = checkpoint.new("vit-micro", image_size=32, labels=labels).half().eval().vit.layers[0]
-    twin = quantize.quantized_copy(block, 4)
+    twin = quantize.exchanged(block, lambda _, linear: quantize.quantize_linear(linear, 4))
     assert twin.layernorm_before is not None
     assert twin.layernorm_before.weight is block.layernorm_before.weight
     assert type(block.mlp.fc1) is nn.Linear

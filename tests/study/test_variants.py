@@ -27,7 +27,7 @@ def test_formats_are_told_apart():
 
 
 def test_every_name_is_read_back_as_the_variant_it_names():
-    assert len(VARIANTS) == 68 and all(find(name) == variant for name, variant in VARIANTS.items())
+    assert len(VARIANTS) == 92 and all(find(name) == variant for name, variant in VARIANTS.items())
     five = {"fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-flash_attention_2", "int8-flash_attention_2"}
     assert five <= {variant.name for variant in DEFAULTS} <= set(VARIANTS)  # those of the original study
     assert find("fp16-direct-fused-graph-tanh") == Variant("fp16", "direct", "fused-graph", "tanh")

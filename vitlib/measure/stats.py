@@ -27,6 +27,11 @@ class Interval(NamedTuple):
     high: float
 
 
+def columns(name: str, interval: Interval) -> dict[str, float]:
+    """The columns `name`, `<name>_low` and `<name>_high` of a record's row."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+
+
 class McNemar(NamedTuple):
     """Images the variant lost and gained against the baseline, and the exact two-sided p."""
 
@@ -176,20 +181,45 @@ def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, s
     The mean Spearman correlation of the blocks' means in the two halves of `repeats` random splits. Splits with a half
     in which all blocks tie are left out and counted. NaN if none is left; ValueError below two blocks or images.
     """
+    each = _spearman(*random_halves(per_image_values, repeats=repeats, seed=seed))
+    defined = each[~np.isnan(each)]
+    r = float(defined.mean()) if defined.size else math.nan
+    return SplitHalf(r, splits=repeats, undefined=repeats - defined.size)
+
+
+def random_halves(per_image_values: ArrayLike, *, repeats: int = 200, seed: int = 0) -> tuple[NDArray, NDArray]:
+    """Means over the two halves of `repeats` random splits of the images; (n, n_images) in, twice (repeats, n) out.
+
+    ValueError below two rows or images.
+    """
     values = np.asarray(per_image_values, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2:
         raise ValueError(f"expected (n_blocks, n_images), both at least 2, got {values.shape}")
     first = np.arange(values.shape[1]) < values.shape[1] // 2
     masks = np.random.default_rng(seed).permuted(np.tile(first, (repeats, 1)), axis=1)
     halves = (mask.astype(np.float64) for mask in (masks, ~masks))
-    means = (half @ values.T / half.sum(axis=1, keepdims=True) for half in halves)
-    ranks = (scipy.stats.rankdata(mean, axis=1) for mean in means)
+    return tuple(half @ values.T / half.sum(axis=1, keepdims=True) for half in halves)
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Spearman's rank correlation of two scores of n things, with a percentile bootstrap interval (95 %) over these.
+
+    Both inputs (n,), or (m, n) for m measurements of both, as `random_halves` gives: then the mean over them, and each
+    resample draws one. NaN where a side ties throughout.
+    """
+    a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
+    rng, size = np.random.default_rng(seed), (resamples, a.shape[1])
+    rows, columns = rng.integers(len(a), size=(resamples, 1)), rng.integers(a.shape[1], size=size)
+    found = _spearman(a[rows, columns], b[rows, columns])
+    return Interval(float(np.mean(_spearman(a, b))), *map(float, np.nanpercentile(found, [2.5, 97.5])))
+
+
+def _spearman(first: NDArray, second: NDArray) -> NDArray[np.float64]:
+    """Spearman's correlation of each row of two arrays (m, n); NaN where a row ties throughout."""
+    ranks = (scipy.stats.rankdata(values, axis=1) for values in (first, second))
     a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore", divide="ignore"):
-        each = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    defined = each[~np.isnan(each)]
-    mean = float(defined.mean()) if defined.size else math.nan
-    return SplitHalf(mean, splits=repeats, undefined=repeats - defined.size)
+        return (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
 
 
 def samples_needed(q: float) -> int:

@@ -6,6 +6,7 @@ id→label names, preprocessing, `labels.json` (class folders by id) and `proven
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from vitlib.network import attention, dinov2, quantize, verify
+from vitlib.network import attention, calibrate, dinov2, plan, quantize, verify
 from vitlib.pictures import preprocess
 from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Labels
@@ -150,23 +151,51 @@ def _refuse_random_weights(source: str, loading: dict[str, object], allowed: str
         )
 
 
-def quantize_checkpoint(merged: Path, weights: str, device: torch.device) -> nn.Module:
-    """The network of a merged checkpoint in the format `weights`, quantized by transformers while it loads."""
+def quantize_checkpoint(
+    merged: Path, weights: str, device: torch.device, calibration: torch.Tensor | None = None
+) -> nn.Module:
+    """The network of a merged checkpoint in the format `weights`, quantized by transformers while it loads.
+
+    A calibrated format needs normalised pictures for `calibration` (n, 3, h, w), float32.
+    """
     row = FORMATS[weights]
     dtype = getattr(torch, row.dtype)
-    return _from_pretrained(merged, dtype, device, quantization_config=quantize.config(row.bits, dtype))[0].eval()
+    quantized = _from_pretrained(merged, dtype, device, quantization_config=quantize.config(row.bits, dtype))[0].eval()
+    if row.calibrated:
+        calibrate.calibrate(_from_pretrained(merged, torch.float32, device)[0].eval(), quantized, calibration)
+    return quantized
 
 
-def save(model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: dict[str, object]) -> Path:
-    """Write a self-sufficient checkpoint to `folder`, complete or not at all."""
+def save(
+    model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: Mapping[str, object],
+    more: Mapping[str, object] | None = None,
+) -> Path:  # fmt: skip
+    """Write a self-sufficient checkpoint to `folder`, complete or not at all; `more` are JSON files by name."""
     with files.atomic_path(folder) as target:
         model.save_pretrained(target)
         pre.save(target)
         pairs = zip(labels.folders, labels.names, strict=True)
         entries = [{"id": number, "folder": key, "name": name} for number, (key, name) in enumerate(pairs)]
         records.write_json(entries, target / "labels.json")
-        records.write_json({**provenance, "preprocessing": pre.describe()}, target / "provenance.json")
+        for name, value in (
+            {"provenance.json": {**provenance, "preprocessing": pre.describe()}} | (more or {})
+        ).items():
+            records.write_json(value, target / name)
     return folder
+
+
+def save_mixed(checkpoints: Path, chosen: Mapping[str, str], device: torch.device, note: Mapping[str, object]) -> Path:
+    """Write the checkpoint `mixed` beside those that it is made of, with `chosen` in its `plan.json`; see `plan`."""
+    merged, folder = checkpoints / plan.CHECKPOINTS["fp16"], checkpoints / "mixed"
+    nf4 = quantize.config(4, torch.float16, plan.kept(chosen)) if "nf4" in chosen.values() else None
+    model = _from_pretrained(merged, torch.float16, device, quantization_config=nf4)[0].eval()
+    sources = {form: checkpoints / plan.CHECKPOINTS[form] for form in {"nf4", "int8"} & set(chosen.values())}
+    networks = {form: _from_pretrained(source, torch.float16, device)[0].eval() for form, source in sources.items()}
+    plan.fill(model, networks, chosen)
+    about = {"weights": "mixed", "quantized_from": merged.name, **note}
+    about["merged_sha256"] = files.checksum(merged / "model.safetensors")
+    own = {"pre": preprocess.load(merged), "labels": read_labels(merged), "provenance": about}
+    return save(model, folder, **own, more={plan.FILE: dict(chosen)})
 
 
 def read_labels(folder: Path) -> Labels:
@@ -212,6 +241,8 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)
     _refuse_random_weights(str(folder), loading)
     model.eval()
+    if variant.format.planned:
+        model.config.plan = records.read_json(folder / plan.FILE)
     verify.verify(model, variant)
     return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant)
 

@@ -6,7 +6,7 @@ QKV product; and after the attention of the last block only the class token, as 
 exact saving: nothing that is left out enters the logits). The checkpoint itself is not changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vitlib.network import attention, layers
+from vitlib.network import attention, layers, plan
 from vitlib.network.blocks import BlockBuffers, BlockWeights, can_run
 from vitlib.network.kernels import norms
 from vitlib.network.kernels.attention import AttentionConfig, attention_configs
@@ -202,24 +202,36 @@ class Block(nn.Module):
 
 
 class Maker(NamedTuple):
-    """How the linears of a network are made: `kind` of `layers.CLASSES`, tokens of a picture, dtype, device."""
+    """How the linears of a network are made: `kind` of `layers.CLASSES`, tokens of a picture, dtype, device.
+
+    In a network of several formats, `kinds` has that of each linear.
+    """
 
     kind: str
     tokens: int
     dtype: torch.dtype
     device: torch.device
+    kinds: Mapping[nn.Linear, str] | None = None
 
     def __call__(self, *sources: nn.Linear, only_class: bool = False) -> Linear:
-        made = layers.make(sources, self.kind)
-        made.rows_per_picture, made.dtype = 1 if only_class else self.tokens, self.dtype
+        made = self._planned(sources) if self.kinds else layers.make(sources, self.kind)
+        for part in (made, *getattr(made, "parts", ())):
+            part.rows_per_picture, part.dtype = 1 if only_class else self.tokens, self.dtype
         return made
+
+    def _planned(self, sources: Sequence[nn.Linear]) -> Linear:
+        kinds = [self.kinds[source] for source in sources]
+        if len(set(kinds)) == 1:
+            return layers.CLASSES[kinds[0]](sources)
+        return layers.Parts([layers.CLASSES[kind]([source]) for kind, source in zip(kinds, sources, strict=True)])
 
 
 class FusedViT(nn.Module):
     """`network(pixel_values) -> logits` (n, classes) of a transformers ViT, for evaluation only.
 
     It shares that network's tensors, but copies query, key and value into one. `kind` is the class of the encoder's
-    linears, `gelu` what the MLPs compute in their product ("erf", "tanh", or None for another activation).
+    linears, unless `config.plan` has one for each; `gelu` is what the MLPs compute in their product ("erf", "tanh", or
+    None for another activation).
     """
 
     def __init__(self, model: nn.Module, *, kind: str, gelu: str | None) -> None:
@@ -227,7 +239,9 @@ class FusedViT(nn.Module):
         self.config, self.gelu = model.config, gelu
         vit, positions = model.vit, model.vit.embeddings.position_embeddings
         self.embedding = Embedding(vit.embeddings)
-        make = Maker(kind, positions.shape[1], positions.dtype, positions.device)
+        chosen, named = getattr(model.config, "plan", None), plan.linears(model)
+        kinds = {named[name]: plan.KINDS[form] for name, form in chosen.items()} if chosen else None
+        make = Maker(kind, positions.shape[1], positions.dtype, positions.device, kinds)
         self.first_norm = vit.layers[0].layernorm_before
         self.blocks = nn.ModuleList(_blocks(vit, gelu, make))
         self.block_weights: list[BlockWeights] = []

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vitlib.network import quantize
 from vitlib.network.kernels import dequantize, products, triton_support
 from vitlib.network.kernels.dequantize import BLOCK
 from vitlib.network.kernels.products import Config
-from vitlib.network.quantize import INT8_MAX
 from vitlib.network.tuning import Implementation, Tuned
 
 
@@ -155,7 +155,7 @@ class NF4(WeightOnly):
         weights = self.out_features * self.in_features
         self.repacked = weights % dequantize.GROUP == 0 and use_kernels(packed.device)
         self.register_buffer("packed", dequantize.repack_nf4(packed) if self.repacked else packed)
-        self.register_buffer("absmax", _joined([_expanded(state) for state in states]))
+        self.register_buffer("absmax", _joined([quantize.scales_of(state) for state in states]))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         shape = [self.out_features, self.in_features]
@@ -183,12 +183,19 @@ class Int8(Rows):
 
     def __init__(self, layers: Sequence[bnb.nn.Linear8bitLt]) -> None:
         maxima = [layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB for layer in layers]
-        rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / INT8_MAX
+        rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / quantize.INT8_MAX
         super().__init__(rows, scales, _bias(layers))
 
 
 class Int8WeightOnly(Int8, WeightOnly):
-    """int8 rows, dequantized and then multiplied in the input's dtype."""
+    """int8 rows, dequantized and then multiplied in the input's dtype; also of FP16 weights that are on such a grid."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        if isinstance(layers[0], bnb.nn.Linear8bitLt):
+            super().__init__(layers)
+        else:
+            weight = _joined([layer.weight for layer in layers])
+            Rows.__init__(self, *products.quantize_rows(weight, torch.int8), _bias(layers))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty_like(self.rows, dtype=dtype)
@@ -196,6 +203,21 @@ class Int8WeightOnly(Int8, WeightOnly):
             dequantize.dequantize_int8(self.rows.view(-1), self.scales, out.view(-1))
             return out
         return torch.mul(self.rows, self.scales[:, None], out=out)  # computed in fp32 and rounded once
+
+
+class Parts(WeightOnly):
+    """Linears of several formats with the same inputs: one product with their weights side by side."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        super().__init__(sum(part.out_features for part in parts), parts[0].in_features, bias)
+        self.step, self.parts = Step(), nn.ModuleList(parts)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([part.weight if isinstance(part, Dense) else part.weight(dtype) for part in self.parts])
+
+    def alike(self) -> tuple:
+        return *super().alike(), *(type(part) for part in self.parts)
 
 
 class EightBit(Rows):
@@ -285,13 +307,6 @@ def make(layers: Sequence[nn.Linear], kind: str) -> Linear:
     if CLASSES[kind].source is not stored:
         raise ValueError(f"a {stored.__name__} cannot be computed as {kind}: load the checkpoint that holds it")
     return CLASSES[kind](layers)
-
-
-def _expanded(state: "bnb.functional.QuantState") -> torch.Tensor:
-    """The fp32 scale of each block of 64."""
-    if not state.nested:  # without double quantization
-        return state.absmax.float()
-    return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

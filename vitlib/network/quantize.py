@@ -7,6 +7,8 @@ a ViT's classifier input, a strided view of the class token, as if it were conti
 batch over 1 wrong.
 """
 
+from collections.abc import Callable, Sequence
+
 import bitsandbytes as bnb
 import torch
 from torch import nn
@@ -17,8 +19,10 @@ INT8_THRESHOLD = 6.0
 INT8_MAX = 127.0  # bitsandbytes' int8 weight is code · SCB / 127, with SCB the largest absolute value of the row
 
 
-def config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def config(bits: int, compute_dtype: torch.dtype, kept: Sequence[str] = (CLASSIFIER,)) -> BitsAndBytesConfig:
     """transformers' quantization settings: NF4 for 4 `bits`, LLM.int8() for 8. ValueError for any other number.
+
+    The modules `kept` stay in 16 bits.
 
     `llm_int8_skip_modules` is the list for both formats. An empty list would mean "quantize everything", and
     transformers' own default does quantize a ViT's classifier.
@@ -27,7 +31,7 @@ def config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(f"bitsandbytes stores weights in 4 or 8 bits, not in {bits}")
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
     own = {"load_in_4bit": True, **nf4} if bits == 4 else {"load_in_8bit": True, "llm_int8_threshold": INT8_THRESHOLD}
-    return BitsAndBytesConfig(**own, llm_int8_skip_modules=[CLASSIFIER])
+    return BitsAndBytesConfig(**own, llm_int8_skip_modules=list(kept))
 
 
 class Linear8bitContiguous(bnb.nn.Linear8bitLt):
@@ -56,13 +60,36 @@ def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
     return layer.eval()
 
 
-def quantized_copy(module: nn.Module, bits: int) -> nn.Module:
-    """`module` with every linear in it quantized; other parameters are shared with the original, not copied."""
+def scales_of(state: "bnb.functional.QuantState") -> torch.Tensor:
+    """The fp32 scale of each block of 4-bit weights (blocks,)."""
+    if not state.nested:  # without double quantization
+        return state.absmax.float()
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
+def set_codes(layer: bnb.nn.Linear4bit, codes: torch.Tensor) -> None:
+    """Replace the 4-bit codes of a layer by these (out, in), two in a byte, the first in the high half."""
+    pairs = codes.to(torch.uint8).flatten().view(-1, 2)
+    layer.weight.data = ((pairs[:, 0] << 4) | pairs[:, 1]).view(layer.weight.shape)
+
+
+def dequantized(layer: nn.Linear) -> torch.Tensor:
+    """The weight (out, in) of a bitsandbytes layer that has not run yet, in float32; of another, the weight itself."""
+    weight = layer.weight.data
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight, layer.weight.quant_state).float()
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return weight.float() * (layer.weight.SCB.float() / INT8_MAX)[:, None]
+    return weight.float()
+
+
+def exchanged(module: nn.Module, twin: Callable[[str, nn.Linear], nn.Module], name: str = "") -> nn.Module:
+    """`module` with `twin(name, linear)` in place of each linear; all else is shared with the original, not copied."""
     if isinstance(module, nn.Linear):
-        return quantize_linear(module, bits)
+        return twin(name, module)
     clone = module.__new__(type(module))
     clone.__dict__ = module.__dict__.copy()
-    clone._modules = {name: quantized_copy(child, bits) for name, child in module.named_children()}
+    clone._modules = {key: exchanged(child, twin, f"{name}.{key}".strip(".")) for key, child in module.named_children()}
     return clone
 
 

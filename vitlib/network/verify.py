@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from vitlib.measure import profile
-from vitlib.network import quantize
+from vitlib.network import plan, quantize
 from vitlib.network.fused import Block, FusedViT
-from vitlib.network.layers import Dense, Linear
+from vitlib.network.layers import Dense, Linear, Parts
 from vitlib.study.variants import DIRECT, Variant
 
 MB = 2**20  # "MB" is 1,048,576 bytes everywhere, as in the original study (ViT-L/16 in FP32: 1157.4)
 
 
+_STORED = {"fp16": "Linear", "int8": "Linear", "nf4": "Linear4bit"}  # class of a linear by its format in a plan
 ATTRIBUTION_LIMIT = 0.05  # share of the device time that may belong to no part of the model
 
 
@@ -31,7 +32,8 @@ def evidence(model: nn.Module) -> dict[str, object]:
     """What the module really is: encoder linear classes, dtypes of the other weights, attention, classifier."""
     classifier, compute, dtypes = type(model.classifier).__name__, set(), set()
     if isinstance(model, FusedViT):
-        encoder, attention = [module for module in model.blocks.modules() if isinstance(module, Linear)], DIRECT
+        linears = [module for module in model.blocks.modules() if isinstance(module, Linear)]
+        encoder, attention = [module for module in linears if not isinstance(module, Parts)], DIRECT
         classifier = "Linear" if classifier == "Dense" else classifier
         for module in model.modules():  # blocks themselves hold scales of quantized weights
             held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
@@ -58,13 +60,18 @@ def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
     The plain network that a fused variant is made from must hold what its checkpoint stores.
     """
     found, row = evidence(model), variant.format
-    kind = row.fused if isinstance(model, FusedViT) else row.stored
+    kinds = {row.fused if isinstance(model, FusedViT) else row.stored}
     expected = {"attention": variant.attention, "classifier": "Linear", "training": False, "dtypes": [row.dtype]}
     if found["compute_dtypes"]:
         expected["compute_dtypes"] = [row.dtype]
     faults = [f"{key} is {found[key]}, asked was {value}" for key, value in expected.items() if found[key] != value]
-    if set(found["encoder_linears"]) != {kind}:
-        faults.append(f"encoder linears are {found['encoder_linears']}, asked was {kind} only")
+    if row.planned:
+        chosen = getattr(model.config, "plan", {})
+        kinds = {plan.KINDS[form] if isinstance(model, FusedViT) else _STORED[form] for form in chosen.values()}
+        if not isinstance(model, FusedViT) and (wrong := plan.contradictions(chosen, model)):
+            faults.append(f"{wrong[0]} has not the format of the plan")
+    if set(found["encoder_linears"]) != kinds:
+        faults.append(f"encoder linears are {found['encoder_linears']}, asked was {' and '.join(sorted(kinds))} only")
     if faults:
         raise EvidenceError(f"{variant.name}: " + "; ".join(faults))
     return found

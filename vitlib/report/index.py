@@ -51,6 +51,7 @@ def write(folder: str | Path) -> Path:
         readme=(study.folder / "README.md").is_file(),
         cards=shown,
         facts=_facts(study, made, about),
+        advice=_advice(study),
         table="" if frame.empty else page.linked(tables.table(frame, columns).to_html()),
         note=note,
         files=_files(study, "."),
@@ -160,6 +161,14 @@ def _sentence(study: Study, made: Any, frame: pd.DataFrame) -> str:
         f"measured on {machine}" if machine else "",
     ]
     return ", ".join(filter(None, words)) + "."
+
+
+def _advice(study: Study) -> str:
+    """Which variant notebook 4 says to deploy, '' before it has run."""
+    try:
+        return study.read_json("recommendation")["sentence"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _files(study: Study, below: str) -> list[str]:

@@ -354,59 +354,18 @@ def roofline(table: pd.DataFrame) -> Plot:
 
 def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
     """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16."""
-    shown = blocks.assign(**dict.fromkeys(("shown", "shown_low", "shown_high"), 100 * blocks["kl_removed"]))
-    plot = _block_bars(shown, "error removed (%)", "block kept in FP16 (dotted: equal share)", "{:.0f} %")
-    for axis in plot.figure.axes:
+    panels, said = list(blocks.groupby("bits")), []
+    figure = _figure(1, len(panels), width=5.2 * len(panels), height=3.4)
+    for axis, (bits, rows) in zip(figure.axes, panels, strict=True):
+        shares = 100 * rows.set_index("block")["kl_removed"]
+        axis.bar(shares.index, shares, color=[_BLUE if block == shares.idxmax() else _PALE for block in shares.index])
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.axhline(100 / len(axis.patches), color="black", linestyle=":", linewidth=1)
-    return plot
-
-
-def alone_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the quantization error (KL) when it alone is quantized, with its interval."""
-    shown = blocks.rename(columns=lambda name: name.replace("kl_alone", "shown"))
-    return _block_bars(shown, "error (KL, nats)", "block quantized, all others in FP16", "{:.1e}")
-
-
-def _block_bars(blocks: pd.DataFrame, ylabel: str, xlabel: str, form: str) -> Plot:
-    """A bar a block as high as `shown`, with its interval; the highest is dark and has a label."""
-    said = []
-    for axis, rows in _by_bits(blocks):
-        first = rows["shown"].idxmax()
-        block, others = int(rows.loc[first, "block"]), rows["shown"].drop(first)
-        colours = [_BLUE if at == first else _PALE for at in rows.index]
-        axis.bar(rows["block"], rows["shown"], yerr=_around(rows, "shown"), color=colours)
-        left = block < rows["block"].median()  # the label extends towards the middle
-        place = (block - 0.4 if left else block + 0.4, max(0, rows.loc[first, "shown_high"]))
-        style = {"ha": "left" if left else "right", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2)}
-        label = f"block {block}: {form.format(rows.loc[first, 'shown'])}"
-        axis.annotate(label, place, **style)
-        axis.margins(y=0.12)
-        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axis.axhline(100 / len(shares), color="black", linestyle=":", linewidth=1)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="x", visible=False)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        said.append(f"{axis.get_title()}, {label}{f', others at most {form.format(others.max())}' * bool(len(others))}")
-    return Plot(axis.figure, f"{ylabel.capitalize()} by {xlabel}. {'; '.join(said)}.")
-
-
-def kept_parts(frame: pd.DataFrame, kept: Mapping[str, str]) -> Plot:
-    """The error (KL) left when some parts stay in FP16, in percent of that of the first, by their names in words."""
-    said = []
-    for axis, rows in _by_bits(frame[frame["kept"].isin(kept)], height=0.4 * len(kept) + 1.2):
-        rows = rows.set_index("kept").reindex(kept)
-        whole = 100 / rows["logit_kl"].iloc[0]
-        shares = whole * rows["logit_kl"]
-        axis.barh(list(kept.values()), shares, xerr=whole * _around(rows, "logit_kl"), capsize=4, color=_PALE)
-        for at, (share, end) in enumerate(zip(shares, whole * rows["logit_kl_high"], strict=True)):
-            axis.annotate(f"{share:.0f} %", (end, at), xytext=(6, 0), textcoords="offset points", va="center")
-        axis.margins(x=0.15)
-        axis.invert_yaxis()
-        axis.grid(axis="y", visible=False)
-        axis.set(xlabel="error left (%), 95 % interval", ylabel="kept in FP16")
-        listed = (f"{name} {share:.0f} %" for name, share in zip(kept.values(), shares, strict=True))
-        said.append(f"at {axis.get_title()}, {', '.join(listed)}")
-    return Plot(axis.figure, f"Quantization error (KL) left when a part stays in FP16: {'; '.join(said)}.")
+        axis.set(title=f"{bits} bits", xlabel="block kept in FP16 (dotted: equal share)", ylabel="error removed (%)")
+        said.append(f"{bits} bits, block {shares.idxmax()}: {shares.max():.0f} %")
+    return Plot(figure, f"Error (KL) removed when one block is kept in FP16, the most: {'; '.join(said)}.")
 
 
 def verdict_bars(counts: pd.Series) -> Plot:
@@ -420,10 +379,97 @@ def verdict_bars(counts: pd.Series) -> Plot:
     return Plot(axis.figure, f"Claims by verdict: {', '.join(f'{kind} {count}' for kind, count in counts.items())}.")
 
 
-def _by_bits(frame: pd.DataFrame, height: float = 3.4) -> list[tuple[Axes, pd.DataFrame]]:
-    """A panel of one figure for each number of bits, with its rows."""
-    panels = list(frame.groupby("bits"))
-    figure = _figure(1, len(panels), width=5.2 * len(panels), height=height)
-    for axis, (bits, _) in zip(figure.axes, panels, strict=True):
-        axis.set_title(f"{bits} bits")
-    return [(axis, rows) for axis, (_, rows) in zip(figure.axes, panels, strict=True)]
+def front(plans: pd.DataFrame) -> Plot:
+    """KL (log) against bits a weight: a line of searched plans, plans kept by hand, and one format in all linears."""
+    (axis,) = _figure(width=8, height=4.6).axes
+    rows = plans[plans["kl"] > 0].sort_values("bits")  # FP16 itself has none
+    searched, kept = (rows[rows["kind"] == kind] for kind in ("searched", "kept by hand"))
+    looks = [(searched, "searched plan", COLOURS["mixed"], "o-"), (kept, "blocks kept in FP16 by hand", _GREY, "x")]
+    for own, label, colour, line in looks:
+        style = {"capsize": 2, "elinewidth": 1, "markersize": 6, "color": colour, "label": label}
+        axis.errorbar(own["bits"], own["kl"], yerr=_around(own, "kl"), fmt=line, **style)
+    for one in rows[rows["kind"] == "one format"].itertuples():
+        bars = [[one.kl - one.kl_low], [one.kl_high - one.kl]]
+        axis.errorbar(one.bits, one.kl, yerr=bars, fmt="D", markersize=8, capsize=3, color=COLOURS[one.format])
+        axis.annotate(one.name, (one.bits, one.kl), (9, 4), textcoords="offset points", fontsize=11)
+    axis.set_yscale("log")
+    axis.set(xlabel="bits a weight, all linear layers of the encoder", ylabel="KL from FP16 (nats, log scale)")
+    axis.legend(frameon=False)
+    said = [f"{name} {one['bits']:.2f} bits, {one['kl']:.1e}" for name, one in rows.set_index("name").iterrows()]
+    return Plot(axis.figure, f"KL on validation pictures by plan: {'; '.join(said)}.")
+
+
+def predicted(random: pd.DataFrame, plans: pd.DataFrame) -> Plot:
+    """Measured against predicted KL, both log: random mixtures on the pictures of the search, plans on others."""
+    (axis,) = _figure(width=6.4, height=4.6).axes
+    mixed = plans[(plans["format"] == "mixed")].rename(columns={"predicted_kl": "shown"})
+    shown = {"random mixtures, sum of single linears": (random.rename(columns={"predicted": "shown"}), _GREY, "o")}
+    if random["predicted_pairs"].notna().any():
+        shown["random mixtures, with pairs"] = (random.rename(columns={"predicted_pairs": "shown"}), _ORANGE, "s")
+    shown["plans, on validation pictures"] = (mixed, COLOURS["mixed"], "D")
+    for label, (rows, colour, marker) in shown.items():
+        style = {"fmt": marker, "color": colour, "markersize": 5, "elinewidth": 1, "label": label}
+        axis.errorbar(rows["shown"], rows["kl"], yerr=_around(rows, "kl"), **style)
+    ends = [
+        min(axis.get_xlim()[1], mixed["shown"].min(), random["kl"].min()),
+        max(mixed["kl"].max(), random["kl"].max()),
+    ]
+    axis.plot(ends, ends, color="black", linewidth=0.8)
+    axis.set(
+        xscale="log", yscale="log", xlabel="predicted KL (nats, log scale)", ylabel="measured KL (nats, log scale)"
+    )
+    axis.tick_params(which="minor", labelbottom=False, labelleft=False)
+    axis.legend(frameon=False, fontsize=9)
+    ratios = {label: np.median(rows["kl"] / rows["shown"]) for label, (rows, *_) in shown.items()}
+    said = "; ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items())
+    return Plot(axis.figure, f"Measured KL as a multiple of the predicted, median: {said}.")
+
+
+def linear_grid(sensitivity: pd.DataFrame, kinds: Mapping[str, str]) -> Plot:
+    """KL of each linear alone in low precision, block by block; a panel a format of `kinds`, with its name in words."""
+    from matplotlib.colors import LogNorm
+
+    panels = {name: sensitivity[sensitivity["format"] == kind] for kind, name in kinds.items()}
+    kl = pd.concat(panels.values())["kl"].clip(lower=np.finfo(float).tiny)
+    figure, said = _figure(1, len(panels), width=5 * len(panels), height=2.6), []
+    for axis, (name, rows) in zip(figure.axes, panels.items(), strict=True):
+        table = rows.pivot(index="linear", columns="block", values="kl").loc[rows["linear"].unique()]
+        shown = axis.imshow(table, norm=LogNorm(kl.min(), kl.max()), cmap="Blues", aspect="auto")
+        _label_grid(axis, table)
+        axis.set_title(name)
+        most = rows.loc[rows["kl"].idxmax()]
+        said.append(f"{name}, largest {most['linear']} of block {most['block']} with {most['kl']:.1e}")
+    figure.colorbar(shown, ax=figure.axes, label="KL (nats, log scale)")
+    return Plot(figure, f"KL of one linear layer in low precision: {'; '.join(said)}.")
+
+
+def plan_grid(plan: Mapping[str, str], kinds: Mapping[str, str]) -> Plot:
+    """The format of each linear, block by block; `plan` has it by the linear's name, `kinds` what it is called."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    parts = [(name.split(".")[-1].removesuffix("_proj"), int(name.split(".")[1]), kind) for name, kind in plan.items()]
+    rows = pd.DataFrame(parts, columns=["linear", "block", "kind"])
+    colours = {"fp16": COLOURS["fp16"], "int8": COLOURS["w8a16"], "nf4": COLOURS["nf4c"]}
+    table = rows.assign(kind=rows["kind"].map(list(kinds).index)).pivot(index="linear", columns="block", values="kind")
+    table = table.loc[rows["linear"].unique()]
+    (axis,) = _figure(width=8, height=2.6).axes
+    palette = ListedColormap([colours[kind] for kind in kinds])
+    axis.imshow(table, cmap=palette, vmin=-0.5, vmax=len(kinds) - 0.5, aspect="auto")
+    _label_grid(axis, table)
+    counts = {kind: int((rows["kind"] == kind).sum()) for kind in kinds}
+    _legend(axis, handles=[Patch(color=colours[kind], label=f"{kinds[kind]} ({counts[kind]})") for kind in kinds])
+    said = ", ".join(f"{counts[kind]} in {name}" for kind, name in kinds.items())
+    return Plot(axis.figure, f"Formats of the {len(rows)} linear layers: {said}.")
+
+
+def _label_grid(axis: Axes, table: pd.DataFrame) -> None:
+    """Names of linears and blocks beside a picture of `table`, whose cells are apart by white lines."""
+    axis.set_yticks(range(len(table)), table.index)
+    axis.set_xticks(range(0, len(table.columns), max(1, len(table.columns) // 12)))
+    axis.set_xticks(np.arange(-0.5, len(table.columns)), minor=True)
+    axis.set_yticks(np.arange(-0.5, len(table)), minor=True)
+    axis.grid(visible=False)
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="both", length=0)
+    axis.set(xlabel="block", axisbelow=False)

@@ -58,7 +58,7 @@ class Parameters(BaseModel):
     method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
     pictures: str = _field("", "folder of pictures, flat or in class folders; empty: the test split", 4)
     checkpoints_of: str = _field("", "study whose checkpoints are used; empty: this one", 4)
-    variant: str = _field("auto", "name of a variant; auto is the fastest that this study measured", 4)
+    variant: str = _field("auto", "name of a variant; auto is the best measured within the limits", 4)
     grid: int = _field(12, "pictures shown", 4, ge=1, le=100)
 
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "auto is the GPU if there is one")
@@ -88,6 +88,9 @@ class Parameters(BaseModel):
     compile_training: Literal["auto", "always", "never"] = _field(
         "auto", "compile the blocks; auto does so in long runs on a GPU", 1
     )
+    calibration_pictures: int = _field(
+        128, "training pictures, without labels, that low precision is fitted to", 1, 3, ge=8, le=4096
+    )
     resume: bool = _field(False, "continue from the last complete training checkpoint", 1)
 
     variants: list[str] = _field(
@@ -102,10 +105,13 @@ class Parameters(BaseModel):
     cpu_samples: int = _field(10, "calls at batch size 1 on the CPU, of variants that run there", 2, ge=0, le=1000)
     profile_batch_size: int = _field(8, "batch size of the profiled call", 2, ge=1)
     eval_batch_size: int = _field(32, "batch size where only the outputs matter", 2, 3, 4, 5, ge=1)
-    margin: float = _field(0.02, "fraction of pictures that a non-inferior variant may lose", 2, gt=0, lt=1)
+    margin: float = _field(0.02, "fraction of pictures that a non-inferior variant may lose", 2, 4, gt=0, lt=1)
+    memory_limit_mb: float = _field(0.0, "most memory of a call, weights included, in MB; 0: no limit", 4, ge=0)
+    latency_limit_ms: float = _field(0.0, "highest latency of a call in ms; 0: no limit", 4, ge=0)
 
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
+    plan_bits: float = _field(4.5, "bits a weight, at most, of the plan saved as checkpoint `mixed`", 3, ge=4.2, le=16)
 
     decoder: Literal["pil", "nvjpeg", "auto"] = _field(
         "pil", "auto is nvJPEG on the GPU where it works; its pixels differ slightly", 4

@@ -57,7 +57,7 @@ class Study:
         return self.folder / "checkpoints"
 
     def checkpoint(self, name: str) -> Path:
-        """Folder of a checkpoint: merged, nf4 or int8."""
+        """Folder of a checkpoint by its name, `variants.Format.checkpoint`."""
         return self.checkpoints / name
 
     def training(self, name: str) -> Path:

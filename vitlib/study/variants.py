@@ -31,23 +31,43 @@ class Format:
     reference: str
     colour: str  # of plots; different for colour-blind readers too, the int8 formats share a hue
     dtype: str = "float16"
+    words: str = ""  # what pages call it; '' for its name in capitals
     product: str = ""
     capability: tuple[int, int] = (0, 0)  # (8, 9): Ada and Hopper
     capturable: bool = True  # in a CUDA graph
     fused_only: bool = False
+    calibrated: bool = False  # from pictures
+    planned: bool = False  # another format for each linear, see `network.plan`; `bits`, `stored`, `fused`: the smallest
+
+    @property
+    def label(self) -> str:
+        """The format as pages name it."""
+        return self.words or self.name.upper()
 
 
 _PLAIN = {"checkpoint": "merged", "stored": "Linear", "fused": "Dense"}
 _INT8 = {"bits": 8, "checkpoint": "int8", "stored": "Linear8bitLt", "reference": "int8"}
+_NF4 = {"bits": 4, "stored": "Linear4bit", "fused": "NF4"}
 _FP8 = {"bits": 8, "checkpoint": "merged", "stored": "Linear", "reference": "fp16", "product": "fp8"}
 
 # int8 is LLM.int8() with its outliers in FP16; w8a16 and w8a8 multiply the same stored rows without outliers, with FP16
-# activations or with activations quantized row by row. fp8 is quantized from the merged weights when it is loaded.
+# activations or with activations quantized row by row. fp8 is quantized from the merged weights when it is loaded. nf4c
+# is NF4 with codes chosen by error compensation (`network.calibrate`); mixed has FP16, int8 and nf4c layers.
 _ROWS = (
     Format("fp32", 32, **_PLAIN, reference="fp32", colour="#000000", dtype="float32"),
     Format("fp16", 16, **_PLAIN, reference="fp16", colour="#0072B2"),
     Format("bf16", 16, **_PLAIN, reference="bf16", colour="#56B4E9", dtype="bfloat16"),
-    Format("nf4", 4, "nf4", stored="Linear4bit", fused="NF4", reference="nf4", colour="#D55E00"),
+    Format("nf4", **_NF4, checkpoint="nf4", reference="nf4", colour="#D55E00"),
+    Format(
+        "nf4c",
+        **_NF4,
+        checkpoint="nf4-calibrated",
+        reference="nf4c",
+        colour="#E69F00",
+        words="NF4 calibrated",
+        calibrated=True,
+    ),
+    Format("mixed", **_NF4, checkpoint="mixed", reference="mixed", colour="#6A3D9A", words="Mixed", planned=True),
     Format("int8", **_INT8, fused="", colour="#009E73", product="int8", capturable=False),
     Format("w8a16", **_INT8, fused="Int8WeightOnly", colour="#7FCDBB", fused_only=True),
     Format("w8a8", **_INT8, fused="W8A8", colour="#00543D", product="int8", fused_only=True),
@@ -93,7 +113,7 @@ class Variant:
     @property
     def label(self) -> str:
         """The variant in words, as pages and legends name it."""
-        words = [self.weights.upper(), "fused" if self.fused else ATTENTIONS[self.attention]]
+        words = [self.format.label, "fused" if self.fused else ATTENTIONS[self.attention]]
         words += ["CUDA graph"] if self.graphed else []
         words += [f"{self.gelu} GELU"] if self.gelu != "checkpoint" else []
         return " · ".join(words)

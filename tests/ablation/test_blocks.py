@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitlib import ablation
+from vitlib.ablation import blocks as ablation
+from vitlib.ablation import exchange
+from vitlib.ablation.subject import Subject, prepare
 from vitlib.network import checkpoint, quantize
 from vitlib.pictures import sources
 from vitlib.pictures.decode import Picture
@@ -27,31 +29,36 @@ def study(**changes) -> Study:
 @pytest.fixture
 def subject(checkpoints, pixels):
     loaded = checkpoint.load(checkpoints, Variant("fp16"), CPU)
-    return ablation.Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
+    return Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), pixels[:4])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_configuration_equals_a_network_quantized_that_way(subject, bits):
     model = subject.loaded.model
-    wanted = ablation.configurations(len(subject.blocks))
+    wanted = ablation.configurations(len(subject.blocks), ablation.FORMATS[bits])
     x = subject.loaded.preprocess.normalise(subject.pixels, torch.float16)
     with torch.inference_mode():
-        found = ablation.Exchange(model, bits).logits(x, wanted)
-        assert set(found) == {configuration.kept for configuration in wanted}
+        found = ablation.exchange(subject, bits).logits(x, wanted)
+        assert set(found) == {configuration.name for configuration in wanted}
         for configuration in wanted:
             naive = copy.deepcopy(model)
-            for number, block in enumerate(naive.vit.layers):
-                if number not in configuration.blocks:
-                    naive.vit.layers[number] = quantize.quantized_copy(block, bits)
-            if not configuration.classifier:
-                naive.classifier = quantize.quantized_copy(naive.classifier, bits)
-            torch.testing.assert_close(found[configuration.kept], naive(pixel_values=x).logits)
+            for number, formats in enumerate(configuration.blocks):
+                assert len(set(formats)) == 1
+                if formats[0] != exchange.FULL:
+                    naive.vit.layers[number] = quantized_copy(naive.vit.layers[number], bits)
+            if configuration.classifier != exchange.FULL:
+                naive.classifier = quantized_copy(naive.classifier, bits)
+            torch.testing.assert_close(found[configuration.name], naive(pixel_values=x).logits)
+
+
+def quantized_copy(module: nn.Module, bits: int) -> nn.Module:
+    return quantize.exchanged(module, lambda _, linear: quantize.quantize_linear(linear, bits))
 
 
 def needed_runs(blocks: int) -> int:
     """Distinct beginnings of the configurations, summed over the blocks at which they end: the least possible cost."""
-    choices = [[k in one.blocks for k in range(blocks)] for one in ablation.configurations(blocks)]
-    return sum(len({tuple(choice[: k + 1]) for choice in choices}) for k in range(blocks))
+    wanted = ablation.configurations(blocks, "nf4")
+    return sum(len({one.blocks[: k + 1] for one in wanted}) for k in range(blocks))
 
 
 @pytest.fixture
@@ -64,7 +71,7 @@ def deep(tmp_path, labels, pre, pixels, monkeypatch):
         network.classifier.weight.mul_(20)
     checkpoint.save(network.half(), tmp_path / "checkpoints" / "merged", pre=pre, labels=labels, provenance={})
     loaded = checkpoint.load(tmp_path / "checkpoints", Variant("fp16"), CPU)
-    return ablation.Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
+    return Subject(loaded, pixels, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), pixels[:4])
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def test_52_configurations_share_blocks_and_calls(deep, bits, sizes, monkeypatch
     settings = study(eval_batch_size=4, ablation_bits=[bits])
     found, share = ablation.measure(settings, deep)
     together = len(sizes)
-    monkeypatch.setattr(ablation, "TOGETHER", 0)
+    monkeypatch.setattr(exchange, "TOGETHER", 0)
     alone, share_alone = ablation.measure(settings, deep)
     one_by_one = len(sizes) - together
     assert one_by_one == 2 * needed_runs(24) and share == share_alone == one_by_one / (2 * 52 * 24) <= 0.55
@@ -96,7 +103,7 @@ def test_52_configurations_share_blocks_and_calls(deep, bits, sizes, monkeypatch
 
 def test_a_call_is_bounded_and_the_network_is_left_as_it_was(subject, sizes, monkeypatch):
     before = [type(m) for m in subject.loaded.model.modules()]
-    monkeypatch.setattr(ablation, "TOGETHER", 11)
+    monkeypatch.setattr(exchange, "TOGETHER", 11)
     _, share = ablation.measure(study(eval_batch_size=4, ablation_bits=[4]), subject)
     assert set(sizes) == {4, 8} and share == needed_runs(4) / (12 * 4) == 25 / 48
     assert [type(m) for m in subject.loaded.model.modules()] == before
@@ -108,7 +115,7 @@ def test_the_checkpoint_is_loaded_once(checkpoints, labels, monkeypatch):
     monkeypatch.setattr(files, "study_folder", lambda name: checkpoints.parent)
     image = Image.new("RGB", (32, 32))
     pictures = [Picture(folder, folder, image.copy) for folder in labels.folders]
-    subject = ablation.prepare(study(), sources.Dataset({"valid": pictures}, {}))
+    subject = prepare(study(), sources.Dataset({"train": pictures, "valid": pictures}, {}))
     assert len(loads) == 1 and len(subject.pixels) == 3
 
 

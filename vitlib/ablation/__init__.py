@@ -1,0 +1,84 @@
+"""Notebook 3: what low precision costs the network, where, and what mends it.
+
+`exchange` runs mixtures of formats, `blocks` is the ablation of whole blocks, `linears` measures each linear, and
+`plans` chooses a format for each.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from vitlib.ablation import blocks, linears, plans
+from vitlib.ablation.exchange import prepare
+from vitlib.report.tables import NO_BREAK, Markdown, estimate, number
+from vitlib.study import origin
+from vitlib.study.study import Study
+
+__all__ = ["blocks", "linears", "plans", "prepare"]
+open = Study.open
+
+
+def introduce(study: Study) -> Markdown:
+    """What the base is, and what follows for the accuracies of this page."""
+    return Markdown(origin.sentence(study.folder))
+
+
+def headline(
+    study: Study, sensitivity: pd.DataFrame, ranks: pd.DataFrame, prediction: plans.Prediction, front: pd.DataFrame
+) -> Markdown:
+    """What 4 bits cost, where, what mends it, and how good the prediction is; from the records of this notebook."""
+    rows, kept = front.set_index("name"), front[front["kind"] == plans.KEPT]
+    names = ("NF4", "NF4 calibrated", plans.searched(study.settings.plan_bits))
+    plain, calibrated, plan = (rows.loc[name] for name in names)
+    changed = "; ".join(
+        f"{name} {row['flips']} ({_top1(row)})"
+        for name, row in zip(("NF4", "calibrated NF4", "the plan"), (plain, calibrated, plan), strict=True)
+    )
+    lines = [
+        f"**NF4 costs a KL of {_kl(plain)} ({_top1(plain, False)}); calibrated in the same bytes its KL is "
+        f"{_kl(calibrated)}, and {_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence of "
+        "the class probabilities from those of FP16 (0: the same).",
+        f"Of {len(prediction.linears.subject.labels):,} validation pictures these change class: {changed}.",
+        _where(sensitivity[sensitivity["format"] == "nf4"]),
+        f"Calibration makes the KL of NF4 {number(plain['kl'] / calibrated['kl'])} times smaller. Of {len(kept)} "
+        f"plans that keep blocks in FP16 by hand, {(kept['more_low'] > 0).sum()} have a higher KL than the searched plan "
+        f"of their size, and {(kept['more_high'] < 0).sum()} a lower one (paired 95 % interval).",
+        _prediction(prediction, ranks[ranks["format"] == "nf4c"].set_index("second")),
+    ]
+    return Markdown("\n".join(f"- {line}" for line in lines))
+
+
+def _kl(row: pd.Series) -> str:
+    return f"{row['kl']:.{'1e' if row['kl'] < 1e-3 else '2g'}}"
+
+
+def _top1(row: pd.Series, interval: bool = True) -> str:
+    """How Top-1 differs from FP16's, in points."""
+    bounds = [100 * row[f"difference{end}"] for end in ("", "_low", "_high")]
+    points = estimate(*bounds, form="+") if interval else f"{bounds[0]:+.1f}"
+    return f"{points.replace('-', '−')} points of Top-1" if bounds[0] else "the same Top-1"
+
+
+def _where(own: pd.DataFrame) -> str:
+    """Which blocks and kinds of linears carry the error of linears that are quantized alone."""
+    shares, kinds = own.groupby("block")["kl"].sum() / own["kl"].sum(), own.groupby("linear")[["kl", "weights"]].sum()
+    ordered = (100 * kinds / kinds.sum()).sort_values("kl", ascending=False)
+    listed = (f"{name} {row['kl']:.0f} % ({row['weights']:.0f} %)" for name, row in ordered.iterrows())
+    return (
+        f"With one linear layer in NF4 at a time, block {shares.idxmax()} causes {100 * shares.max():.0f} % of the "
+        f"summed KL (equal share {100 / len(shares):.0f} %). By kind of layer, with its share of the weights: "
+        f"{', '.join(each.replace(' ', NO_BREAK) for each in listed)}."
+    )
+
+
+def _prediction(prediction: plans.Prediction, ranks: pd.DataFrame) -> str:
+    """How far predicted and measured KL are apart, and whether the order of the linears repeats."""
+    errors = [f"{100 * error:.0f} %" for error in prediction.error]
+    pairs = f", with pairs of layers in a block {errors[1]}" if len(errors) > 1 else ""
+    found = (ranks.loc[name, ["correlation", "low", "high"]] for name in (linears.HALVES, linears.METHODS["fisher"]))
+    repeats, proxy = (estimate(*values) for values in found)
+    return (
+        f"The sum of the KL of single layers predicts that of random mixtures with a mean error of {errors[0]}"
+        f"{pairs}. Rank correlation of calibrated "
+        f"layers on other pictures: {repeats}; with a gradient proxy: {proxy}."
+    )

@@ -1,0 +1,65 @@
+"""Plans: which format each linear layer of the encoder has, and the network of several formats that follows one.
+
+A plan maps the name of each linear below `model.vit` ("layers.3.mlp.fc1") to "fp16", "int8" or "nf4", which means the
+layer as the checkpoint merged, int8 or nf4-calibrated holds it. Plain transformers has one quantized format in a
+network. So int8 layers are stored as FP16 numbers on the int8 grid, which give the same products, and become int8 rows
+again, code by code, in a fused network.
+"""
+
+from collections.abc import Mapping
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+
+from vitlib.network import quantize
+
+CHECKPOINTS = {"fp16": "merged", "int8": "int8", "nf4": "nf4-calibrated"}  # that a linear is taken from
+KINDS = {"fp16": "Dense", "int8": "Int8WeightOnly", "nf4": "NF4"}  # of a fused network, see `layers.CLASSES`
+FILE = "plan.json"
+
+
+class PlanError(ValueError):
+    """A plan that does not fit a network; the message says where."""
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a transformers ViT's encoder by name, in the order in which they are stored."""
+    return {name: module for name, module in model.vit.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check(plan: Mapping[str, str], model: nn.Module) -> None:
+    """PlanError unless the plan names a known format for each linear of the encoder, and nothing else."""
+    names = linears(model).keys()
+    if names != plan.keys():
+        odd = sorted(names ^ plan.keys())
+        raise PlanError(
+            f"a plan names each of the {len(names)} linears once; {', '.join(odd[:3])} is missing or unknown"
+        )
+    if unknown := set(plan.values()) - CHECKPOINTS.keys():
+        raise PlanError(f"a plan's formats are {', '.join(CHECKPOINTS)}, not {', '.join(sorted(unknown))}")
+
+
+def contradictions(plan: Mapping[str, str], model: nn.Module) -> list[str]:
+    """The linears of a plain network whose class is not what the plan says."""
+    found = linears(model).items()
+    return [name for name, layer in found if isinstance(layer, bnb.nn.Linear4bit) != (plan.get(name) == "nf4")]
+
+
+def kept(plan: Mapping[str, str]) -> list[str]:
+    """The modules that bitsandbytes must not quantize: the classifier and the linears that are not in NF4."""
+    return [quantize.CLASSIFIER, *(f"vit.{name}" for name, form in plan.items() if form != "nf4")]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, networks: Mapping[str, nn.Module], plan: Mapping[str, str]) -> None:
+    """Put the NF4 and int8 layers of `networks` (by format, which have not run yet) into an FP16 `model`, in place.
+
+    The layers that the plan has in NF4 must be in NF4 in `model` already. PlanError where the plan does not fit.
+    """
+    check(plan, model)
+    for name, form in plan.items():
+        if form == "nf4":
+            model.vit.set_submodule(name, networks[form].vit.get_submodule(name))
+        elif form == "int8":
+            model.vit.get_submodule(name).weight.copy_(quantize.dequantized(networks[form].vit.get_submodule(name)))
