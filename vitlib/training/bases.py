@@ -21,7 +21,7 @@ from vitlib.pictures.sources import Dataset, Labels
 from vitlib.study import files, origin
 from vitlib.study.params import Parameters, is_hub_id, missing
 from vitlib.study.study import Study
-from vitlib.training import adapters, standin, trainer
+from vitlib.training import adapters, demo, trainer
 from vitlib.training.trainer import Examples, Recipe
 
 
@@ -53,7 +53,7 @@ def load_base(study: Study, dataset: Dataset) -> Base:
     else:
         if reason := missing("base_model", name):
             raise FinetuneError(reason)
-        folder = standin.demo_base(study, device) if name == "pretrain" else files.resolve(name)
+        folder = demo.base(study, device) if name == "pretrain" else files.resolve(name)
         source, quantized = name if is_hub_id(name) else str(folder), settings.method == "qlora"
         pre = preprocess.load(source, revision or None)
         set_seed(settings.seed)  # the new head's initialisation
