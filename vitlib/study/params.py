@@ -113,6 +113,7 @@ class Parameters(BaseModel):
     memory_limit_mb: float = _field(0.0, "most memory of a call, weights included, in MB; 0: no limit", 4, ge=0)
     latency_limit_ms: float = _field(0.0, "highest latency of a call in ms; 0: no limit", 4, ge=0)
 
+    repair_epochs: int = _field(0, "epochs of training after quantization, for each of three ways; 0: none", 3, ge=0)
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
     plan_bits: float = _field(4.5, "bits a weight, at most, of the plan saved as checkpoint `mixed`", 3, ge=4.2, le=16)

@@ -53,6 +53,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("top1", "top1_low", "top1_high", "difference", "difference_low", "difference_high"),
         *("flips", "rival", "more", "more_low", "more_high"),
     ),
+    "formats": ("name", "bits", "reason", "kl", "kl_low", "kl_high", "top1", "top1_low", "top1_high", "flips"),
+    "repair": (
+        *("start", "method", "seed", "epochs", "bits", "train_loss", "n", "top1", "top1_low", "top1_high"),
+        *("difference", "difference_low", "difference_high", "logit_kl", "logit_kl_low", "logit_kl_high", "flips"),
+    ),
     "predictions": (
         *("file", "status", "reason", "label", "label_name"),
         *(f"{column}_{rank}" for rank in range(1, 6) for column in ("id", "name", "probability")),
@@ -65,7 +70,8 @@ NOTEBOOKS: dict[str, str] = {
     **dict.fromkeys(("finetune", "recipes", "base"), "1_finetune"),
     **dict.fromkeys(("variants", "accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
     **dict.fromkeys(("kernels", "tuning", "environment"), "2_evaluate"),
-    **dict.fromkeys(("ablation", "sensitivity", "correlations", "additivity", "plans"), "3_ablation"),
+    **dict.fromkeys(("ablation", "sensitivity", "correlations", "additivity"), "3_ablation"),
+    **dict.fromkeys(("plans", "formats", "repair"), "3_ablation"),
     **dict.fromkeys(("predictions", "inference"), "4_inference"),
     "claims": "5_claims",
 }
