@@ -23,7 +23,7 @@ FORMATS = {
     **{"name": "format", "bits": Column("bits a weight", ".2f"), "pictures": "calibrated on"},
     ("kl", "kl_low", "kl_high"): Column("KL (nats)", ","),
     ("top1", "top1_low", "top1_high"): Column("Top-1 (%)", ",", 100),
-    "flips": Column("class changed", ",d"),
+    "flips": Column("class changed", ",.0f"),
 }
 
 
@@ -87,7 +87,7 @@ def compared(frame: pd.DataFrame) -> Markdown:
     ran = frame[frame["reason"] == ""]
     best, worst = ran.loc[ran["kl"].idxmin()], ran.loc[ran["kl"].idxmax()]
     plain, own = (ran[ran["name"] == name]["kl"] for name in ("NF4, double quantization", "NF4 calibrated"))
-    low, high = (f"{100 * value / plain.iloc[0]:.0f}" for value in (own.min(), own.max()))
+    low, high = (f"{100 * value / plain.iloc[0]:.2g}" for value in (own.min(), own.max()))
     share = f"{low} %" if low == high else f"{low} to {high} %"
     missing = [
         f"{row.name} did not run ({row.reason})."
