@@ -20,8 +20,8 @@ from vitlib.study import files, origin, provenance
 from vitlib.study.params import used_by
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS, Variant
-from vitlib.training import adapters, bases, recipes
-from vitlib.training.bases import Base, FinetuneError
+from vitlib.training import adapters, recipes
+from vitlib.training.recipes import Base, FinetuneError
 
 HISTORY = {
     "epoch": "epoch",
@@ -76,7 +76,7 @@ QUANTIZED = ("nf4", "nf4c", "int8")  # formats that get a checkpoint
 
 open = Study.open
 duplicates = decode.duplicates
-load_base, make_trainable = bases.load_base, bases.make_trainable
+load_base, make_trainable, compare = recipes.load_base, recipes.make_trainable, recipes.compare
 
 
 def dataset(study: Study) -> Dataset:
@@ -156,15 +156,9 @@ def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded
     Top-5 of at most five classes, which is always 100 %, is left out too.
     """
     where = {"folder": study.training("finetune"), "resume": study.settings.resume}
-    history = bases.fit(study.settings, model, base, decoded, **where)
+    history = recipes.fit(study, model, base, decoded, **where)
     shown = study.write("finetune", history).dropna(axis="columns", how="all")
     return shown if len(base.labels.names) > TOP else shown.drop(columns="top5")
-
-
-def compare(study: Study, dataset: Dataset, decoded: dict[str, Decoded]) -> pd.DataFrame:
-    """`recipes.compare`, with each recipe in words (`way`)."""
-    frame = recipes.compare(study, dataset, decoded)
-    return frame.assign(way=[recipes.WAYS[name].label for name in frame["recipe"]])
 
 
 def answers(compared: pd.DataFrame) -> Markdown:

@@ -7,7 +7,7 @@ from vitlib.network import quantize
 from vitlib.pictures import preprocess, sources
 from vitlib.study import files, params
 from vitlib.study.study import Study
-from vitlib.training import bases, recipes
+from vitlib.training import recipes
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +18,15 @@ def compared(checkpoints, tmp_path_factory):
         chosen = {"base_model": str(checkpoints / "merged"), "image_size": 32, "pictures_per_class": 4, "limit": 18}
         chosen |= {"epochs": 1, "train_batch_size": 9, "precision": "fp32", "recipes": list(params.RECIPES)}
         study, heads = Study.of(params.check({"study": "unit", **chosen})), []
-        fit = bases.fit
+        fit = recipes.fit
 
-        def spy(settings, model, *given, **options):
+        def spy(study, model, *given, **options):
             heads.append([_head(model)])
-            history = fit(settings, model, *given, **options)
+            history = fit(study, model, *given, **options)
             heads[-1].append(_head(model))
             return history
 
-        patch.setattr(bases, "fit", spy)
+        patch.setattr(recipes, "fit", spy)
         dataset = sources.load(study.settings)
         decoded = sources.decode_splits(dataset, ("train", "valid"), preprocess.new(32), 1)
         frame = recipes.compare(study, dataset, decoded)

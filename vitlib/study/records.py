@@ -19,7 +19,18 @@ from vitlib.study.files import atomic_path, short_path
 COLUMNS: dict[str, tuple[str, ...]] = {
     "finetune": ("epoch", "train_loss", "valid_loss", "top1", "top5", "epoch_s", "images_per_s", "peak_vram_mb"),
     "recipes": (
-        *("recipe", "learning_rate", "n", "top1", "top1_low", "top1_high", "train_loss", "trainable", "images_per_s"),
+        *(
+            "recipe",
+            "way",
+            "learning_rate",
+            "n",
+            "top1",
+            "top1_low",
+            "top1_high",
+            "train_loss",
+            "trainable",
+            "images_per_s",
+        ),
         *("weights_mb", "gradients_mb", "optimizer_mb", "activations_mb", "peak_mb"),
     ),
     "variants": (
