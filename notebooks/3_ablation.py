@@ -178,9 +178,8 @@ tables.table(frame, ablation.blocks.TABLE)
 # %% [markdown]
 # ### Table of rank correlations
 #
-# The pictures are split into random halves, and the rankings of the blocks in the two halves are compared. A half in
-# which all blocks tie gives no ranking; such splits are left out and counted. The last two columns are the smallest
-# difference of accuracy that could be significant after Holm's adjustment, if all changes were in one direction.
+# The pictures are split into random halves, and the rankings of the blocks in the two halves are compared. Halves in
+# which all blocks tie are left out. Intervals resample the blocks.
 
 # %%
 reliable = ablation.blocks.reliability(study, logits, subject)

@@ -243,7 +243,7 @@ def test_the_network_sees_what_the_checkpoints_own_processor_makes(bench, study,
     networks = [bench.engines["fp32-sdpa"].loaded.model, subject.loaded.model, predictor.engine.loaded.model]
     handles = [watched(network) for network in networks]
     evaluate.outputs(study, dataclasses.replace(bench, engines={"fp32-sdpa": bench.engines["fp32-sdpa"]}))
-    ablation.measure(Study.of(settings.model_copy(update={"ablation_bits": [8]})), subject)
+    ablation.blocks.measure(Study.of(settings.model_copy(update={"ablation_bits": [8]})), subject)
     inference.predict(study, predictor, pictures, [])
     for handle in handles:
         handle.remove()

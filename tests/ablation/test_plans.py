@@ -116,7 +116,9 @@ def test_pairs_are_used_only_where_they_help(prediction, mixer):
 
 def test_plans_keep_to_their_size_and_are_compared_with_those_kept_by_hand(front, prediction, study):
     rows = front.set_index("name")
-    searched = rows[rows["kind"] == plans.SEARCHED]
+    equal, eight = rows.loc[plans.AS_INT8], rows.loc["INT8 rows"]
+    assert equal["bits"] <= eight["bits"] and equal["predicted_kl"] <= eight["predicted_kl"] * (1 + 1e-6)
+    searched = rows[rows["kind"] == plans.SEARCHED].drop(plans.AS_INT8)
     limits = searched.index.str.extract(r"≤ ([\d.]+)", expand=False).astype(float)
     assert (searched["bits"] <= limits + 0.005).all() and searched["predicted_kl"].is_monotonic_decreasing
     kept = rows[rows["kind"] == plans.KEPT]
@@ -160,5 +162,5 @@ def test_the_answer_and_the_figures(study, measured, prediction, front):
     figures = [plots.front(front), plots.predicted(additivity, front), plots.plan_grid(plan, names)]
     figures.append(plots.linear_grid(measured[0], {"nf4": "NF4", "nf4c": "NF4 calibrated"}))
     assert all("<svg" in figure._repr_svg_() and "nan" not in repr(figure) for figure in figures)
-    assert "NF4 4.13 bits" in repr(figures[0]) and "8 in INT8 rows" in repr(figures[2])
+    assert "NF4 4.13 bits" in repr(figures[0]) and "INT8 rows (8)" in repr(figures[2])
     assert "≤ 6.00 bits" in repr(tables.table(front, plans.PLANS))

@@ -120,24 +120,22 @@ def test_bootstrap_of_too_little_is_unknown() -> None:
     assert all(math.isnan(value) for few in ([], [1.0, math.nan, 2.0]) for value in stats.paired_bootstrap(few))
 
 
-def test_split_half_tells_signal_from_noise() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(12, 400))
-    signal = stats.split_half_correlation(noise + np.linspace(0, 2, 12)[:, None])
-    nothing = stats.split_half_correlation(noise)
-    assert signal.correlation > 0.95
-    assert abs(nothing.correlation) < 0.5
-    ties = stats.split_half_correlation(np.ones((3, 8)))
-    assert math.isnan(ties.correlation) and ties.undefined == 200
+def halves(values: np.ndarray, repeats: int = 200) -> Interval:
+    return stats.rank_correlation(*stats.random_halves(values, repeats=repeats))
 
 
-def test_split_half_leaves_out_halves_that_tie_and_counts_them() -> None:
+def test_halves_of_the_pictures_tell_signal_from_noise() -> None:
+    noise = np.random.default_rng(0).normal(size=(12, 400))
+    assert halves(noise + np.linspace(0, 2, 12)[:, None]).estimate > 0.95
+    assert abs(halves(noise).estimate) < 0.5
+    assert all(math.isnan(value) for value in halves(np.ones((3, 8))))
+
+
+def test_halves_that_tie_are_left_out() -> None:
     """Two pictures of 40 tell the blocks apart: where both fall into one half, the other ranks nothing."""
     values = np.zeros((4, 40))
     values[:, :2] = np.arange(4)[:, None]
-    found = stats.split_half_correlation(values)
-    assert found.correlation == pytest.approx(1.0)
-    assert found.splits == 200 and 60 < found.undefined < 140
+    assert halves(values).estimate == pytest.approx(1.0)
 
 
 def test_fewest_significant_is_the_first_that_holm_lets_pass() -> None:
@@ -152,10 +150,10 @@ def test_fewest_significant_is_the_first_that_holm_lets_pass() -> None:
     assert stats.fewest_significant(50) == 11
 
 
-def test_split_half_ranks_as_scipy_does() -> None:
+def test_halves_rank_as_scipy_does() -> None:
     values = np.random.default_rng(2).integers(0, 3, size=(6, 2)).astype(float)  # with ties
     expected = scipy_stats.spearmanr(values[:, 0], values[:, 1]).statistic
-    assert stats.split_half_correlation(values, repeats=5).correlation == pytest.approx(expected)
+    assert halves(values, repeats=5).estimate == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("q", "n"), [(90, 64), (95, 130), (99, 662)])

@@ -32,16 +32,18 @@ def headline(
     names = {"NF4": "NF4", "calibrated NF4": "NF4 calibrated", "the plan": plans.searched(study.settings.plan_bits)}
     plain, calibrated, plan = (rows.loc[name] for name in names.values())
     changed = "; ".join(f"{name} {_changes(rows.loc[row])}" for name, row in names.items())
-    points = _points(f"{100 * plain['difference']:+.1f} points of Top-1") if plain["difference"] else "same Top-1"
+    points = f"{_signed(format(100 * plain['difference'], '+.1f'))} points" if plain["difference"] else "no points"
+    sizes = [f"{rows.loc[name, 'bits']:.2f}" for name in (linears.LABELS[linears.EIGHT], plans.AS_INT8)]
     lines = [
-        f"**NF4 costs a KL of {_kl(plain)} ({points}); calibrated in the same bytes its KL is {_kl(calibrated)}, and "
-        f"{_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence "
-        "of the class probabilities from those of FP16 (0: the same).",
+        f"**NF4 costs a KL of {_kl(plain)} ({points} of Top-1); calibrated in the same bytes its KL is "
+        f"{_kl(calibrated)}, and {_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence of "
+        "the class probabilities from those of FP16 (0: the same).",
         f"Of {len(prediction.linears.subject.labels):,} validation pictures these change class: {changed}.",
         _where(sensitivity[sensitivity["format"] == "nf4"]),
         f"Calibration makes the KL of NF4 {number(plain['kl'] / calibrated['kl'])} times smaller. Of {len(kept)} plans "
         f"that keep blocks in FP16 by hand, {(kept['more_low'] > 0).sum()} have a higher KL than the searched plan of "
-        f"their size, and {(kept['more_high'] < 0).sum()} a lower one (paired 95 % interval).",
+        f"their size, and {(kept['more_high'] < 0).sum()} a lower one (paired 95 % interval). With the predicted KL of "
+        f"INT8 rows ({sizes[0]} bits a weight) a plan takes {sizes[1]} bits.",
         _prediction(prediction, ranks[ranks["format"] == "nf4c"].set_index("second")),
     ]
     return Markdown("\n".join(f"- {line}" for line in [*lines, repair.gain(trained)] if line))
@@ -51,15 +53,15 @@ def _kl(row: pd.Series) -> str:
     return linears.nats(row["kl"]) if row["kl"] < 1e-3 else f"{row['kl']:.2g}"
 
 
-def _points(text: str) -> str:
-    return text.replace("-", "−").replace("Top−1", "Top-1")
-
-
 def _changes(row: pd.Series) -> str:
     """How many pictures change class, and what that does to Top-1."""
     points = [100 * row[f"difference{end}"] for end in ("", "_low", "_high")]
-    change = f"Top-1 changes by {_points(estimate(*points, form='+'))} points" if points[0] else "same Top-1"
+    change = f"Top-1 changes by {_signed(estimate(*points, form='+'))} points" if points[0] else "same Top-1"
     return f"{row['flips']}, {change}" if row["flips"] else "none"
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
 
 
 def _where(own: pd.DataFrame) -> str:
@@ -81,7 +83,6 @@ def _prediction(prediction: plans.Prediction, ranks: pd.DataFrame) -> str:
     found = (ranks.loc[name, ["correlation", "low", "high"]] for name in (linears.HALVES, linears.METHODS["fisher"]))
     repeats, proxy = (estimate(*values) for values in found)
     return (
-        f"The sum of the KL of single layers predicts that of random mixtures with a mean error of {errors[0]}"
-        f"{pairs}. Rank correlation of calibrated "
-        f"layers on other pictures: {repeats}; with a gradient proxy: {proxy}."
+        f"The sum of the KL of single layers predicts that of random mixtures with a mean error of {errors[0]}{pairs}. "
+        f"Rank correlation of calibrated layers on other pictures: {repeats}; with a gradient proxy: {proxy}."
     )

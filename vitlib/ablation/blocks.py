@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vitlib.ablation.exchange import FULL, LINEARS, Configuration, Exchange, Subject
+from vitlib.ablation.linears import nats
 from vitlib.measure import stats
 from vitlib.network import quantize
 from vitlib.report.tables import Column
@@ -16,27 +17,15 @@ from vitlib.study.study import Study
 FORMATS = {4: "nf4", 8: "int8"}  # what `ablation_bits` stands for
 NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "everything"
 TABLE = {
-    "bits": "bits",
-    "kept": "kept in FP16",
-    "top1": Column("Top-1 (%)", ".2f", 100),
-    "top5": Column("Top-5 (%)", ".2f", 100),
-    "logit_kl": Column("KL (nats)", ".2e"),
-    ("logit_kl_low", "logit_kl_high"): Column("KL, 95 % interval", ".1e"),
-    "flips": "flips",
-    "discordant_pairs": "discordant",
-    "mcnemar_p": Column("McNemar p", ".3f"),
-    "holm_p": Column("Holm p", ".3f"),
+    **{"bits": "bits", "kept": "kept in FP16"},
+    **{"top1": Column("Top-1 (%)", ".2f", 100), "top5": Column("Top-5 (%)", ".2f", 100)},
+    **{"logit_kl": Column("KL (nats)", nats), ("logit_kl_low", "logit_kl_high"): Column("95 % interval", nats)},
+    **{"flips": "flips", "discordant_pairs": "discordant"},
+    **{"mcnemar_p": Column("McNemar p", ".3f"), "holm_p": Column("Holm p", ".3f")},
 }
 RELIABILITY = {
-    "bits": "bits",
-    "pictures": "pictures",
-    "split_half_kl_only_quantized": Column("rank correlation by KL, one quantized", ".2f"),
-    "split_half_kl_only_kept": Column("by KL, one kept", ".2f"),
-    "split_half_top1_only_kept": Column("by accuracy, one kept", ".2f"),
-    "top1_splits_undefined": "splits without a ranking by accuracy",
-    "top1_splits": "of splits",
-    "fewest_pictures": "smallest significant difference (pictures)",
-    "smallest_points": Column("in points", ".2f"),
+    **{"bits": "bits", "ranking": "blocks ranked by"},
+    ("correlation", "low", "high"): Column("rank correlation on other pictures (95 % interval)", ","),
 }
 
 
@@ -103,22 +92,23 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:
-    """Whether other pictures would rank the blocks in the same order, by KL and by accuracy; `records/reliability.csv`.
+    """Whether other pictures rank the blocks in the same order, by KL and by accuracy; `records/reliability.csv`.
 
-    `fewest_pictures` must all change in one direction for a difference of accuracy to be significant after Holm's
-    adjustment for all configurations; `smallest_points` is their share in percent, NaN if there are fewer.
+    The mean Spearman correlation between random halves of the pictures, without halves in which all blocks tie; the
+    interval resamples blocks.
     """
-    labels, rows, blocks = subject.labels.numpy(), [], range(len(subject.blocks))
-    needed = stats.fewest_significant(len(configurations(len(blocks), FULL)) - 1)
+    rows, labels = [], subject.labels.numpy()
     for bits in study.settings.ablation_bits:
-        reference = logits[bits, ALL].numpy()
-        alone = [stats.kl_divergence(reference, logits[bits, f"all but block {k}"].numpy()) for k in blocks]
-        kept = [logits[bits, f"block {k}"].numpy() for k in blocks]
-        by_top1 = stats.split_half_correlation([stats.topk_right(values, labels) for values in kept])
-        by_kl_kept = stats.split_half_correlation([stats.kl_divergence(reference, values) for values in kept])
-        row = {"bits": bits, "pictures": len(labels)}
-        row["split_half_kl_only_quantized"] = stats.split_half_correlation(alone).correlation
-        row |= {"split_half_kl_only_kept": by_kl_kept.correlation, "split_half_top1_only_kept": by_top1.correlation}
-        row |= {"top1_splits": by_top1.splits, "top1_splits_undefined": by_top1.undefined, "fewest_pictures": needed}
-        rows.append(row | {"smallest_points": 100 * needed / len(labels) if needed <= len(labels) else np.nan})
+        found = {
+            which: [logits[bits, f"{name} {k}"].numpy() for k in range(len(subject.blocks))]
+            for which, name in (("quantized", "all but block"), ("kept", "block"))
+        }
+        full = logits[bits, ALL].numpy()
+        scores = {f"KL, one {which}": [stats.kl_divergence(full, one) for one in own] for which, own in found.items()}
+        scores["Top-1, one kept"] = [stats.topk_right(one, labels) for one in found["kept"]]
+        for ranking, values in scores.items():
+            interval = stats.rank_correlation(*stats.random_halves(values))
+            rows.append(
+                {"bits": bits, "ranking": ranking} | dict(zip(("correlation", "low", "high"), interval, strict=True))
+            )
     return study.write("reliability", pd.DataFrame(rows))

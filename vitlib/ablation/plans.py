@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vitlib.ablation.exchange import LINEARS
-from vitlib.ablation.linears import FOUR, LABELS, OPTIONS, Linears, Mixture, nats
+from vitlib.ablation.linears import EIGHT, FOUR, LABELS, OPTIONS, Linears, Mixture, nats
 from vitlib.measure import search, stats
 from vitlib.network import checkpoint
 from vitlib.report.tables import Column
@@ -23,6 +23,7 @@ RANDOM = 12  # random mixtures in which the prediction is compared with the meas
 ADDITIVE = 0.2  # mean error of the prediction (log ratio) above which pairs are measured
 BUDGETS = (4.25, 4.5, 5, 5.5, 6, 7, 8, 10, 12)  # bits a weight
 FIXED, KEPT, SEARCHED = "one format", "kept by hand", "searched"
+AS_INT8 = "searched, predicted KL ≤ INT8 rows"
 PLANS = {
     **{"name": "plan", "bits": Column("bits a weight", ".2f"), "megabytes": Column("MB", ".2f")},
     **{"predicted_kl": Column("predicted KL", nats), "kl": Column("KL (nats)", nats)},
@@ -68,6 +69,10 @@ class Prediction:
         """
         return search.choose(self.cost[:, : FOUR + 1], self.size[:, : FOUR + 1], bits, self.excess)
 
+    def smallest(self, kl: float) -> Mixture:
+        """The smallest such mixture whose predicted KL is at most `kl`."""
+        return search.smallest(self.cost[:, : FOUR + 1], self.size[:, : FOUR + 1], kl, self.excess)
+
 
 def predict(study: Study, linears: Linears, kl: np.ndarray) -> tuple[Prediction, pd.DataFrame]:
     """A prediction from the KL of single linears (options, n, pictures), and a row a random mixture.
@@ -78,6 +83,8 @@ def predict(study: Study, linears: Linears, kl: np.ndarray) -> tuple[Prediction,
     rng, size = np.random.default_rng(study.settings.seed), linears.bits * linears.counts[:, None]
     prediction = Prediction(linears, kl.mean(axis=2).T, size / linears.counts.sum())
     mixtures = [rng.choice(FOUR + 1, len(linears.names), p=rng.dirichlet(np.ones(FOUR + 1))) for _ in range(RANDOM)]
+    for mixture in mixtures:
+        mixture[rng.integers(len(mixture))] = FOUR  # none is the network itself, whose KL is 0
     measured = linears.kl({f"random {number}": one for number, one in enumerate(mixtures)}, "random mixtures")
     rows = [
         {"plan": name, "bits": prediction.bits(mixture), "predicted": search.total(prediction.cost, mixture)}
@@ -94,7 +101,7 @@ def predict(study: Study, linears: Linears, kl: np.ndarray) -> tuple[Prediction,
 
 
 def _log_error(measured: pd.Series, predicted: pd.Series) -> float:
-    return float(np.abs(np.log(measured / predicted)).mean())
+    return float(np.abs(np.log(measured / predicted.clip(lower=1e-12))).mean())  # pairs may cost less than nothing
 
 
 def _pairs(linears: Linears, cost: np.ndarray) -> list[search.Pair]:
@@ -128,6 +135,7 @@ def candidates(prediction: Prediction, plan_bits: float) -> dict[str, tuple[str,
     budgets |= {rival: prediction.bits(mixture) for _, mixture, rival in found.values() if rival}
     for name, bits in sorted(budgets.items(), key=lambda pair: pair[1]):
         found[name] = (SEARCHED, prediction.best(bits), "")
+    found[AS_INT8] = (SEARCHED, prediction.smallest(prediction.kl(own.uniform(EIGHT))), "")
     return found
 
 

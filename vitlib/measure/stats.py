@@ -40,14 +40,6 @@ class McNemar(NamedTuple):
     p: float
 
 
-class SplitHalf(NamedTuple):
-    """Rank correlation between random halves of the images (see `split_half_correlation`)."""
-
-    correlation: float
-    splits: int
-    undefined: int  # of the splits: all blocks tie in a half
-
-
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % bounds of a proportion `right / n` by the score interval; NaN for n = 0. ValueError unless 0 <= right <= n.
 
@@ -175,18 +167,6 @@ def paired_bootstrap(
     return Interval(estimate, float(bounds.low), float(bounds.high))
 
 
-def split_half_correlation(per_image_values: ArrayLike, *, repeats: int = 200, seed: int = 0) -> SplitHalf:
-    """How well a ranking of blocks repeats itself on other images; input (n_blocks, n_images).
-
-    The mean Spearman correlation of the blocks' means in the two halves of `repeats` random splits. Splits with a half
-    in which all blocks tie are left out and counted. NaN if none is left; ValueError below two blocks or images.
-    """
-    each = _spearman(*random_halves(per_image_values, repeats=repeats, seed=seed))
-    defined = each[~np.isnan(each)]
-    r = float(defined.mean()) if defined.size else math.nan
-    return SplitHalf(r, splits=repeats, undefined=repeats - defined.size)
-
-
 def random_halves(per_image_values: ArrayLike, *, repeats: int = 200, seed: int = 0) -> tuple[NDArray, NDArray]:
     """Means over the two halves of `repeats` random splits of the images; (n, n_images) in, twice (repeats, n) out.
 
@@ -205,13 +185,16 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, *, resamples: int = 20
     """Spearman's rank correlation of two scores of n things, with a percentile bootstrap interval (95 %) over these.
 
     Both inputs (n,), or (m, n) for m measurements of both, as `random_halves` gives: then the mean over them, and each
-    resample draws one. NaN where a side ties throughout.
+    resample draws one. Measurements in which a side ties throughout are left out; NaN if none is left.
     """
     a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
     rng, size = np.random.default_rng(seed), (resamples, a.shape[1])
     rows, columns = rng.integers(len(a), size=(resamples, 1)), rng.integers(a.shape[1], size=size)
-    found = _spearman(a[rows, columns], b[rows, columns])
-    return Interval(float(np.mean(_spearman(a, b))), *map(float, np.nanpercentile(found, [2.5, 97.5])))
+    each, found = (
+        values[~np.isnan(values)] for values in (_spearman(a, b), _spearman(a[rows, columns], b[rows, columns]))
+    )
+    low, high = np.percentile(found, [2.5, 97.5]) if each.size else (math.nan, math.nan)
+    return Interval(float(each.mean()) if each.size else math.nan, float(low), float(high))
 
 
 def _spearman(first: NDArray, second: NDArray) -> NDArray[np.float64]:

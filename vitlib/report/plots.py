@@ -402,27 +402,23 @@ def front(plans: pd.DataFrame) -> Plot:
 def predicted(random: pd.DataFrame, plans: pd.DataFrame) -> Plot:
     """Measured against predicted KL, both log: random mixtures on the pictures of the search, plans on others."""
     (axis,) = _figure(width=6.4, height=4.6).axes
-    mixed = plans[(plans["format"] == "mixed")].rename(columns={"predicted_kl": "shown"})
-    shown = {"random mixtures, sum of single linears": (random.rename(columns={"predicted": "shown"}), _GREY, "o")}
-    if random["predicted_pairs"].notna().any():
-        shown["random mixtures, with pairs"] = (random.rename(columns={"predicted_pairs": "shown"}), _ORANGE, "s")
-    shown["plans, on validation pictures"] = (mixed, COLOURS["mixed"], "D")
-    for label, (rows, colour, marker) in shown.items():
-        style = {"fmt": marker, "color": colour, "markersize": 5, "elinewidth": 1, "label": label}
-        axis.errorbar(rows["shown"], rows["kl"], yerr=_around(rows, "kl"), **style)
-    ends = [
-        min(axis.get_xlim()[1], mixed["shown"].min(), random["kl"].min()),
-        max(mixed["kl"].max(), random["kl"].max()),
-    ]
-    axis.plot(ends, ends, color="black", linewidth=0.8)
+    mixed, said = plans[plans["format"] == "mixed"], []
+    for label, rows, column, colour, marker in (
+        ("random mixtures, sum of single layers", random, "predicted", _GREY, "o"),
+        ("random mixtures, with pairs", random, "predicted_pairs", _ORANGE, "s"),
+        ("plans, on validation pictures", mixed, "predicted_kl", COLOURS["mixed"], "D"),
+    ):
+        if rows[column].notna().any():
+            style = {"fmt": marker, "color": colour, "markersize": 5, "elinewidth": 1, "label": label}
+            axis.errorbar(rows[column], rows["kl"], yerr=_around(rows, "kl"), **style)
+            said.append(f"{label} {np.median(rows['kl'] / rows[column]):.2f}")
+    axis.axline((mixed["kl"].min(),) * 2, (mixed["kl"].max(),) * 2, color="black", linewidth=0.8)
     axis.set(
         xscale="log", yscale="log", xlabel="predicted KL (nats, log scale)", ylabel="measured KL (nats, log scale)"
     )
     axis.tick_params(which="minor", labelbottom=False, labelleft=False)
     axis.legend(frameon=False, fontsize=9)
-    ratios = {label: np.median(rows["kl"] / rows["shown"]) for label, (rows, *_) in shown.items()}
-    said = "; ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items())
-    return Plot(axis.figure, f"Measured KL as a multiple of the predicted, median: {said}.")
+    return Plot(axis.figure, f"Measured KL as a multiple of the predicted, median: {'; '.join(said)}.")
 
 
 def linear_grid(sensitivity: pd.DataFrame, kinds: Mapping[str, str]) -> Plot:
@@ -434,8 +430,7 @@ def linear_grid(sensitivity: pd.DataFrame, kinds: Mapping[str, str]) -> Plot:
     figure, said = _figure(1, len(panels), width=5 * len(panels), height=2.6), []
     for axis, (name, rows) in zip(figure.axes, panels.items(), strict=True):
         table = rows.pivot(index="linear", columns="block", values="kl").loc[rows["linear"].unique()]
-        shown = axis.imshow(table, norm=LogNorm(kl.min(), kl.max()), cmap="Blues", aspect="auto")
-        _label_grid(axis, table)
+        shown = _grid(axis, table, norm=LogNorm(kl.min(), kl.max()), cmap="Blues")
         axis.set_title(name)
         most = rows.loc[rows["kl"].idxmax()]
         said.append(f"{name}, largest {most['linear']} of block {most['block']} with {most['kl']:.1e}")
@@ -450,21 +445,19 @@ def plan_grid(plan: Mapping[str, str], kinds: Mapping[str, str]) -> Plot:
 
     parts = [(name.split(".")[-1].removesuffix("_proj"), int(name.split(".")[1]), kind) for name, kind in plan.items()]
     rows = pd.DataFrame(parts, columns=["linear", "block", "kind"])
-    colours = {"fp16": COLOURS["fp16"], "int8": COLOURS["w8a16"], "nf4": COLOURS["nf4c"]}
     table = rows.assign(kind=rows["kind"].map(list(kinds).index)).pivot(index="linear", columns="block", values="kind")
-    table = table.loc[rows["linear"].unique()]
+    colours = {"fp16": COLOURS["fp16"], "int8": COLOURS["w8a16"], "nf4": COLOURS["nf4c"]}
+    palette, counts = ListedColormap([colours[kind] for kind in kinds]), rows["kind"].value_counts()
     (axis,) = _figure(width=8, height=2.6).axes
-    palette = ListedColormap([colours[kind] for kind in kinds])
-    axis.imshow(table, cmap=palette, vmin=-0.5, vmax=len(kinds) - 0.5, aspect="auto")
-    _label_grid(axis, table)
-    counts = {kind: int((rows["kind"] == kind).sum()) for kind in kinds}
-    _legend(axis, handles=[Patch(color=colours[kind], label=f"{kinds[kind]} ({counts[kind]})") for kind in kinds])
-    said = ", ".join(f"{counts[kind]} in {name}" for kind, name in kinds.items())
-    return Plot(axis.figure, f"Formats of the {len(rows)} linear layers: {said}.")
+    _grid(axis, table.loc[rows["linear"].unique()], cmap=palette, vmin=-0.5, vmax=len(kinds) - 0.5)
+    labels = {kind: f"{name} ({counts.get(kind, 0)})" for kind, name in kinds.items()}
+    _legend(axis, handles=[Patch(color=colours[kind], label=label) for kind, label in labels.items()])
+    return Plot(axis.figure, f"Formats of the {len(rows)} linear layers: {', '.join(labels.values())}.")
 
 
-def _label_grid(axis: Axes, table: pd.DataFrame) -> None:
-    """Names of linears and blocks beside a picture of `table`, whose cells are apart by white lines."""
+def _grid(axis: Axes, table: pd.DataFrame, **look: object) -> object:
+    """A cell for each linear (row) and block (column) of `table`, with white lines between them."""
+    shown = axis.imshow(table, aspect="auto", **look)
     axis.set_yticks(range(len(table)), table.index)
     axis.set_xticks(range(0, len(table.columns), max(1, len(table.columns) // 12)))
     axis.set_xticks(np.arange(-0.5, len(table.columns)), minor=True)
@@ -473,3 +466,4 @@ def _label_grid(axis: Axes, table: pd.DataFrame) -> None:
     axis.grid(which="minor", color="white", linewidth=1.5)
     axis.tick_params(which="both", length=0)
     axis.set(xlabel="block", axisbelow=False)
+    return shown
