@@ -35,8 +35,8 @@ def headline(
     sizes = [f"{rows.loc[name, 'bits']:.2f}" for name in (linears.LABELS[linears.EIGHT], plans.AS_INT8)]
     lines = [
         f"**NF4 costs a KL of {_kl(plain)} ({points} of Top-1); calibrated in the same bytes its KL is "
-        f"{_kl(calibrated)}, and {_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence of "
-        "the class probabilities from those of FP16 (0: the same).",
+        f"{_kl(calibrated)}, and {_kl(plan)} with a plan of {plan['bits']:.2f} bits a weight.** KL is the divergence "
+        "of the class probabilities from those of FP16 (0: the same).",
         f"Of {len(prediction.linears.subject.labels):,} validation pictures these change class: {changed}.",
         _where(sensitivity[sensitivity["format"] == "nf4"]),
         f"Calibration makes the KL of NF4 {number(plain['kl'] / calibrated['kl'])} times smaller. Of {len(kept)} plans "
