@@ -14,22 +14,23 @@ RUN = f"{shlex.quote(sys.executable)} -m vitlib.report"
 
 # notebook: the records it writes, and the notebooks whose records it needs. Another notebook is another row.
 NOTEBOOKS = {
-    "1_finetune": (["finetune.csv", "base.json"], []),
+    "1_finetune": (["finetune.csv", "recipes.csv", "base.json"], []),
     "2_evaluate": (
         [f"{table}.csv" for table in ("variants", "kernels", "accuracy", "latency", "throughput", "roofline", "validity")]
         + ["environment.json", "logits.npz"],
-        ["1_finetune"],
+        ["1_finetune", "3_ablation"],  # which makes the checkpoint that is a variant
     ),
     "3_ablation": (
-        [f"{table}.csv" for table in ("ablation", "reliability", "sensitivity", "correlations", "additivity", "plans")],
-        ["2_evaluate"],
+        [f"{table}.csv" for table in ("ablation", "reliability", "sensitivity", "correlations", "additivity")]
+        + [f"{table}.csv" for table in ("plans", "formats", "repair")],
+        ["1_finetune"],
     ),
     "4_inference": (["predictions.csv", "inference.json", "recommendation.json"], ["2_evaluate"]),
     "5_claims": (["claims.csv", "preprocessing.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
     "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),
 }
 # One file represents each checkpoint, whose folder is put in place as a whole.
-MADE = {"1_finetune": ("merged", "nf4", "nf4-calibrated", "int8")}
+MADE = {"1_finetune": ("merged", "nf4", "nf4-calibrated", "int8"), "3_ablation": ("mixed",)}
 CHECKPOINTS = {
     notebook: [f"{OUT}/checkpoints/{name}/provenance.json" for name in names] for notebook, names in MADE.items()
 }

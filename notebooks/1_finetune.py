@@ -22,6 +22,7 @@ base_model: str = "pretrain"  # pretrain (on other synthetic flowers), random, a
 base_revision: str = ""  # commit of a base from the Hub; required there
 epochs: int = 6  # epochs of fine-tuning
 method: str = "lora"  # lora, qlora, full, head; what is trained in addition to the head
+recipes: list[str] = []  # compared with one another: any of head, lora-frozen-head, lora, qlora, full
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation
 limit: int = 0  # pictures used of each split, spread over the classes; 0: all
@@ -83,7 +84,7 @@ finetune.introduce(study, base)
 # %% [markdown]
 # ## Training
 #
-# Training uses random crops and flips, AdamW and a cosine schedule. Validation after each epoch has no augmentation.
+# Training uses AdamW and a cosine schedule. Validation follows each epoch, without augmentation.
 
 # %%
 model = finetune.make_trainable(study, base)
@@ -156,11 +157,27 @@ checkpoints = finetune.save_checkpoints(study, merged, base, history, decoded)
 reloaded = finetune.check_reload(merged, base, checkpoints, decoded["valid"])
 tables.table(reloaded, finetune.RELOADED)
 
+# %% [markdown]
+# ## Other recipes
+#
+# The same base with the same new head, trained in other ways with the same epochs, batch size, seed and precision. The
+# head alone has a higher learning rate than adapters, and all weights have a lower one.
+
+# %%
+compared = finetune.compare(study, dataset, decoded)
+tables.table(compared, finetune.RECIPES, none="no recipe was compared")
+
+# %% [markdown]
+# What the comparison says of speed and memory:
+
+# %%
+finetune.answers(compared)
+
 # %% [markdown] tags=["summary"]
 # ## Summary
 
 # %% tags=["summary"]
-finetune.headline(study, history, reloaded, base, decoded)
+finetune.headline(study, history, reloaded, base, decoded, compared)
 
 # %% tags=["summary"]
 plots.learning_curves(history, finetune.overfits_after(history))

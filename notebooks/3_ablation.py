@@ -24,6 +24,7 @@ workers: int = 2  # threads that decode pictures
 image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded
 calibration_pictures: int = 128  # training pictures, without labels, that low precision is fitted to
 eval_batch_size: int = 32  # batch size where only the outputs matter
+repair_epochs: int = 0  # epochs of training after quantization, for each of three ways; 0: none
 ablation_bits: list[int] = [4, 8]  # 4 is NF4, 8 is int8
 ablation_pictures: int = 0  # validation pictures used, spread over the classes; 0: all
 plan_bits: float = 4.5  # bits a weight, at most, of the plan saved as checkpoint `mixed`
@@ -115,6 +116,32 @@ plots.plan_grid(plan, {"fp16": "FP16", "int8": "INT8 rows", "nf4": "NF4 calibrat
 tables.table(front, ablation.plans.PLANS)
 
 # %% [markdown]
+# ## Other formats of 4 bits
+#
+# All linear layers in one format, with scales and zero points counted. GPTQ and calibrated NF4 compensate errors on
+# training pictures, drawn three times. The others round to the nearest value.
+
+# %%
+others = ablation.formats.equal_size(study, subject)
+ablation.formats.compared(others)
+
+# %%
+tables.table(others, ablation.formats.FORMATS)
+
+# %% [markdown]
+# ## Training after quantization
+#
+# The quantized weights stay as they are. Trained are small adapters on the labels (QLoRA), the same adapters on the
+# outputs of the FP16 network (distillation, without labels), or biases and norms only, which take no further bytes. A
+# run has `repair_epochs` epochs and three seeds, and no validation picture chooses anything.
+
+# %%
+trained = ablation.repair.repaired(study, subject)
+tables.table(
+    ablation.repair.summary(trained), ablation.repair.REPAIRS, none="nothing was trained, as `repair_epochs` is 0"
+)
+
+# %% [markdown]
 # ## The base
 
 # %%
@@ -162,7 +189,7 @@ tables.table(reliable, ablation.blocks.RELIABILITY)
 # ## Summary
 
 # %% tags=["summary"]
-ablation.headline(study, sensitivity, ranks, prediction, front)
+ablation.headline(study, sensitivity, ranks, prediction, front, trained)
 
 # %% tags=["summary"]
 plots.front(front)

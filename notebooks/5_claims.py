@@ -138,9 +138,3 @@ claims.summary(study, verdicts, costs)
 
 # %% tags=["summary"]
 plots.verdict_bars(claims.counts(verdicts).rename({claims.HOLDS_ONLY: "holds only in some cases"}))
-
-# %% [markdown] tags=["summary"]
-# Where the study can test most claims, the page also shows a picture with each preprocessing:
-
-# %% tags=["summary"]
-claims.photographs(study, dataset, verdicts)

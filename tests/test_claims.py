@@ -181,7 +181,6 @@ def test_of_another_network_one_row_counts_the_claims(made):
         "(4 blocks of width 128)"
     )
     assert claims.show(frame, HOLDS_ONLY) == "*none*" and claims.counted(frame, HOLDS_ONLY) == "**0 of 55 claims**"
-    assert claims.photographs(made.study, None, frame) is None
     text = claims.summary(made.study, frame, COSTS)
     assert text.startswith(
         "- **Of 55 claims of the original study, 2 hold, 12 do not hold and 41 cannot be tested here.**"

@@ -6,7 +6,6 @@ COMMANDS = {
     "report summary --study S": "print the table of variants of a study",
     "study.params N": "print the parameters cell of a notebook, such as 2_evaluate",
     "pretrained": "fetch a small pretrained network, ViT-S/14, and save it as a checkpoint",
-    "training.standin --help": "train a base where no pretrained weights can be had",
 }
 
 if __name__ == "__main__":

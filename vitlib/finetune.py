@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,25 +9,23 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import set_seed
 
 from vitlib.measure import stats
 from vitlib.network import checkpoint, engine, quantize, tuning
-from vitlib.pictures import decode, preprocess, sources
+from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Decoded
-from vitlib.pictures.preprocess import Preprocess
-from vitlib.pictures.sources import Dataset, Labels
-from vitlib.report.tables import Column, Markdown
+from vitlib.pictures.sources import Dataset
+from vitlib.report.tables import Column, Markdown, number
 from vitlib.study import files, origin, provenance
-from vitlib.study.params import is_hub_id, missing, used_by
+from vitlib.study.params import used_by
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS, Variant
-from vitlib.training import adapters, standin, trainer
-from vitlib.training.trainer import Examples, Recipe
+from vitlib.training import adapters, recipes
+from vitlib.training.recipes import Base, FinetuneError
 
 HISTORY = {
     "epoch": "epoch",
-    "train_loss": Column("training loss (augmented)", ".3f"),
+    "train_loss": Column("training loss", ".3f"),
     "valid_loss": Column("validation loss", ".3f"),
     "top1": Column("Top-1 (%)", ".2f", 100),
     "top5": Column("Top-5 (%)", ".2f", 100),
@@ -46,6 +43,19 @@ RELOADED = {
     "top1": Column("Top-1 (%)", ".2f", 100),
     "same_class": Column("same class (%)", ".2f", 100),
 }
+RECIPES = {
+    "way": "trained",
+    ("top1", "top1_low", "top1_high"): Column("Top-1 (%), 95 % interval", scale=100),
+    "train_loss": Column("training loss", ".3f"),
+    "learning_rate": Column("learning rate", ".1e"),
+    "trainable": Column("trainable parameters", ",.0f"),
+    "images_per_s": Column("images/s", number),
+    "peak_mb": Column("peak GPU memory (MB)", ",.0f", bar=True),
+    "weights_mb": Column("weights (MB)", number),
+    "gradients_mb": Column("gradients (MB)", number),
+    "optimizer_mb": Column("optimizer (MB)", number),
+    "activations_mb": Column("activations (MB)", ",.0f"),
+}
 TOP = 5
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "Training all weights", "head": "Training the head alone"}
 TRAINED = {
@@ -53,7 +63,8 @@ TRAINED = {
     "trains these adapters (Hu et al. 2021); *W* stays frozen.",
     "qlora": "QLoRA stores the frozen weights in NF4 and trains LoRA adapters beside them (Dettmers et al. 2023).",
     "full": "All weights are trained; there are no adapters.",
-    "head": "The encoder stays frozen, and there are no adapters.",
+    "head": "The encoder stays frozen, and there are no adapters. It runs once for each picture, without augmentation, "
+    "and the head is trained on the class tokens that it gives.",
 }
 # ‖merged − trained‖ / ‖trained‖ of logits. QLoRA trains in bf16 (8 bits of mantissa), the others in fp32.
 MERGE_TOLERANCE = {"lora": 0.02, "full": 0.02, "head": 0.02, "qlora": 0.05}
@@ -63,51 +74,14 @@ CHECKED = 64  # pictures whose logits must survive saving; a multiple of BATCH
 QUANTIZED = ("nf4", "nf4c", "int8")  # formats that get a checkpoint
 
 
-class FinetuneError(RuntimeError):
-    """Training would not do what was asked; the message says what is wrong."""
-
-
 open = Study.open
 duplicates = decode.duplicates
+load_base, make_trainable, compare = recipes.load_base, recipes.make_trainable, recipes.compare
 
 
 def dataset(study: Study) -> Dataset:
     """The study's pictures, found but not yet read. DataError where they are missing or do not fit together."""
     return sources.load(study.settings)
-
-
-@dataclass
-class Base:
-    """A network to fine-tune, its preprocessing, the labels of its new head, and its origin."""
-
-    model: nn.Module
-    preprocess: Preprocess
-    labels: Labels
-    device: torch.device
-    origin: dict[str, object]
-
-
-def load_base(study: Study, dataset: Dataset) -> Base:
-    """The base that `base_model` names, with a new head for the classes of the data. FinetuneError where it is none."""
-    checkpoint.quiet_libraries()
-    settings, name, revision = study.settings, study.settings.base_model, study.settings.base_revision
-    device, labels = checkpoint.pick_device(settings.device), sources.new_labels(dataset)
-    labels.check(dataset, "valid")  # before the training and not only in the evaluation after it
-    if name == "random":
-        set_seed(settings.seed)
-        model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels).to(device)
-        pre = preprocess.new(settings.image_size)
-    else:
-        if reason := missing("base_model", name):
-            raise FinetuneError(reason)
-        folder = standin.demo_base(study, device) if name == "pretrain" else files.resolve(name)
-        source, quantized = name if is_hub_id(name) else str(folder), settings.method == "qlora"
-        pre = preprocess.load(source, revision or None)
-        set_seed(settings.seed)  # the new head's initialisation
-        how = {"dtype": torch.bfloat16 if quantized else torch.float32, "quantized": quantized, "device": device}
-        model = checkpoint.load_base(source, revision=revision, side=pre.side[0], labels=labels, **how)
-    about = origin.describe(name, revision=revision, architecture=settings.architecture)
-    return Base(model, pre, labels, device, about)
 
 
 def decoded(study: Study, dataset: Dataset, base: Base) -> dict[str, Decoded]:
@@ -155,25 +129,6 @@ def introduce(study: Study, base: Base) -> Markdown:
     return Markdown(text)
 
 
-def make_trainable(study: Study, base: Base) -> nn.Module:
-    """The model with the parameters of `method` trainable, always including the head.
-
-    Training in bf16 rounds the frozen weights once, here; what is trained stays in fp32, as do all weights where
-    adapters without dropout are added into them (`adapters.SummedLinear`). AdapterError where a linear gets no adapter.
-    """
-    settings, model = study.settings, base.model
-    if settings.method in ("lora", "qlora"):
-        rank, alpha, dropout = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
-        summed = settings.method == "lora" and not dropout
-        model = adapters.attach(model, rank=rank, alpha=alpha, dropout=dropout, head=quantize.CLASSIFIER, summed=summed)
-    else:
-        model.requires_grad_(settings.method == "full")
-        model.classifier.requires_grad_(True)
-    if settings.method in ("lora", "head") and trainer.precision_of(settings.precision, base.device) == "bf16":
-        adapters.round_frozen(model, torch.bfloat16)
-    return model
-
-
 def parameter_table(model: nn.Module) -> pd.DataFrame:
     """Numbers of trainable and frozen parameters: rows head, adapters (if any) and encoder."""
     rows = {"head": [0, 0], "adapters": [0, 0], "encoder": [0, 0]}
@@ -190,7 +145,8 @@ def trained(study: Study, table: pd.DataFrame) -> Markdown:
     """What `method` trains and how many of the parameters in `parameter_table` these are."""
     count, every = table["trainable"].sum(), table.to_numpy().sum()
     share = f"{100 * count / every:.2g} %" if count < every else "all"
-    said = f"{TRAINED[study.settings.method]} The new head starts from random weights and is always trained."
+    views = "" if study.settings.method == "head" else "Every epoch sees other random crops and flips of the pictures."
+    said = f"{TRAINED[study.settings.method]} {views} The new head starts from random weights and is always trained."
     return Markdown(f"{said} {count:,} parameters are trained, {share} of the network.")
 
 
@@ -199,20 +155,66 @@ def train(study: Study, model: nn.Module, base: Base, decoded: dict[str, Decoded
 
     Top-5 of at most five classes, which is always 100 %, is left out too.
     """
-    names = ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_model", "base_revision", "architecture")
-    about = {name: getattr(study.settings, name) for name in names}
-    where = {"folder": study.training("finetune"), "device": base.device, "resume": study.settings.resume}
-    examples, recipe = {s: Examples.of(decoded[s], base.labels) for s in ("train", "valid")}, Recipe.of(study.settings)
-    history = trainer.train(model, examples, pre=base.preprocess, recipe=recipe, about=about, **where)
+    where = {"folder": study.training("finetune"), "resume": study.settings.resume}
+    history = recipes.fit(study, model, base, decoded, **where)
     shown = study.write("finetune", history).dropna(axis="columns", how="all")
     return shown if len(base.labels.names) > TOP else shown.drop(columns="top5")
+
+
+def answers(compared: pd.DataFrame) -> Markdown:
+    """What a comparison of recipes says of a frozen head, of LoRA's speed and of QLoRA's memory."""
+    if compared.empty:
+        return Markdown(
+            "None was compared here. The parameter `recipes` chooses: `[head, lora-frozen-head, lora, qlora, full]`. "
+            "Each of them trains as many epochs as the network of this page."
+        )
+    rows = compared.set_index("recipe")
+    said = [answer(rows) for answer in (_original, _speed, _memory)]
+    return Markdown("\n".join(f"- {text}" for text in [*said, "No learning rate was tuned."] if text))
+
+
+def _original(rows: pd.DataFrame) -> str:
+    """What the original's recipe reaches, '' where it was not compared; `rows` by recipe."""
+    if not {"lora-frozen-head", "lora"} <= set(rows.index):
+        return ""
+    frozen, trained = (
+        f"{100 * row.top1:.1f} % Top-1 (95 % interval {100 * row.top1_low:.1f} … {100 * row.top1_high:.1f} %)"
+        for row in rows.loc[["lora-frozen-head", "lora"]].itertuples()
+    )
+    return f"The original's recipe, LoRA with a frozen random head, reaches {frozen}; with the head trained {trained}."
+
+
+def _speed(rows: pd.DataFrame) -> str:
+    if not {"full", "lora"} <= set(rows.index):
+        return ""
+    speed = rows["images_per_s"]
+    return (
+        f"LoRA trains {speed['lora'] / speed['full']:.2g} times as many images/s as full fine-tuning. More than "
+        f"{6 / 4:g} times is impossible: a step of a linear layer has three products of the same size (the output, the "
+        "gradient of its input, the gradient of its weights), 6 operations for each weight and token, and LoRA omits "
+        "only the third."
+    )
+
+
+def _memory(rows: pd.DataFrame) -> str:
+    if not {"qlora", "lora"} <= set(rows.index):
+        return ""
+    lora, qlora = rows.loc["lora"], rows.loc["qlora"]
+    said = f"QLoRA's weights take {number(qlora['weights_mb'])} MB, LoRA's {number(lora['weights_mb'])} MB. "
+    if qlora["peak_mb"] > 0:
+        weights, activations = (100 * lora[f"{part}_mb"] / lora["peak_mb"] for part in ("weights", "activations"))
+        said += (
+            f"The peak goes from {lora['peak_mb']:,.0f} to {qlora['peak_mb']:,.0f} MB, as weights are only "
+            f"{weights:.0f} % of LoRA's peak and activations {activations:.0f} %. "
+        )
+    ratio = qlora["images_per_s"] / lora["images_per_s"]
+    return f"{said}QLoRA trains {ratio:.2g} times as many images/s: each product dequantizes its weights first."
 
 
 def merge(study: Study, model: nn.Module, base: Base) -> nn.Module:
     """The fine-tuned network in FP16 with the adapters added; FinetuneError where random pictures get other logits."""
     method = study.settings.method
-    if method != "qlora":
-        model = model.float()  # changes no value of frozen bf16 weights, and the sum is rounded once
+    model = model.float()  # changes no value of frozen bf16 weights nor of NF4, and the sum is rounded once
     draw = torch.Generator().manual_seed(study.settings.seed)
     pixels = torch.randint(0, 256, (8, 3, *base.preprocess.side), generator=draw).to(base.device)
     with torch.no_grad():
@@ -294,9 +296,10 @@ def check_reload(merged: nn.Module, base: Base, saved: dict[str, Saved], valid: 
 
 
 def headline(
-    study: Study, history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded]
-) -> Markdown:
-    """What the records say, in a few sentences."""
+    study: Study, history: pd.DataFrame, reloaded: pd.DataFrame, base: Base, decoded: dict[str, Decoded],
+    compared: pd.DataFrame | None = None,
+) -> Markdown:  # fmt: skip
+    """What the records say, in a few sentences; of `compared` recipes what the original's reaches."""
     last, best, valid = history.iloc[-1], history.loc[history["top1"].idxmax()], len(decoded["valid"].pictures)
     merged, device = reloaded.loc["merged", "top1"], "GPU" if base.device.type == "cuda" else "CPU"
     (low, high), rate = stats.wilson(round(merged * valid), valid), history["images_per_s"].median()
@@ -317,6 +320,8 @@ def headline(
         chosen = f"The best epoch was {best['epoch']:.0f} with {100 * best['top1']:.1f} %. {chosen}"
     copies = decode.duplicates({split: decoded[split] for split in ("train", "valid")})
     lines = [first, f"{_overfits(history)}{chosen}", _copies(copies, valid), _quantized(reloaded, valid)]
+    if compared is not None and (original := _original(compared.set_index("recipe"))):
+        lines.insert(1, original)
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 

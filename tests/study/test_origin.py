@@ -3,11 +3,11 @@
 import json
 
 import pytest
+import standin
 
 from vitlib import finetune
 from vitlib.study import origin, params
 from vitlib.study.study import Study
-from vitlib.training import standin
 
 
 @pytest.fixture

@@ -1,20 +1,20 @@
 """Notebook 3: what low precision costs the network, where, and what mends it.
 
-`exchange` runs mixtures of formats, `blocks` is the ablation of whole blocks, `linears` measures each linear, and
-`plans` chooses a format for each.
+`exchange` runs mixtures of formats, `blocks` is the ablation of whole blocks, `linears` measures each linear,
+`plans` chooses a format for each, `formats` compares 4-bit formats, and `repair` trains after quantization.
 """
 
 from __future__ import annotations
 
 import pandas as pd
 
-from vitlib.ablation import blocks, linears, plans
+from vitlib.ablation import blocks, formats, linears, plans, repair
 from vitlib.ablation.exchange import prepare
 from vitlib.report.tables import NO_BREAK, Markdown, estimate, number
 from vitlib.study import origin
 from vitlib.study.study import Study
 
-__all__ = ["blocks", "linears", "plans", "prepare"]
+__all__ = ["blocks", "formats", "linears", "plans", "prepare", "repair"]
 open = Study.open
 
 
@@ -24,8 +24,9 @@ def introduce(study: Study) -> Markdown:
 
 
 def headline(
-    study: Study, sensitivity: pd.DataFrame, ranks: pd.DataFrame, prediction: plans.Prediction, front: pd.DataFrame
-) -> Markdown:
+    study: Study, sensitivity: pd.DataFrame, ranks: pd.DataFrame, prediction: plans.Prediction, front: pd.DataFrame,
+    trained: pd.DataFrame,
+) -> Markdown:  # fmt: skip
     """What 4 bits cost, where, what mends it, and how good the prediction is; from the records of this notebook."""
     rows, kept = front.set_index("name"), front[front["kind"] == plans.KEPT]
     names = {"NF4": "NF4", "calibrated NF4": "NF4 calibrated", "the plan": plans.searched(study.settings.plan_bits)}
@@ -45,7 +46,7 @@ def headline(
         f"INT8 rows ({sizes[0]} bits a weight) a plan takes {sizes[1]} bits.",
         _prediction(prediction, ranks[ranks["format"] == "nf4c"].set_index("second")),
     ]
-    return Markdown("\n".join(f"- {line}" for line in lines))
+    return Markdown("\n".join(f"- {line}" for line in [*lines, repair.gain(trained)] if line))
 
 
 def _kl(row: pd.Series) -> str:

@@ -16,7 +16,6 @@ from vitlib.claims.mismatch import MISTAKE, baselines, looks, mistake, mistake_i
 from vitlib.claims.quantities import OTHER_NETWORK, Missing, content
 from vitlib.measure import stats
 from vitlib.pictures import sources
-from vitlib.report import plots
 from vitlib.report.tables import Column, Markdown, Table, table
 from vitlib.study import origin
 from vitlib.study.records import MissingRecord
@@ -150,13 +149,6 @@ def _examples(frame: pd.DataFrame, count: int = 3) -> list[str]:
 
 def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def photographs(study: Study, dataset: sources.Dataset, frame: pd.DataFrame) -> plots.Pictures | None:
-    """A picture with each preprocessing; None where few claims can be tested, so that the page is short."""
-    if frame["verdict"].str.contains(OTHER_NETWORK, regex=False).any():
-        return None
-    return plots.picture_grid(*looks(study, dataset), columns=4)
 
 
 def introduce(study: Study) -> Markdown:

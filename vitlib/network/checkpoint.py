@@ -109,7 +109,7 @@ def load_base(
             return load_base(folder, revision="", side=side, **how)
     if kind != "vit":
         raise CheckpointError(f"the base is a {kind!r} network; this study fine-tunes 'vit' and 'dinov2' ones")
-    quantization = quantize.config(4, dtype) if quantized else None
+    quantization = quantize.config(4, torch.bfloat16) if quantized else None
     options = {"revision": revision or None, "quantization_config": quantization, "ignore_mismatched_sizes": True}
     model, loading = _from_pretrained(base, dtype, device, **options, **label_maps(labels))
     _refuse_random_weights(str(base), loading, allowed=quantize.CLASSIFIER)

@@ -141,7 +141,7 @@ def learning_curves(history: pd.DataFrame, overfits_after: int | None = None) ->
     figure = _figure(1, 2, width=10, height=3.8)
     left, right = figure.axes
     curves = history.set_index("epoch")
-    left.plot(curves["train_loss"], marker="o", label="training (augmented)", color=_BLUE)
+    left.plot(curves["train_loss"], marker="o", label="training", color=_BLUE)
     left.plot(curves["valid_loss"], marker="o", label="validation", color=_ORANGE)
     for name, label, colour in (("top1", "Top-1", _ORANGE), ("top5", "Top-5", _GREY)):
         if name in curves:

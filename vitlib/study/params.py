@@ -31,6 +31,9 @@ MISSING = {
     "pictures": "there is no folder of pictures {!r} (relative to the project's root)",
     "base_model": "base_model {!r} is neither pretrain, random, a folder nor a Hub id (owner/name)",
 }
+RECIPES = ("head", "lora-frozen-head", "lora", "qlora", "full")
+"""Ways to fine-tune that notebook 1 can compare; `training.recipes` has what they are."""
+
 VERDICT_ROUNDS = 8  # `measure.stats.MINIMUM_ROUNDS`; a test holds the two together
 
 
@@ -56,6 +59,7 @@ class Parameters(BaseModel):
     base_revision: str = _field("", "commit of a base from the Hub; required there", 1)
     epochs: int = _field(6, "epochs of fine-tuning", 1, ge=1, le=10000)
     method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
+    recipes: list[str] = _field([], f"compared with one another: any of {', '.join(RECIPES)}", 1)
     pictures: str = _field("", "folder of pictures, flat or in class folders; empty: the test split", 4)
     checkpoints_of: str = _field("", "study whose checkpoints are used; empty: this one", 4)
     variant: str = _field("auto", "name of a variant; auto is the best measured within the limits", 4)
@@ -109,6 +113,7 @@ class Parameters(BaseModel):
     memory_limit_mb: float = _field(0.0, "most memory of a call, weights included, in MB; 0: no limit", 4, ge=0)
     latency_limit_ms: float = _field(0.0, "highest latency of a call in ms; 0: no limit", 4, ge=0)
 
+    repair_epochs: int = _field(0, "epochs of training after quantization, for each of three ways; 0: none", 3, ge=0)
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
     plan_bits: float = _field(4.5, "bits a weight, at most, of the plan saved as checkpoint `mixed`", 3, ge=4.2, le=16)
@@ -147,6 +152,12 @@ class Parameters(BaseModel):
         if not set(bits) <= {4, 8} or len(set(bits)) < len(bits):
             raise ValueError("allowed are 4 and 8, each once")
         return bits
+
+    @field_validator("recipes")
+    def _known_recipes(cls, names: list[str]) -> list[str]:
+        if unknown := [name for name in names if name not in RECIPES]:
+            raise ValueError(f"{unknown[0]!r}: {nearest(unknown[0], list(RECIPES))}")
+        return list(dict.fromkeys(names))
 
     @model_validator(mode="after")
     def _pinned(self) -> "Parameters":

@@ -18,6 +18,21 @@ from vitlib.study.files import atomic_path, short_path
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "finetune": ("epoch", "train_loss", "valid_loss", "top1", "top5", "epoch_s", "images_per_s", "peak_vram_mb"),
+    "recipes": (
+        *(
+            "recipe",
+            "way",
+            "learning_rate",
+            "n",
+            "top1",
+            "top1_low",
+            "top1_high",
+            "train_loss",
+            "trainable",
+            "images_per_s",
+        ),
+        *("weights_mb", "gradients_mb", "optimizer_mb", "activations_mb", "peak_mb"),
+    ),
     "variants": (
         *("variant", "weights", "attention", "execution", "status", "reason", "model_mb", "disk_mb", "batch"),
         *("latency_mean_ms", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "throughput_img_s"),
@@ -49,6 +64,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("top1", "top1_low", "top1_high", "difference", "difference_low", "difference_high"),
         *("flips", "rival", "more", "more_low", "more_high"),
     ),
+    "formats": ("name", "bits", "reason", "kl", "kl_low", "kl_high", "top1", "top1_low", "top1_high", "flips"),
+    "repair": (
+        *("start", "method", "seed", "epochs", "bits", "train_loss", "n", "top1", "top1_low", "top1_high"),
+        *("difference", "difference_low", "difference_high", "logit_kl", "logit_kl_low", "logit_kl_high", "flips"),
+    ),
     "predictions": (
         *("file", "status", "reason", "label", "label_name"),
         *(f"{column}_{rank}" for rank in range(1, 6) for column in ("id", "name", "probability")),
@@ -58,10 +78,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Columns that each record has at least, in this order; units are in the names."""
 
 NOTEBOOKS: dict[str, str] = {
-    **dict.fromkeys(("finetune", "base"), "1_finetune"),
+    **dict.fromkeys(("finetune", "recipes", "base"), "1_finetune"),
     **dict.fromkeys(("variants", "accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
     **dict.fromkeys(("kernels", "tuning", "environment"), "2_evaluate"),
-    **dict.fromkeys(("ablation", "sensitivity", "correlations", "additivity", "plans"), "3_ablation"),
+    **dict.fromkeys(("ablation", "sensitivity", "correlations", "additivity"), "3_ablation"),
+    **dict.fromkeys(("plans", "formats", "repair"), "3_ablation"),
     **dict.fromkeys(("predictions", "inference"), "4_inference"),
     "claims": "5_claims",
 }

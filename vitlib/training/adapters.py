@@ -65,12 +65,13 @@ class SummedLinear(LoraLinear):
 def attach(model: nn.Module, *, rank: int, alpha: int, dropout: float, head: str, summed: bool) -> PeftModel:
     """`model` with adapters on every linear of the encoder, and `head` trained as a whole; AdapterError otherwise.
 
-    A list of names that matches nothing, or a head left at random, would train without an error. `summed` takes
-    `SummedLinear`; ValueError with dropout: W sees the whole input and B A a part of it, so there is no sum of them.
+    A `head` of "" leaves it frozen. A list of names that matches nothing, or a head left at random, would train without
+    an error. `summed` takes `SummedLinear`; ValueError with dropout: W sees the whole input and B A a part of it, so
+    there is no sum of them.
     """
     if summed and dropout:
         raise ValueError(f"adapters cannot be added into the weights while lora_dropout is {dropout}: set it to 0")
-    targets = {"target_modules": list(ENCODER_LINEARS), "modules_to_save": [head]}
+    targets = {"target_modules": list(ENCODER_LINEARS), "modules_to_save": [head] if head else None}
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **targets)
     if summed:
         config._register_custom_module({nn.Linear: SummedLinear})

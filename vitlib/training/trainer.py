@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -115,21 +115,34 @@ class _Rows(torch.utils.data.Dataset):
 class ImageTrainer(Trainer):
     """The Trainer over uint8 pictures, with augmentation on the device and checksums in its training checkpoints."""
 
-    def __init__(self, *args, pre: Preprocess, recipe: Recipe, identity: dict, compiled: bool, **kwargs) -> None:
+    def __init__(
+        self, *args, pre: Preprocess | None, recipe: Recipe, identity: dict, compiled: bool, teacher: nn.Module | None,
+        **kwargs,
+    ) -> None:  # fmt: skip
         super().__init__(*args, data_collator=_Rows.collate, compute_metrics=_metrics, **kwargs)
-        self.pre, self.recipe, self.identity, self.compiled = pre, recipe, identity, compiled
+        self.pre, self.recipe, self.identity, self.compiled, self.teacher = pre, recipe, identity, compiled, teacher
         self.add_callback(_EpochClock(self))
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_) -> torch.Tensor | tuple:
-        """Cross entropy of a batch; augmented while training, smoothed only then."""
+        """Cross entropy of a batch, in training augmented and smoothed, or there the KL divergence from the teacher."""
         pixels, labels = inputs["pixels"], inputs["labels"]
-        if model.training:  # a resumed run cuts the same crops as an uninterrupted one
+        if model.training and self.pre:  # a resumed run cuts the same crops as an uninterrupted one
             draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.state.global_step)
             pixels = preprocess.augment(pixels, crop_area=self.recipe.crop_area, generator=draw)
-        logits = model(pixel_values=self.pre.normalise(pixels)).logits.float()
+        logits = model(pixel_values=self.pre.normalise(pixels) if self.pre else pixels).logits.float()
+        if model.training and self.teacher is not None:
+            return self._divergence(pixels, logits, labels != PADDING)
         smoothing = self.recipe.label_smoothing if model.training else 0.0
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=PADDING)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _divergence(self, pixels: torch.Tensor, logits: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Mean KL divergence from the teacher (Hinton et al. 2015, at temperature 1) over the `counted` pictures."""
+        with torch.no_grad():
+            wanted = self.teacher(pixel_values=self.pre.normalise(pixels, self.teacher.dtype)).logits.float()
+        pair = logits.log_softmax(1), wanted.log_softmax(1)
+        each = nn.functional.kl_div(*pair, reduction="none", log_target=True).sum(1)
+        return (each * counted).sum() / counted.sum()
 
     def warm_up(self) -> float:
         """Compile the blocks on a first batch and see that it fits; seconds of compilation (0.0 without it).
@@ -236,14 +249,18 @@ class _EpochClock(TrainerCallback):
 
 
 def train(
-    model: nn.Module, examples: Mapping[str, Examples], *, pre: Preprocess, recipe: Recipe, folder: Path,
+    model: nn.Module, examples: Mapping[str, Examples], *, pre: Preprocess | None, recipe: Recipe, folder: Path,
     device: torch.device, resume: bool = False, about: Mapping[str, object] | None = None, backend: str = "inductor",
+    keep: bool = True, callbacks: Iterable[TrainerCallback] = (), teacher: nn.Module | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train `model` in place on `examples['train']`, validate each epoch on `['valid']`, and return a row an epoch.
 
-    `folder` receives the training checkpoints of the last two epochs; `resume` continues from the newest undamaged one,
-    or raises ResumeError where it is of another recipe, data, initial weights, or settings `about` the run. Columns:
-    see `_history`. Afterwards the model computes in fp32 again, on `device`.
+    Without `pre` the examples are inputs of the network, which are neither augmented nor normalised.
+
+    `folder` receives the training checkpoints of the last two epochs, or none without `keep`; `resume` continues from
+    the newest undamaged one, or raises ResumeError where it is of another recipe, data, initial weights, or settings
+    `about` the run. A `teacher`, in evaluation mode on `device`, gives the targets in place of the labels. Columns: see
+    `_history`. Afterwards the model computes in fp32 again, on `device`.
     """
     set_seed(recipe.seed)
     compiled = compiles(recipe, model, len(examples["train"].labels), device)
@@ -254,10 +271,11 @@ def train(
     size = sum(part.pixels.nbytes for part in examples.values())
     if placed := device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4:
         examples = {split: part.to(device) for split, part in examples.items()}
-    arguments = _arguments(recipe, folder, device, pinned=device.type == "cuda" and not placed)
+    arguments = _arguments(recipe, folder, device, pinned=device.type == "cuda" and not placed, keep=keep)
     full = arguments.train_batch_size if compiled else 0
     data = {"train_dataset": _Rows(examples["train"], full), "eval_dataset": _Rows(examples["valid"])}
-    trainer = ImageTrainer(model, arguments, **data, pre=pre, recipe=recipe, identity=identity, compiled=compiled)
+    own = {"pre": pre, "recipe": recipe, "identity": identity, "compiled": compiled, "teacher": teacher}
+    trainer = ImageTrainer(model, arguments, callbacks=list(callbacks), **data, **own)
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary an epoch; the bar and the table say the same
     # Under autocast PEFT need not cast the inputs of its adapters: autocast casts the adapters, which are smaller.
     without_casts = disable_input_dtype_casting(model, precision_of(recipe.precision, device) != "fp32")
@@ -340,7 +358,7 @@ def precision_of(asked: str, device: torch.device) -> str:
     return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
 
 
-def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bool, keep: bool) -> TrainingArguments:
     precision, batch = precision_of(recipe.precision, device), recipe.train_batch_size
     return TrainingArguments(
         str(folder), num_train_epochs=recipe.epochs, seed=recipe.seed, data_seed=recipe.seed,
@@ -349,7 +367,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bo
         lr_scheduler_type="cosine", warmup_steps=recipe.warmup,  # below 1 it is a share of all steps
         bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=device.type == "cpu",
         dataloader_pin_memory=pinned, accelerator_config={"non_blocking": pinned},
-        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
+        eval_strategy="epoch", save_strategy="epoch" if keep else "no", logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it looks at the loss of each step, and the host would wait for it
         save_total_limit=2,  # the one before stays until the next is whole
         label_names=["labels"], remove_unused_columns=False, report_to="none", disable_tqdm=True,

@@ -7,8 +7,10 @@ import math
 
 import numpy as np
 import pytest
+import standin
 import torch
 from PIL import Image
+from standin import StandIn, StandInError
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
@@ -16,10 +18,8 @@ from vitlib.network import checkpoint
 from vitlib.pictures import decode, preprocess
 from vitlib.pictures.decode import Picture
 from vitlib.pictures.sources import Dataset, Labels
-from vitlib.study import files, params, records
-from vitlib.study.study import Study
-from vitlib.training import standin, trainer
-from vitlib.training.standin import StandIn, StandInError
+from vitlib.study import files, records
+from vitlib.training import trainer
 
 CPU = torch.device("cpu")
 COLOURS = {"1": (200, 40, 40), "2": (40, 200, 40), "10": (40, 40, 200)}
@@ -256,14 +256,3 @@ def test_bad_data_is_one_line_and_another_exit_code(tmp_path):
     assert "there is no data folder" in ended.value.code  # text: Python prints it to standard error and exits with 1
     assert "\n" not in ended.value.code
     assert not (tmp_path / "out").exists()
-
-
-def test_the_demos_base_is_trained_once_for_the_same_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(standin, "DEMO_PICTURES", 3)
-    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
-    chosen = {"study": "unit", "architecture": "vit-micro", "image_size": 32, "pretrain_epochs": 1, "workers": 1}
-    study = Study.of(params.check(chosen))
-    folder = standin.demo_base(study, CPU)
-    note, changed = json.loads((folder / "provenance.json").read_text()), (folder / "config.json").stat().st_mtime_ns
-    assert note["trained on"] == "the generator's pretraining classes" and 0 <= note["top1"] <= 1
-    assert standin.demo_base(study, CPU) == folder and (folder / "config.json").stat().st_mtime_ns == changed

@@ -1,20 +1,18 @@
-"""Bases to fine-tune where no pretrained weights are available: the demo's small one, and a stand-in for large ones.
+"""A base to fine-tune where no pretrained weights are available: a stand-in for those of a large network.
 
-The stand-in is a ViT trained fast from random initialisation on the study's own training split, in two stages: a long
+It is a ViT trained fast from random initialisation on the study's own training split, in two stages: a long
 one on small pictures, where a step is cheap, and a short one at full size. Each has a budget in seconds that its
 learning rate follows, so a slower card ends on time with fewer epochs. Every picture stays decoded on the device.
 
-    python -m vitlib.training.standin --data data/flowers102 --out outputs/flowers102/standin --workers 16
+    python tools/standin.py --data data/flowers102 --out outputs/flowers102/standin --workers 16
 """
 
-import hashlib
-import json
 import math
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +23,14 @@ from transformers import HfArgumentParser, set_seed
 
 from vitlib.measure import stats
 from vitlib.network import checkpoint
-from vitlib.pictures import preprocess, sources, synthetic
+from vitlib.pictures import preprocess, sources
 from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Dataset, Labels
-from vitlib.study import files, provenance, records
-from vitlib.study.study import Study
+from vitlib.study import provenance, records
 from vitlib.study.variants import nearest
 from vitlib.training import trainer
-from vitlib.training.trainer import Examples, Recipe
+from vitlib.training.trainer import Examples
 
-DEMO_PICTURES = 100  # of a class
-DEMO_VALID = 300  # in all: only the accuracy after the last epoch is kept
-DEMO_RECIPE = Recipe(
-    epochs=10, train_batch_size=64, learning_rate=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0,
-    crop_area=0.7, precision="auto", seed=0,
-)  # fmt: skip
 ORIGIN = (
     "trained from random initialisation on the training split of the same data: a stand-in for pretrained weights, "
     "which saw no other picture"
@@ -103,31 +94,6 @@ class StandIn:
         one = (self.stage1_side, self.stage1_batch_size, 6e-4, 300, True, self.stage1_seconds, self.stage1_steps)
         two = (self.stage2_side, self.stage2_batch_size, 1.5e-4, 50, False, self.stage2_seconds, self.stage2_steps)
         return Stage(1, *one), Stage(2, *two)
-
-
-def demo_base(study: Study, device: torch.device) -> Path:
-    """The demo's base, trained where a setting has changed: a small ViT that knows the generator's other flowers."""
-    settings = study.settings
-    keys = ("architecture", "image_size", "pretrain_epochs", "seed", "precision")
-    settled = {key: getattr(settings, key) for key in keys} | {"recipe": vars(DEMO_RECIPE)}
-    drawn_by = (Path(synthetic.__file__), synthetic.CLASSES)  # other pictures make another base
-    settled["generator"] = [files.checksum(file) for file in drawn_by]
-    folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
-    if (folder / "config.json").is_file():
-        return folder
-    many = settings.model_copy(update={"pictures_per_class": DEMO_PICTURES})
-    drawn = sources.from_synthetic(synthetic.classes("before it"), many)
-    drawn.splits["valid"] = sources.evenly(drawn.splits["valid"], DEMO_VALID)
-    pre, labels = preprocess.new(settings.image_size), sources.new_labels(drawn)
-    set_seed(settings.seed)
-    model = checkpoint.new(settings.architecture, image_size=settings.image_size, labels=labels)
-    decoded = sources.decode_splits(drawn, ("train", "valid"), pre, settings.workers)
-    examples = {split: Examples.of(part, labels) for split, part in decoded.items()}
-    own = {"epochs": settings.pretrain_epochs, "seed": settings.seed, "precision": settings.precision}
-    run = {"pre": pre, "recipe": replace(DEMO_RECIPE, **own), "folder": study.training("base"), "device": device}
-    top1 = float(trainer.train(model, examples, **run)["top1"].iloc[-1])
-    about = {"trained on": "the generator's pretraining classes", "top1": top1, **settled}
-    return checkpoint.save(model.cpu(), folder, pre=pre, labels=labels, provenance=about)
 
 
 class DropPath(nn.Module):
@@ -325,7 +291,7 @@ def train(settings: StandIn, dataset: Dataset, folder: Path, device: torch.devic
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line; one line on standard error and code 1 where that is impossible."""
     about = __doc__.split("\n\n")[0]
-    parser = HfArgumentParser(StandIn, prog="python -m vitlib.training.standin", description=about)
+    parser = HfArgumentParser(StandIn, prog="tools/standin.py", description=about)
     parser.add_argument("--data", required=True, help="folder with train/<class>/ and valid/<class>/")
     parser.add_argument("--out", required=True, type=Path, help="folder for stage1/, stage2/ and history.csv")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes the GPU")

@@ -1,0 +1,75 @@
+"""What training gives back after quantization, beside what it costs in bytes; see `training.repair`."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from vitlib.ablation.exchange import Subject
+from vitlib.network import checkpoint
+from vitlib.pictures import sources
+from vitlib.report.tables import Column
+from vitlib.study.records import COLUMNS
+from vitlib.study.study import Study
+from vitlib.study.variants import FORMATS, Variant
+from vitlib.training import repair
+from vitlib.training.trainer import Examples
+
+SEEDS = (0, 1, 2)
+STARTS = {"nf4": tuple(repair.METHODS), "nf4c": ("biases",)}  # what is repaired, and by which methods
+REPAIRS = {
+    **{"start": "quantized as", "method": "then trained", "seeds": "seeds", "bits": Column("bits a weight", ".2f")},
+    "kl": Column("KL (nats), mean of the seeds", ".2g", best="low"),
+    ("kl_least", "kl_most"): Column("least and most", ".2g"),
+    "top1": Column("Top-1 (%), mean", ".2f", 100, best="high"),
+    ("difference_low", "difference_high"): Column("gain in Top-1 over no training, 95 % interval", "+.2f", 100),
+}
+
+
+def repaired(study: Study, subject: Subject) -> pd.DataFrame:
+    """A row a quantized checkpoint, method and seed, written to `records/repair.csv`; empty without `repair_epochs`.
+
+    Columns: see `training.repair`. All training pictures are used, for a fixed number of epochs; validation pictures
+    only measure.
+    """
+    settings, loaded, frames = study.settings, subject.loaded, []
+    if not settings.repair_epochs:
+        return study.write("repair", pd.DataFrame(columns=COLUMNS["repair"]))
+    train = sources.decode_splits(sources.load(settings), ["train"], loaded.preprocess, settings.workers)["train"]
+    examples = {"train": Examples.of(train, loaded.labels), "valid": Examples(subject.pixels, subject.labels)}
+    for start, methods in STARTS.items():
+
+        def load(weights: str = start) -> checkpoint.Loaded:
+            return checkpoint.load(study.checkpoints, Variant(weights), loaded.device)
+
+        how = {"start": start, "epochs": settings.repair_epochs, "methods": methods, "seeds": SEEDS}
+        frames.append(repair.repair(load, loaded, examples, **how)[0])
+    return study.write("repair", pd.concat(frames, ignore_index=True))
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a checkpoint and method: means over the seeds, their range, and the widest interval of the gain."""
+    names = {"none": "not at all", **repair.METHODS}
+    found = frame.groupby(["start", "method"], sort=False).agg(
+        seeds=("seed", "size"), bits=("bits", "first"), kl=("logit_kl", "mean"), kl_least=("logit_kl", "min"),
+        kl_most=("logit_kl", "max"), top1=("top1", "mean"), difference_low=("difference_low", "min"),
+        difference_high=("difference_high", "max"),
+    )  # fmt: skip
+    found = found.reset_index().assign(method=lambda rows: rows["method"].map(names))
+    found["start"] = [FORMATS[start].label for start in found["start"]]
+    found.attrs["record"] = "records/repair.csv"
+    return found
+
+
+def gain(frame: pd.DataFrame) -> str:
+    """The best method in a sentence, '' where nothing was trained."""
+    if frame.empty:
+        return ""
+    rows = summary(frame)
+    plain = rows[rows["method"] == "not at all"].set_index("start")
+    best = rows[rows["method"] != "not at all"].nsmallest(1, "kl").iloc[0]
+    before = plain.loc[best["start"]]
+    return (
+        f"Training after quantization: {best['method']} on {best['start']} brings the KL from {before['kl']:.2g} to "
+        f"{best['kl']:.2g} (mean of {best['seeds']} seeds, {best['bits']:.2f} bits a weight) and Top-1 from "
+        f"{100 * before['top1']:.1f} to {100 * best['top1']:.1f} %."
+    )
