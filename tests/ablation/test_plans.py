@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -152,7 +153,7 @@ def test_no_calibration_picture_is_a_validation_picture(checkpoints, labels, tmp
 
 def test_the_answer_and_the_figures(study, measured, prediction, front):
     ranks = linears.correlations(study, *measured)
-    text = ablation.headline(study, measured[0], ranks, prediction, front)
+    text = ablation.headline(study, measured[0], ranks, prediction, front, pd.DataFrame())
     sentence = layout.plain(text.split("**")[1])
     assert sentence.startswith("NF4 costs a KL of ") and len(sentence) <= 160 and "nan" not in text
     assert f"Of {(front['kind'] == plans.KEPT).sum()} plans that keep blocks" in text and "By kind of layer" in text
