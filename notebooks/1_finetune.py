@@ -26,6 +26,7 @@ recipes: list[str] = []  # compared with one another: any of head, lora-frozen-h
 device: str = "auto"  # auto, cpu, cuda; auto is the GPU if there is one
 seed: int = 0  # seed of initialisation, order and augmentation
 limit: int = 0  # pictures used of each split, spread over the classes; 0: all
+valid_limit: int = 0  # the same for the splits that are not trained on; 0: as limit
 pictures_per_class: int = 60  # training pictures per class (synthetic data only)
 max_megapixels: float = 50.0  # larger pictures are skipped and reported
 workers: int = 2  # threads that decode pictures

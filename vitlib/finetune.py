@@ -304,7 +304,8 @@ def headline(
     merged, device = reloaded.loc["merged", "top1"], "GPU" if base.device.type == "cuda" else "CPU"
     (low, high), rate = stats.wilson(round(merged * valid), valid), history["images_per_s"].median()
     epochs, trained = _count(last["epoch"], "epoch"), _count(len(decoded["train"].pictures), "picture")
-    known = 0 if study.settings.limit else base.origin.get("top1", 0)  # of a stand-in, on the whole split
+    part = study.settings.limit or study.settings.valid_limit
+    known = 0 if part else base.origin.get("top1", 0)  # of a stand-in, on the whole split
     before = f" (the base reached {100 * known:.1f} % on the same pictures)" if known else ""
     first = (
         f"{METHODS[study.settings.method]} reaches **{100 * merged:.1f} % Top-1** on {valid:,} validation pictures "

@@ -336,6 +336,7 @@ def test_evenly_takes_classes_in_turn_and_keeps_the_order(tree):
     assert [p.file for p in sources.evenly(pictures, 4)] == ["0", "1", "4", "6"]
     assert all(sources.evenly(pictures, limit) == pictures for limit in (0, 7, 100))
     assert [len(pictures) for pictures in load(tree, limit=3).splits.values()] == [3, 3]
+    assert [len(pictures) for pictures in load(tree, limit=3, valid_limit=2).splits.values()] == [3, 2]
 
 
 def test_what_cannot_be_decoded_joins_the_problems_of_its_split(tree):

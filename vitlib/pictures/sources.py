@@ -88,7 +88,7 @@ class Labels:
 
 
 def load(settings: Parameters) -> Dataset:
-    """The data set that `settings.data_source` names, checked and cut to `settings.limit`."""
+    """The data set that `settings.data_source` names, checked and cut to `limit` and `valid_limit`."""
     kind, _, rest = settings.data_source.partition(":")
     if kind == "synthetic":
         dataset = from_synthetic(synthetic.classes("in the study"), settings)
@@ -97,7 +97,9 @@ def load(settings: Parameters) -> Dataset:
     else:
         dataset = from_folder(existing_folder(settings.data_source), settings.max_megapixels)
     check(dataset)
-    dataset.splits = {split: evenly(pictures, settings.limit) for split, pictures in dataset.splits.items()}
+    for split, pictures in dataset.splits.items():
+        limit = settings.limit if split == "train" else settings.valid_limit or settings.limit
+        dataset.splits[split] = evenly(pictures, limit)
     return dataset
 
 

@@ -68,6 +68,7 @@ class Parameters(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "auto is the GPU if there is one")
     seed: int = _field(0, "seed of initialisation, order and augmentation", ge=0, lt=2**32)
     limit: int = _field(0, "pictures used of each split, spread over the classes; 0: all", ge=0)
+    valid_limit: int = _field(0, "the same for the splits that are not trained on; 0: as limit", ge=0)
     pictures_per_class: int = _field(60, "training pictures per class (synthetic data only)", ge=4, le=5000)
     max_megapixels: float = _field(50.0, "larger pictures are skipped and reported", gt=0)
     workers: int = _field(2, "threads that decode pictures", ge=1, le=64)

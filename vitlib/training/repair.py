@@ -24,10 +24,10 @@ from vitlib.network.checkpoint import Loaded
 from vitlib.training import adapters, trainer
 from vitlib.training.trainer import Examples, Recipe
 
-METHODS = {
-    "labels": "adapters, trained on the labels (QLoRA)",
-    "distil": "adapters, distilled from FP16",
-    "biases": "biases and norms, distilled from FP16",
+METHODS = {  # in words, and whether adapters are trained, and by the teacher
+    "labels": ("adapters, trained on the labels (QLoRA)", True, False),
+    "distil": ("adapters, distilled from FP16", True, True),
+    "biases": ("biases and norms, distilled from FP16", False, True),
 }
 RANK = 4  # 0.25 bits a weight in a ViT-S: with NF4's 4.13 still under 4.6, which rank 8 is not
 ADAPTERS = {"rank": RANK, "alpha": 4 * RANK, "dropout": 0.0, "head": ""}
@@ -56,10 +56,10 @@ def repair(
     for method in methods:
         for seed in seeds:
             recipe = replace(RECIPE, epochs=epochs, seed=seed)
-            loaded, kept, loss = repaired(load, teacher, examples, method=method, recipe=recipe)
+            loaded, added, loss = repaired(load, teacher, examples, method=method, recipe=recipe)
             found[method, seed] = engine.logits(engine.Engine(loaded), pixels, BATCH)
             row = {"start": start, "method": method, "seed": seed, "epochs": epochs, "train_loss": loss}
-            rows.append(row | {"bits": bits + 16 * kept / weights})
+            rows.append(row | {"bits": bits + 16 * added / weights})
     labels, plain = examples["valid"].labels, found["none", -1]
     measured = [_row(logits, target, plain, labels) for logits in found.values()]
     return pd.DataFrame([row | more for row, more in zip(rows, measured, strict=True)]), found
@@ -68,40 +68,31 @@ def repair(
 def repaired(
     load: Callable[[], Loaded], teacher: Loaded, examples: Mapping[str, Examples], *, method: str, recipe: Recipe
 ) -> tuple[Loaded, int, float]:
-    """The network that `load` loads, repaired in FP16; the parameters kept beside it; the last epoch's training loss.
-
-    KeyError for an unknown method.
-    """
-    METHODS[method]
+    """The network that `load` loads, repaired in FP16; the parameters added to it; the last epoch's training loss."""
+    _, adapted, distilled = METHODS[method]
     loaded, device = load(), teacher.device
     set_seed(recipe.seed)
-    student = _trainable(loaded.model.dequantize(dtype=torch.float32).float(), method)
+    student = loaded.model.dequantize(dtype=torch.float32).float()
+    if adapted:
+        student = adapters.attach(student, **ADAPTERS, summed=True)
+    else:  # the vectors of a network are its biases and the weights of its norms
+        for parameter in student.parameters():
+            parameter.requires_grad_(parameter.ndim == 1)
     if trainer.precision_of(recipe.precision, device) == "bf16":
         adapters.round_frozen(student, torch.bfloat16)
-    guide = None if method == "labels" else teacher.model
-    if guide is not None and device.type == "cpu":  # where FP16 is slow
+    guide = teacher.model if distilled else None
+    if distilled and device.type == "cpu":  # where FP16 is slow
         guide = copy.deepcopy(guide).float()
     with tempfile.TemporaryDirectory() as folder:
         how = {"pre": loaded.preprocess, "recipe": recipe, "device": device, "folder": Path(folder), "keep": False}
         history = trainer.train(student, examples, teacher=guide, **how)
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
     network = load().model
-    if method != "biases":
-        network = adapters.attach(network, **ADAPTERS, summed=False)
-    with torch.no_grad():
-        for name, value in trained.items():
-            network.get_parameter(name).data = value.to(device, loaded.dtype)
-    kept = 0 if method == "biases" else sum(value.numel() for value in trained.values())
-    return replace(loaded, model=network.eval()), kept, float(history["train_loss"].iloc[-1])
-
-
-def _trainable(model: nn.Module, method: str) -> nn.Module:
-    """`model` with adapters, or with its vectors (biases, and weights of norms) trainable; all else is frozen."""
-    if method != "biases":
-        return adapters.attach(model, **ADAPTERS, summed=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim == 1)
-    return model
+    network = adapters.attach(network, **ADAPTERS, summed=False) if adapted else network
+    for name, value in trained.items():
+        network.get_parameter(name).data = value.detach().to(loaded.dtype)
+    added = sum(value.numel() for value in trained.values()) if adapted else 0
+    return replace(loaded, model=network.eval()), added, float(history["train_loss"].iloc[-1])
 
 
 def bits_per_weight(model: nn.Module) -> tuple[float, int]:
