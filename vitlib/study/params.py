@@ -30,8 +30,8 @@ MISSING = {
     ),
     "pictures": "there is no folder of pictures {!r} (relative to the project's root)",
     "base_model": (
-        "base_model {!r} is neither pretrain, random, a folder nor a Hub id (owner/name); `python -m vitlib.pretrained` "
-        "makes the folder outputs/pretrained/vit-s14"
+        "base_model {!r} is neither pretrain, random, a folder nor a Hub id (owner/name); `python -m "
+        "vitlib.pretrained` makes the folder outputs/pretrained/vit-s14"
     ),
 }
 RECIPES = ("head", "lora-frozen-head", "lora", "qlora", "full")
