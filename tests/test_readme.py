@@ -8,7 +8,7 @@ import pytest
 import readme
 
 from vitlib.report import run
-from vitlib.study import params
+from vitlib.study import files, params
 from vitlib.study.study import Study
 
 ROOT = Path(__file__).parents[1]
@@ -28,12 +28,15 @@ def test_results_and_findings_are_those_of_the_gallery(tmp_path):
     assert len(README.splitlines()) <= 200
 
 
-def test_the_parameter_set_for_own_pictures_is_complete(tmp_path):
+def test_the_parameter_set_for_own_pictures_is_complete(tmp_path, monkeypatch):
     (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "mine.yaml").write_text(example)
-    params.remarks(
-        params.check(params.load(tmp_path / "mine.yaml") | {"data_source": "synthetic"}), set(params.MISSING)
-    )
+    chosen = params.check(params.load(tmp_path / "mine.yaml") | {"data_source": "synthetic"})
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path)
+    with pytest.raises(params.ParameterError, match=r"python -m vitlib\.pretrained` makes the folder"):
+        params.remarks(chosen, set(params.MISSING))
+    files.resolve(chosen.base_model).mkdir(parents=True)
+    params.remarks(chosen, set(params.MISSING))
 
 
 def test_every_file_that_is_named_exists():

@@ -96,7 +96,7 @@ def test_sensitivity_has_every_linear_in_every_format(mixer, measured, study):
     assert 0.08 < by_format.loc["nf4", "weight_error"] < 0.11
     row = frame[(frame["format"] == "nf4") & (frame["block"] == 2) & (frame["linear"] == "fc1")].iloc[0]
     alone = mixer.kl({"one": mixer.only(linears.PLAIN, mixer.names.index("layers.2.mlp.fc1"))}, "test")["one"]
-    assert row["kl"] == pytest.approx(alone.mean()) and row["weights"] == 128 * 512
+    assert row["kl"] == pytest.approx(alone.mean()) and row["parameters"] == 128 * 512
     ranks = linears.correlations(study, frame, kl)
     assert len(ranks) == 3 * 4 and (ranks["low"] <= ranks["correlation"]).all() and (ranks["high"] <= 1).all()
 

@@ -44,7 +44,7 @@ def headline(
         f"that keep blocks in FP16 by hand, {(kept['more_low'] > 0).sum()} have a higher KL than the searched plan of "
         f"their size, and {(kept['more_high'] < 0).sum()} a lower one (paired 95 % interval). With the predicted KL of "
         f"INT8 rows ({sizes[0]} bits a weight) a plan takes {sizes[1]} bits.",
-        _prediction(prediction, ranks[ranks["format"] == "nf4c"].set_index("second")),
+        _prediction(prediction, ranks[ranks["format"] == "nf4c"].set_index("second"), front),
     ]
     return Markdown("\n".join(f"- {line}" for line in [*lines, repair.gain(trained)] if line))
 
@@ -66,9 +66,10 @@ def _signed(text: str) -> str:
 
 def _where(own: pd.DataFrame) -> str:
     """Which blocks and kinds of linears carry the error of linears that are quantized alone."""
-    shares, kinds = own.groupby("block")["kl"].sum() / own["kl"].sum(), own.groupby("linear")[["kl", "weights"]].sum()
+    shares = own.groupby("block")["kl"].sum() / own["kl"].sum()
+    kinds = own.groupby("linear")[["kl", "parameters"]].sum()
     ordered = (100 * kinds / kinds.sum()).sort_values("kl", ascending=False)
-    listed = (f"{name} {row['kl']:.0f} % ({row['weights']:.0f} %)" for name, row in ordered.iterrows())
+    listed = (f"{name} {row['kl']:.0f} % ({row['parameters']:.0f} %)" for name, row in ordered.iterrows())
     return (
         f"With one linear layer in NF4 at a time, block {shares.idxmax()} causes {100 * shares.max():.0f} % of the "
         f"summed KL (equal share {100 / len(shares):.0f} %). By kind of layer, with its share of the weights: "
@@ -76,13 +77,17 @@ def _where(own: pd.DataFrame) -> str:
     )
 
 
-def _prediction(prediction: plans.Prediction, ranks: pd.DataFrame) -> str:
+def _prediction(prediction: plans.Prediction, ranks: pd.DataFrame, front: pd.DataFrame) -> str:
     """How far predicted and measured KL are apart, and whether the order of the linears repeats."""
+    searched = front[front["kind"] == plans.SEARCHED]
+    unseen = number((searched["kl"] / searched["predicted_kl"]).median())
     errors = [f"{100 * error:.0f} %" for error in prediction.error]
     pairs = f", with pairs of layers in a block {errors[1]}" if len(errors) > 1 else ""
     found = (ranks.loc[name, ["correlation", "low", "high"]] for name in (linears.HALVES, linears.METHODS["fisher"]))
     repeats, proxy = (estimate(*values) for values in found)
     return (
-        f"The sum of the KL of single layers predicts that of random mixtures with a mean error of {errors[0]}{pairs}. "
+        f"The sum of the KL of single layers predicts that of random mixtures with a mean error of {errors[0]}{pairs}, "
+        f"on the training pictures. On validation pictures the KL of searched plans is {unseen} times as large: "
+        "training pictures rank plans, and do not tell how large the error will be. "
         f"Rank correlation of calibrated layers on other pictures: {repeats}; with a gradient proxy: {proxy}."
     )

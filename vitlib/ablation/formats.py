@@ -86,6 +86,8 @@ def compared(frame: pd.DataFrame) -> Markdown:
     """Which formats have the lowest and the highest KL, and what calibration of NF4 gains over all draws."""
     ran = frame[frame["reason"] == ""]
     best, worst = ran.loc[ran["kl"].idxmin()], ran.loc[ran["kl"].idxmax()]
+    least = " and ".join(dict.fromkeys(ran.loc[ran["kl_low"] <= best["kl_high"], "name"]))
+    overlap = " (their intervals overlap)" if least != best["name"] else ""
     plain, own = (ran[ran["name"] == name]["kl"] for name in ("NF4, double quantization", "NF4 calibrated"))
     low, high = (f"{100 * value / plain.iloc[0]:.2g}" for value in (own.min(), own.max()))
     share = f"{low} %" if low == high else f"{low} to {high} %"
@@ -94,6 +96,6 @@ def compared(frame: pd.DataFrame) -> Markdown:
         for row in frame[frame["reason"] != ""].set_index("name", drop=False).itertuples(index=False)
     ]
     return Markdown(
-        f"**{best['name']} has the lowest KL, {worst['name']} the highest.** Calibrated NF4 has {share} of the KL of "
+        f"**Lowest KL: {least}**{overlap}; highest: {worst['name']}. Calibrated NF4 has {share} of the KL of "
         f"plain NF4 in the same bytes, over {len(own)} draws of training pictures. {' '.join(missing)}".strip()
     )

@@ -37,7 +37,7 @@ def nats(value: float) -> str:
 
 
 SENSITIVITY = {
-    **{"name": "format", "block": "block", "linear": "linear", "weights": Column("weights", ",.0f")},
+    **{"name": "format", "block": "block", "linear": "linear", "parameters": Column("weights", ",.0f")},
     **{"kl": Column("KL (nats)", nats, bar=True), ("kl_low", "kl_high"): Column("95 % interval", nats)},
     **{"fisher": Column("Fisher proxy (nats)", nats), "fisher_by_type": Column("of its type's mean", ".2f")},
     "weight_error": Column("weight error (%)", ".2f", 100),
@@ -149,7 +149,7 @@ def sensitivity(study: Study, linears: Linears) -> tuple[pd.DataFrame, np.ndarra
         own, twin = (linears.exchange.linear(name, kind).weight.detach() for kind in (FULL, OPTIONS[option]))
         kl = stats.paired_bootstrap(found[f"{at} {option}"], seed=study.settings.seed)
         row = {"format": OPTIONS[option], "name": LABELS[option], "bits": FORMATS[OPTIONS[option]].bits}
-        row |= {"block": at // len(LINEARS), "linear": list(LINEARS)[at % len(LINEARS)], "weights": own.numel()}
+        row |= {"block": at // len(LINEARS), "linear": list(LINEARS)[at % len(LINEARS)], "parameters": own.numel()}
         row |= stats.columns("kl", kl) | {"fisher": (squares[name] * (twin - own).square()).sum().item() / 2}
         rows.append(row | {"weight_error": ((twin - own).norm() / own.norm()).item()})
     frame = pd.DataFrame(rows)

@@ -15,9 +15,15 @@ from vitlib.training import repair
 from vitlib.training.trainer import Examples
 
 SEEDS = (0, 1, 2)
+NOT_TRAINED = "not at all"
 STARTS = {"nf4": tuple(repair.METHODS), "nf4c": ("biases",)}  # what is repaired, and by which methods
 REPAIRS = {
-    **{"start": "quantized as", "method": "then trained", "seeds": "seeds", "bits": Column("bits a weight", ".2f")},
+    **{
+        "start": "quantized as",
+        "method": "then trained",
+        "seeds": "seeds",
+        "bits": Column("bits a weight, tables included", ".2f"),
+    },
     "kl": Column("KL (nats), mean of the seeds", ".2g", best="low"),
     ("kl_least", "kl_most"): Column("least and most", ".2g"),
     "top1": Column("Top-1 (%), mean", ".2f", 100, best="high"),
@@ -48,7 +54,7 @@ def repaired(study: Study, subject: Subject) -> pd.DataFrame:
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a checkpoint and method: means over the seeds, their range, and the widest interval of the gain."""
-    names = {"none": "not at all", **repair.METHODS}
+    names = {"none": NOT_TRAINED} | {method: words for method, (words, *_) in repair.METHODS.items()}
     found = frame.groupby(["start", "method"], sort=False).agg(
         seeds=("seed", "size"), bits=("bits", "first"), kl=("logit_kl", "mean"), kl_least=("logit_kl", "min"),
         kl_most=("logit_kl", "max"), top1=("top1", "mean"), difference_low=("difference_low", "min"),
@@ -56,20 +62,22 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
     found = found.reset_index().assign(method=lambda rows: rows["method"].map(names))
     found["start"] = [FORMATS[start].label for start in found["start"]]
+    found.loc[found["method"] == NOT_TRAINED, ["difference_low", "difference_high"]] = float("nan")
     found.attrs["record"] = "records/repair.csv"
     return found
 
 
 def gain(frame: pd.DataFrame) -> str:
-    """The best method in a sentence, '' where nothing was trained."""
+    """What training gives NF4, beside what calibration gives it without; '' where nothing was trained."""
     if frame.empty:
         return ""
-    rows = summary(frame)
-    plain = rows[rows["method"] == "not at all"].set_index("start")
-    best = rows[rows["method"] != "not at all"].nsmallest(1, "kl").iloc[0]
-    before = plain.loc[best["start"]]
+    rows = summary(frame).set_index("start")
+    own, calibrated = (rows.loc[[FORMATS[start].label]].set_index("method") for start in STARTS)
+    best, name = own["kl"].drop(NOT_TRAINED).min(), own["kl"].drop(NOT_TRAINED).idxmin()
+    also = calibrated.drop(NOT_TRAINED).iloc[0]
     return (
-        f"Training after quantization: {best['method']} on {best['start']} brings the KL from {before['kl']:.2g} to "
-        f"{best['kl']:.2g} (mean of {best['seeds']} seeds, {best['bits']:.2f} bits a weight) and Top-1 from "
-        f"{100 * before['top1']:.1f} to {100 * best['top1']:.1f} %."
+        f"Training after quantization brings the KL of NF4 from {own.loc[NOT_TRAINED, 'kl']:.2g} to {best:.2g} at best "
+        f"({name}: mean of {own.loc[name, 'seeds']} seeds, {own.loc[name, 'bits']:.2f} bits a weight); calibration, "
+        f"which trains nothing, to {calibrated.loc[NOT_TRAINED, 'kl']:.2g}. Calibrated NF4 with {also.name} has "
+        f"{also['kl_least']:.2g} to {also['kl_most']:.2g}."
     )

@@ -29,7 +29,10 @@ MISSING = {
         "train/<class>/ and valid/<class>/, or set `data_source: synthetic`"
     ),
     "pictures": "there is no folder of pictures {!r} (relative to the project's root)",
-    "base_model": "base_model {!r} is neither pretrain, random, a folder nor a Hub id (owner/name)",
+    "base_model": (
+        "base_model {!r} is neither pretrain, random, a folder nor a Hub id (owner/name); `python -m "
+        "vitlib.pretrained` makes the folder outputs/pretrained/vit-s14"
+    ),
 }
 RECIPES = ("head", "lora-frozen-head", "lora", "qlora", "full")
 """Ways to fine-tune that notebook 1 can compare; `training.recipes` has what they are."""

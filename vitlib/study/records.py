@@ -54,7 +54,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("flips", "discordant_pairs", "mcnemar_p", "holm_p"),
     ),
     "sensitivity": (
-        *("format", "name", "bits", "block", "linear", "weights", "kl", "kl_low", "kl_high"),
+        *("format", "name", "bits", "block", "linear", "parameters", "kl", "kl_low", "kl_high"),
         *("fisher", "fisher_by_type", "weight_error"),
     ),
     "correlations": ("format", "name", "first", "second", "correlation", "low", "high"),
