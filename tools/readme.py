@@ -17,8 +17,9 @@ _MARKED = r"(<!-- {0}\b.*?-->\n).*?(?=<!-- end of {0} -->)"
 
 
 def results(study: Study) -> pd.DataFrame:
-    """A row a variant, all text, for the smallest and the largest batch size."""
+    """A row a variant, all text, for the smallest and the largest batch size; page 2 has the variants left out here."""
     table = speed.variants(study)
+    table = table[(table["gelu"] == "checkpoint") & (table["attention"] != "flash_attention_2")]
     ends = table[table["batch"].isin([table["batch"].min(), table["batch"].max()])]
     return tables.table(*columns.speed(ends, "model_mb", "flips")).text
 
