@@ -26,6 +26,7 @@ image_size: int = 48  # side in pixels of synthetic pictures and of a base that 
 eval_batch_size: int = 32  # batch size where only the outputs matter
 ablation_bits: list[int] = [4, 8]  # 4 is NF4, 8 is int8
 ablation_pictures: int = 0  # validation pictures used, spread over the classes; 0: all
+repair_epochs: int = 0  # epochs of each repair of a 4-bit checkpoint; 0: no repair
 
 # %%
 from vitlib import ablation

@@ -114,6 +114,7 @@ class Parameters(BaseModel):
 
     ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
+    repair_epochs: int = _field(0, "epochs of each repair of a 4-bit checkpoint; 0: no repair", 3, ge=0, le=1000)
 
     decoder: Literal["pil", "nvjpeg", "auto"] = _field(
         "pil", "auto is nvJPEG on the GPU where it works; its pixels differ slightly", 4

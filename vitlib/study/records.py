@@ -56,6 +56,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("bits", "kept", "top1", "top5", "loss", "logit_kl", "logit_kl_low", "logit_kl_high"),
         *("flips", "discordant_pairs", "mcnemar_p", "holm_p"),
     ),
+    "repair": (
+        *("start", "method", "seed", "epochs", "bits", "train_loss", "n", "top1", "top1_low", "top1_high"),
+        *("difference", "difference_low", "difference_high", "logit_kl", "logit_kl_low", "logit_kl_high", "flips"),
+    ),
     "predictions": (
         *("file", "status", "reason", "label", "label_name"),
         *(f"{column}_{rank}" for rank in range(1, 6) for column in ("id", "name", "probability")),
@@ -76,7 +80,7 @@ NOTEBOOKS: dict[str, str] = {
     **dict.fromkeys(("finetune", "recipes", "base"), "1_finetune"),
     **dict.fromkeys(("variants", "accuracy", "latency", "throughput", "roofline", "validity"), "2_evaluate"),
     **dict.fromkeys(("kernels", "tuning", "environment"), "2_evaluate"),
-    "ablation": "3_ablation",
+    **dict.fromkeys(("ablation", "repair"), "3_ablation"),
     **dict.fromkeys(("predictions", "inference"), "4_inference"),
     "claims": "5_claims",
 }
