@@ -169,24 +169,20 @@ def answers(compared: pd.DataFrame) -> Markdown:
             "Each of them trains as many epochs as the network of this page."
         )
     rows = compared.set_index("recipe")
-    said = [answer(rows) for answer in (_original, _speed, _memory)]
-    return Markdown("\n".join(f"- {text}" for text in [*said, "No learning rate was tuned."] if text))
+    needed = {_original: {recipes.FROZEN_HEAD, "lora"}, _speed: {"full", "lora"}, _memory: {"qlora", "lora"}}
+    said = [answer(rows) for answer, names in needed.items() if names <= set(rows.index)]
+    return Markdown("\n".join(f"- {text}" for text in [*said, "No learning rate was tuned."]))
 
 
 def _original(rows: pd.DataFrame) -> str:
-    """What the original's recipe reaches, '' where it was not compared; `rows` by recipe."""
-    if not {"lora-frozen-head", "lora"} <= set(rows.index):
-        return ""
     frozen, trained = (
         f"{100 * row.top1:.1f} % Top-1 (95 % interval {100 * row.top1_low:.1f} … {100 * row.top1_high:.1f} %)"
-        for row in rows.loc[["lora-frozen-head", "lora"]].itertuples()
+        for row in rows.loc[[recipes.FROZEN_HEAD, "lora"]].itertuples()
     )
     return f"The original's recipe, LoRA with a frozen random head, reaches {frozen}; with the head trained {trained}."
 
 
 def _speed(rows: pd.DataFrame) -> str:
-    if not {"full", "lora"} <= set(rows.index):
-        return ""
     speed = rows["images_per_s"]
     return (
         f"LoRA trains {speed['lora'] / speed['full']:.2g} times as many images/s as full fine-tuning. More than "
@@ -197,8 +193,6 @@ def _speed(rows: pd.DataFrame) -> str:
 
 
 def _memory(rows: pd.DataFrame) -> str:
-    if not {"qlora", "lora"} <= set(rows.index):
-        return ""
     lora, qlora = rows.loc["lora"], rows.loc["qlora"]
     said = f"QLoRA's weights take {number(qlora['weights_mb'])} MB, LoRA's {number(lora['weights_mb'])} MB. "
     if qlora["peak_mb"] > 0:
@@ -321,8 +315,8 @@ def headline(
         chosen = f"The best epoch was {best['epoch']:.0f} with {100 * best['top1']:.1f} %. {chosen}"
     copies = decode.duplicates({split: decoded[split] for split in ("train", "valid")})
     lines = [first, f"{_overfits(history)}{chosen}", _copies(copies, valid), _quantized(reloaded, valid)]
-    if compared is not None and (original := _original(compared.set_index("recipe"))):
-        lines.insert(1, original)
+    if compared is not None and {recipes.FROZEN_HEAD, "lora"} <= set(compared["recipe"]):
+        lines.insert(1, _original(compared.set_index("recipe")))
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 

@@ -7,6 +7,9 @@ import torch
 
 from vitlib.measure import stats
 from vitlib.network import checkpoint, engine
+from vitlib.study import params
+from vitlib.study.records import COLUMNS
+from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 from vitlib.training import repair
 from vitlib.training.trainer import Examples
@@ -26,11 +29,13 @@ def study(checkpoints):
 
 
 @pytest.fixture(scope="module")
-def repaired(study):
-    return repair.repair(*study, start="nf4", epochs=12, seeds=(1,))
+def repaired(study, checkpoints):
+    settled = params.check({"study": "unit", "repair_epochs": 12, "device": "cpu"})
+    return repair.repair(Study(settled, checkpoints.parent), "nf4", study[2], seeds=(1,))
 
 
 def test_distillation_brings_the_network_nearer_to_its_teacher(repaired):
+    assert tuple(repaired[0]) == COLUMNS["repair"]
     rows = repaired[0].set_index("method")
     assert list(rows.index) == ["none", "labels", "distil", "biases"]
     assert rows["logit_kl"]["distil"] < rows["logit_kl"]["none"] / 2

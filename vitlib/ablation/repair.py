@@ -5,12 +5,10 @@ from __future__ import annotations
 import pandas as pd
 
 from vitlib.ablation.exchange import Subject
-from vitlib.network import checkpoint
 from vitlib.pictures import sources
 from vitlib.report.tables import Column
-from vitlib.study.records import COLUMNS
 from vitlib.study.study import Study
-from vitlib.study.variants import FORMATS, Variant
+from vitlib.study.variants import FORMATS
 from vitlib.training import repair
 from vitlib.training.trainer import Examples
 
@@ -37,19 +35,11 @@ def repaired(study: Study, subject: Subject) -> pd.DataFrame:
     Columns: see `training.repair`. All training pictures are used, for a fixed number of epochs; validation pictures
     only measure.
     """
-    settings, loaded, frames = study.settings, subject.loaded, []
-    if not settings.repair_epochs:
-        return study.write("repair", pd.DataFrame(columns=COLUMNS["repair"]))
+    settings, loaded = study.settings, subject.loaded
     train = sources.decode_splits(sources.load(settings), ["train"], loaded.preprocess, settings.workers)["train"]
     examples = {"train": Examples.of(train, loaded.labels), "valid": Examples(subject.pixels, subject.labels)}
-    for start, methods in STARTS.items():
-
-        def load(weights: str = start) -> checkpoint.Loaded:
-            return checkpoint.load(study.checkpoints, Variant(weights), loaded.device)
-
-        how = {"start": start, "epochs": settings.repair_epochs, "methods": methods, "seeds": SEEDS}
-        frames.append(repair.repair(load, loaded, examples, **how)[0])
-    return study.write("repair", pd.concat(frames, ignore_index=True))
+    found = [repair.repair(study, start, examples, methods=own, seeds=SEEDS)[0] for start, own in STARTS.items()]
+    return study.write("repair", pd.concat(found, ignore_index=True))
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,7 @@ fine-tuning; what was trained is then put into the quantized network, and that o
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -19,8 +20,11 @@ from torch import nn
 from transformers import set_seed
 
 from vitlib.measure import stats
-from vitlib.network import engine, verify
+from vitlib.network import checkpoint, engine, verify
 from vitlib.network.checkpoint import Loaded
+from vitlib.study.records import COLUMNS
+from vitlib.study.study import Study
+from vitlib.study.variants import Variant
 from vitlib.training import adapters, trainer
 from vitlib.training.trainer import Examples, Recipe
 
@@ -40,15 +44,20 @@ BATCH = 32  # of the measurement
 
 
 def repair(
-    load: Callable[[], Loaded], teacher: Loaded, examples: Mapping[str, Examples], *, start: str, epochs: int,
-    methods: Iterable[str] = tuple(METHODS), seeds: Iterable[int] = (0, 1, 2),
+    study: Study, start: str, examples: Mapping[str, Examples], *, methods: Iterable[str] = tuple(METHODS),
+    seeds: Iterable[int] = (0, 1, 2),
 ) -> tuple[pd.DataFrame, dict[tuple[str, int], torch.Tensor]]:  # fmt: skip
-    """Repair the quantized checkpoint that `load` loads anew at each call, by every method and seed.
+    """Repair the study's checkpoint of the quantized format `start` for `repair_epochs`, by every method and seed.
 
-    Returns a row for the plain network (method "none", seed −1) and for each repaired one, and their float32 logits
-    (n, classes) of `examples["valid"]` by (method, seed). `teacher` is the FP16 network that it was quantized from; its
-    targets and the labels are of `examples["train"]`. Columns: see `_row`.
+    Returns a row for the plain network (method "none", seed −1) and for each repaired one, with the columns of the
+    record `repair`, and their float32 logits (n, classes) of `examples["valid"]` by (method, seed). The FP16 network
+    and the labels teach on `examples["train"]` alone. In 0 epochs nothing is done.
     """
+    epochs, device = study.settings.repair_epochs, checkpoint.pick_device(study.settings.device)
+    if not epochs:
+        return pd.DataFrame(columns=COLUMNS["repair"]), {}
+    load = functools.partial(checkpoint.load, study.checkpoints, Variant(start), device)
+    teacher = checkpoint.load(study.checkpoints, Variant("fp16"), device)
     network, pixels = load(), examples["valid"].pixels
     target = engine.logits(engine.Engine(teacher), pixels, BATCH)
     bits, weights = bits_per_weight(network.model)
