@@ -7,6 +7,7 @@ import pandas as pd
 from vitlib.ablation.exchange import Subject
 from vitlib.pictures import sources
 from vitlib.report.tables import Column
+from vitlib.study.records import COLUMNS
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS
 from vitlib.training import repair
@@ -36,6 +37,8 @@ def repaired(study: Study, subject: Subject) -> pd.DataFrame:
     only measure.
     """
     settings, loaded = study.settings, subject.loaded
+    if not settings.repair_epochs:
+        return study.write("repair", pd.DataFrame(columns=COLUMNS["repair"]))
     train = sources.decode_splits(sources.load(settings), ["train"], loaded.preprocess, settings.workers)["train"]
     examples = {"train": Examples.of(train, loaded.labels), "valid": Examples(subject.pixels, subject.labels)}
     found = [repair.repair(study, start, examples, methods=own, seeds=SEEDS)[0] for start, own in STARTS.items()]
