@@ -145,8 +145,8 @@ def trained(study: Study, table: pd.DataFrame) -> Markdown:
     """What `method` trains and how many of the parameters in `parameter_table` these are."""
     count, every = table["trainable"].sum(), table.to_numpy().sum()
     share = f"{100 * count / every:.2g} %" if count < every else "all"
-    views = "" if study.settings.method == "head" else "Every epoch sees other random crops and flips of the pictures."
-    said = f"{TRAINED[study.settings.method]} {views} The new head starts from random weights and is always trained."
+    views = "" if study.settings.method == "head" else " Every epoch sees other random crops and flips of the pictures."
+    said = f"{TRAINED[study.settings.method]}{views} The new head starts from random weights and is always trained."
     return Markdown(f"{said} {count:,} parameters are trained, {share} of the network.")
 
 
