@@ -26,7 +26,7 @@ def test_the_error_of_outputs_is_less_than_half_of_plain_nf4s():
     def error(weight: torch.Tensor) -> float:
         return ((unseen @ weight.T - expected).norm() / expected.norm()).item()
 
-    plain, grid = error(quantize.dequantized(layer)), calibrate.Grid.of_layer(layer)
+    plain, grid = error(quantize.dequantized(layer)), calibrate.Grid.of_state(layer.weight.quant_state)
     codes = grid.compensated(linear.weight, seen.T @ seen)
     quantize.set_codes(layer, codes)
     assert error(quantize.dequantized(layer)) < plain / 2
@@ -38,7 +38,7 @@ def test_without_correlation_it_is_rounding_to_nearest_as_bitsandbytes_rounds():
     """A diagonal matrix leaves nothing to compensate, with one scale a row and offsets too."""
     linear = nn.Linear(256, 64)
     layer = quantize.quantize_linear(linear, 4)
-    grid, weight = calibrate.Grid.of_layer(layer), linear.weight.detach()
+    grid, weight = calibrate.Grid.of_state(layer.weight.quant_state), linear.weight.detach()
     assert torch.equal(grid.compensated(weight, torch.eye(256)), grid.nearest(weight))
     # bitsandbytes rounds weights before it rounds their scales, so that borderline weights differ.
     assert (grid.values(grid.nearest(weight)) - quantize.dequantized(layer)).abs().gt(1e-6).float().mean() < 0.02
@@ -53,7 +53,7 @@ def test_inputs_that_are_always_0_do_no_harm():
     gram[:32, :32] = torch.eye(32)
     layer = quantize.quantize_linear(nn.Linear(64, 8), 4)
     assert torch.isfinite(calibrate._inverse_factor(gram)).all()
-    assert calibrate.Grid.of_layer(layer).compensated(torch.randn(8, 64), gram).max() < 16
+    assert calibrate.Grid.of_state(layer.weight.quant_state).compensated(torch.randn(8, 64), gram).max() < 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -42,8 +42,7 @@ def dequantize_int8(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, bnb.nn.Linear8bitLt):
             plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-            weight = layer.weight.data.float() * (layer.weight.SCB.float() / quantize.INT8_MAX)[:, None]
-            plain.weight, plain.bias = nn.Parameter(weight.half(), requires_grad=False), layer.bias
+            plain.weight, plain.bias = nn.Parameter(quantize.dequantized(layer).half(), requires_grad=False), layer.bias
             model.set_submodule(name, plain)
 
 

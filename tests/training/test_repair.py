@@ -31,7 +31,7 @@ def study(checkpoints):
 @pytest.fixture(scope="module")
 def repaired(study, checkpoints):
     settled = params.check({"study": "unit", "repair_epochs": 12, "device": "cpu"})
-    return repair.repair(Study(settled, checkpoints.parent), "nf4", study[2], seeds=(1,))
+    return repair.repair(Study(settled, checkpoints.parent), study[1], "nf4", study[2], seeds=(1,))
 
 
 def test_distillation_brings_the_network_nearer_to_its_teacher(repaired):

@@ -75,10 +75,8 @@ def _logits(model: nn.Module, subject: Subject) -> np.ndarray:
 
 
 def _judged(found: np.ndarray, expected: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
-    right = stats.topk_right(found, labels)
     kl = stats.paired_bootstrap(stats.kl_divergence(expected, found), seed=seed)
-    row = {"kl": kl.estimate, "kl_low": kl.low, "kl_high": kl.high, "top1": float(right.mean())}
-    row["top1_low"], row["top1_high"] = stats.wilson(int(right.sum()), len(labels))
+    row = stats.columns("kl", kl) | stats.columns("top1", stats.proportion(stats.topk_right(found, labels)))
     return row | {"flips": stats.flips(expected.argmax(1), found.argmax(1))}
 
 
@@ -92,8 +90,7 @@ def compared(frame: pd.DataFrame) -> Markdown:
     low, high = (f"{100 * value / plain.iloc[0]:.2g}" for value in (own.min(), own.max()))
     share = f"{low} %" if low == high else f"{low} to {high} %"
     missing = [
-        f"{row.name} did not run ({row.reason})."
-        for row in frame[frame["reason"] != ""].set_index("name", drop=False).itertuples(index=False)
+        f"{name} did not run ({reason})." for name, reason in zip(frame["name"], frame["reason"], strict=True) if reason
     ]
     return Markdown(
         f"**Lowest KL: {least}**{overlap}; highest: {worst['name']}. Calibrated NF4 has {share} of the KL of "

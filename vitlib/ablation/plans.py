@@ -15,7 +15,7 @@ import pandas as pd
 from vitlib.ablation.exchange import LINEARS
 from vitlib.ablation.linears import EIGHT, FOUR, LABELS, OPTIONS, Linears, Mixture, nats
 from vitlib.measure import search, stats
-from vitlib.network import checkpoint
+from vitlib.network import checkpoint, plan
 from vitlib.report.tables import Column
 from vitlib.study.study import Study
 
@@ -151,11 +151,11 @@ def front(study: Study, prediction: Prediction) -> pd.DataFrame:
     kl = {name: stats.kl_divergence(full, logits[name]) for name in plans}
     right = {name: stats.topk_right(logits[name], labels) for name in plans}
     for name, (kind, mixture, rival) in plans.items():
-        bits, top1 = prediction.bits(mixture), stats.wilson(int(right[name].sum()), len(labels))
+        bits = prediction.bits(mixture)
         row = {"name": name, "kind": kind, "format": OPTIONS[mixture[0]] if kind == FIXED else "mixed", "bits": bits}
         row |= {"megabytes": bits * linears.counts.sum() / 8 / 2**20, "predicted_kl": prediction.kl(mixture)}
         row |= stats.columns("kl", stats.paired_bootstrap(kl[name], seed=seed))
-        row |= stats.columns("top1", stats.Interval(float(right[name].mean()), *top1))
+        row |= stats.columns("top1", stats.proportion(right[name]))
         row |= stats.columns("difference", stats.paired_difference(right[LABELS[0]], right[name]))
         row |= {"flips": stats.flips(full.argmax(1), logits[name].argmax(1)), "rival": rival}
         more = kl[name] - kl[rival] if rival else np.full(len(labels), np.nan)
@@ -168,8 +168,8 @@ def save(study: Study, prediction: Prediction) -> dict[str, str]:
 
     The last means calibrated NF4, see `network.plan`. ValueError where no plan is so small.
     """
-    mixture, linears = prediction.best(study.settings.plan_bits), prediction.linears
-    chosen = {name: ("fp16", "int8", "nf4")[option] for name, option in zip(linears.names, mixture, strict=True)}
+    mixture, linears, formats = prediction.best(study.settings.plan_bits), prediction.linears, tuple(plan.CHECKPOINTS)
+    chosen = {name: formats[option] for name, option in zip(linears.names, mixture, strict=True)}
     note = {"study": study.name, "bits_per_weight": prediction.bits(mixture), "predicted_kl": prediction.kl(mixture)}
     checkpoint.save_mixed(study.checkpoints, chosen, linears.subject.loaded.device, note)
     return chosen

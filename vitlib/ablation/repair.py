@@ -13,7 +13,6 @@ from vitlib.study.variants import FORMATS
 from vitlib.training import repair
 from vitlib.training.trainer import Examples
 
-SEEDS = (0, 1, 2)
 NOT_TRAINED = "not at all"
 STARTS = {"nf4": tuple(repair.METHODS), "nf4c": ("biases",)}  # what is repaired, and by which methods
 REPAIRS = {
@@ -41,7 +40,7 @@ def repaired(study: Study, subject: Subject) -> pd.DataFrame:
         return study.write("repair", pd.DataFrame(columns=COLUMNS["repair"]))
     train = sources.decode_splits(sources.load(settings), ["train"], loaded.preprocess, settings.workers)["train"]
     examples = {"train": Examples.of(train, loaded.labels), "valid": Examples(subject.pixels, subject.labels)}
-    found = [repair.repair(study, start, examples, methods=own, seeds=SEEDS)[0] for start, own in STARTS.items()]
+    found = [repair.repair(study, loaded, start, examples, methods=own)[0] for start, own in STARTS.items()]
     return study.write("repair", pd.concat(found, ignore_index=True))
 
 

@@ -48,16 +48,12 @@ def _accuracy_row(name: str, found: NDArray, base: NDArray, labels: NDArray, see
     kl = stats.paired_bootstrap(stats.kl_divergence(base, found), seed=seed)
     predicted, expected = found.argmax(axis=1), base.argmax(axis=1)
     row = {"variant": name, "n": len(labels), "right": int(right.sum())}
-    row |= _with_bounds("top1", Interval(right.mean(), *stats.wilson(int(right.sum()), len(labels))))
+    row |= stats.columns("top1", stats.proportion(right))
     row |= {"top5": stats.topk_accuracy(found, labels, 5), "f1_weighted": stats.f1_weighted(labels, predicted)}
     row |= {"agreement_with_baseline": float((predicted == expected).mean()), "flips": stats.flips(expected, predicted)}
-    row |= {"lost": test.lost, "gained": test.gained, "mcnemar_p": test.p} | _with_bounds("difference", score)
+    row |= {"lost": test.lost, "gained": test.gained, "mcnemar_p": test.p} | stats.columns("difference", score)
     row |= {"bootstrap_low": resampled.low, "bootstrap_high": resampled.high}
-    return row | _with_bounds("logit_kl", kl)
-
-
-def _with_bounds(column: str, interval: Interval) -> dict[str, float]:
-    return dict(zip((column, f"{column}_low", f"{column}_high"), interval, strict=True))
+    return row | stats.columns("logit_kl", kl)
 
 
 def rounds_of(latencies: pd.DataFrame, variant: str, batch: int) -> list[NDArray]:
@@ -83,7 +79,7 @@ def speed(latencies: pd.DataFrame, throughputs: pd.DataFrame, baseline: str) -> 
         row |= {"latency_p50_ms": median.estimate}
         row |= {f"latency_p{q}_ms": stats.percentile(part["latency_ms"], q) for q in (95, 99)}
         row |= {"latency_low_ms": median.low, "latency_high_ms": median.high, "samples": len(part)}
-        row |= {"rounds": len(own), "latency_note": clock_note(part), **_with_bounds("times_baseline", times)}
+        row |= {"rounds": len(own), "latency_note": clock_note(part), **stats.columns("times_baseline", times)}
         row |= {"against_baseline": "" if variant == baseline else stats.same_or_slower(base, own)}
         row |= {"throughput_img_s": rates.estimate, "throughput_low_img_s": rates.low}
         rows.append(row | {"throughput_high_img_s": rates.high})

@@ -27,6 +27,12 @@ class Interval(NamedTuple):
     high: float
 
 
+def proportion(right: ArrayLike) -> Interval:
+    """The share of true values in `right` (n,), with Wilson's interval."""
+    right = np.asarray(right, dtype=bool)
+    return Interval(float(right.mean()), *wilson(int(right.sum()), len(right)))
+
+
 def columns(name: str, interval: Interval) -> dict[str, float]:
     """The columns `name`, `<name>_low` and `<name>_high` of a record's row."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))

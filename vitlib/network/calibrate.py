@@ -38,10 +38,10 @@ class Grid:
     offsets: Tensor | None = None
 
     @classmethod
-    def of_layer(cls, layer: bnb.nn.Linear4bit) -> "Grid":
-        """That of a layer in bitsandbytes' 4 bits, in float32 on its device."""
-        state = layer.weight.quant_state
-        return cls(state.code.to(layer.weight.device).float(), quantize.scales_of(state).view(state.shape[0], -1))
+    def of_state(cls, state: "bnb.functional.QuantState") -> "Grid":
+        """That of a weight in bitsandbytes' 4 bits, in float32 on its device."""
+        scales = quantize.scales_of(state).view(state.shape[0], -1)
+        return cls(state.code.to(scales.device).float(), scales)
 
     def columns(self, width: int) -> tuple[Tensor, Tensor]:
         """Scale and offset of each weight, transposed: (in, out)."""
@@ -148,7 +148,7 @@ def calibrate(network: nn.Module, quantized: nn.Module, pixel_values: Tensor) ->
 
     def rounded(names: list[str], weight: Tensor, gram: Tensor) -> Tensor:
         layers = [quantized.vit.get_submodule(name) for name in names]
-        grids = [Grid.of_layer(layer) for layer in layers]
+        grids = [Grid.of_state(layer.weight.quant_state) for layer in layers]
         grid = Grid(grids[0].levels, torch.cat([grid.scales for grid in grids]))
         codes = grid.compensated(weight, gram, graphs)
         for layer, part in zip(layers, codes.split([layer.out_features for layer in layers]), strict=True):

@@ -13,7 +13,6 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
-from vitlib.network import quantize
 from vitlib.network.calibrate import Grid
 
 GROUP = 64
@@ -26,7 +25,7 @@ def bitsandbytes(weight: Tensor, gram: Tensor | None, *, kind: str, group: int =
     )
     if gram is None:
         return functional.dequantize_4bit(packed, state).float()
-    grid = Grid(state.code.to(weight.device).float(), quantize.scales_of(state).view(len(weight), -1))
+    grid = Grid.of_state(state)
     return grid.values(grid.compensated(weight, gram))
 
 

@@ -8,7 +8,6 @@ again, code by code, in a fused network.
 
 from collections.abc import Mapping
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 
@@ -16,6 +15,7 @@ from vitlib.network import quantize
 
 CHECKPOINTS = {"fp16": "merged", "int8": "int8", "nf4": "nf4-calibrated"}  # that a linear is taken from
 KINDS = {"fp16": "Dense", "int8": "Int8WeightOnly", "nf4": "NF4"}  # of a fused network, see `layers.CLASSES`
+STORED = {"fp16": "Linear", "int8": "Linear", "nf4": "Linear4bit"}  # of the network as transformers loads it
 FILE = "plan.json"
 
 
@@ -43,7 +43,7 @@ def check(plan: Mapping[str, str], model: nn.Module) -> None:
 def contradictions(plan: Mapping[str, str], model: nn.Module) -> list[str]:
     """The linears of a plain network whose class is not what the plan says."""
     found = linears(model).items()
-    return [name for name, layer in found if isinstance(layer, bnb.nn.Linear4bit) != (plan.get(name) == "nf4")]
+    return [name for name, layer in found if type(layer).__name__ != STORED.get(plan.get(name))]
 
 
 def kept(plan: Mapping[str, str]) -> list[str]:

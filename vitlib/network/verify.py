@@ -16,7 +16,6 @@ from vitlib.study.variants import DIRECT, Variant
 MB = 2**20  # "MB" is 1,048,576 bytes everywhere, as in the original study (ViT-L/16 in FP32: 1157.4)
 
 
-_STORED = {"fp16": "Linear", "int8": "Linear", "nf4": "Linear4bit"}  # class of a linear by its format in a plan
 ATTRIBUTION_LIMIT = 0.05  # share of the device time that may belong to no part of the model
 
 
@@ -67,7 +66,7 @@ def verify(model: nn.Module, variant: Variant) -> dict[str, object]:
     faults = [f"{key} is {found[key]}, asked was {value}" for key, value in expected.items() if found[key] != value]
     if row.planned:
         chosen = getattr(model.config, "plan", {})
-        kinds = {plan.KINDS[form] if isinstance(model, FusedViT) else _STORED[form] for form in chosen.values()}
+        kinds = {plan.KINDS[form] if isinstance(model, FusedViT) else plan.STORED[form] for form in chosen.values()}
         if not isinstance(model, FusedViT) and (wrong := plan.contradictions(chosen, model)):
             faults.append(f"{wrong[0]} has not the format of the plan")
     if set(found["encoder_linears"]) != kinds:

@@ -17,8 +17,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from PIL import Image
 
 from vitlib.report.tables import number
@@ -423,8 +425,6 @@ def predicted(random: pd.DataFrame, plans: pd.DataFrame) -> Plot:
 
 def linear_grid(sensitivity: pd.DataFrame, kinds: Mapping[str, str]) -> Plot:
     """KL of each linear alone in low precision, block by block; a panel a format of `kinds`, with its name in words."""
-    from matplotlib.colors import LogNorm
-
     panels = {name: sensitivity[sensitivity["format"] == kind] for kind, name in kinds.items()}
     kl = pd.concat(panels.values())["kl"].clip(lower=np.finfo(float).tiny)
     figure, said = _figure(1, len(panels), width=5 * len(panels), height=2.6), []
@@ -440,9 +440,6 @@ def linear_grid(sensitivity: pd.DataFrame, kinds: Mapping[str, str]) -> Plot:
 
 def plan_grid(plan: Mapping[str, str], kinds: Mapping[str, str]) -> Plot:
     """The format of each linear, block by block; `plan` has it by the linear's name, `kinds` what it is called."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
     parts = [(name.split(".")[-1].removesuffix("_proj"), int(name.split(".")[1]), kind) for name, kind in plan.items()]
     rows = pd.DataFrame(parts, columns=["linear", "block", "kind"])
     table = rows.assign(kind=rows["kind"].map(list(kinds).index)).pivot(index="linear", columns="block", values="kind")

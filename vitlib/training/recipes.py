@@ -178,7 +178,7 @@ class Memory(TrainerCallback):
 
 
 def compare(study: Study, dataset: Dataset, decoded: dict[str, Decoded]) -> pd.DataFrame:
-    """Train the base anew by each of the parameter `recipes`; a row each, in `records/recipes.csv`.
+    """Train the base by each of the parameter `recipes`, always from the start; a row each, in `records/recipes.csv`.
 
     All start from the same weights and the same new head, and have the study's epochs, batch size, seed and precision.
     Only the learning rate has a factor (`WAYS`); none was tuned. top1 is of the last epoch, with Wilson's interval.

@@ -8,10 +8,10 @@ fine-tuning; what was trained is then put into the quantized network, and that o
 from __future__ import annotations
 
 import copy
-import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +22,6 @@ from transformers import set_seed
 from vitlib.measure import stats
 from vitlib.network import checkpoint, engine, verify
 from vitlib.network.checkpoint import Loaded
-from vitlib.study.records import COLUMNS
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 from vitlib.training import adapters, trainer
@@ -44,20 +43,19 @@ BATCH = 32  # of the measurement
 
 
 def repair(
-    study: Study, start: str, examples: Mapping[str, Examples], *, methods: Iterable[str] = tuple(METHODS),
-    seeds: Iterable[int] = (0, 1, 2),
+    study: Study, teacher: Loaded, start: str, examples: Mapping[str, Examples], *,
+    methods: Iterable[str] = tuple(METHODS), seeds: Iterable[int] = (0, 1, 2),
 ) -> tuple[pd.DataFrame, dict[tuple[str, int], torch.Tensor]]:  # fmt: skip
     """Repair the study's checkpoint of the quantized format `start` for `repair_epochs`, by every method and seed.
 
     Returns a row for the plain network (method "none", seed −1) and for each repaired one, with the columns of the
     record `repair`, and their float32 logits (n, classes) of `examples["valid"]` by (method, seed). The FP16 network
-    and the labels teach on `examples["train"]` alone. In 0 epochs nothing is done.
+    `teacher` and the labels teach on `examples["train"]` alone.
     """
-    epochs, device = study.settings.repair_epochs, checkpoint.pick_device(study.settings.device)
-    if not epochs:
-        return pd.DataFrame(columns=COLUMNS["repair"]), {}
-    load = functools.partial(checkpoint.load, study.checkpoints, Variant(start), device)
-    teacher = checkpoint.load(study.checkpoints, Variant("fp16"), device)
+    epochs, load = (
+        study.settings.repair_epochs,
+        partial(checkpoint.load, study.checkpoints, Variant(start), teacher.device),
+    )
     network, pixels = load(), examples["valid"].pixels
     target = engine.logits(engine.Engine(teacher), pixels, BATCH)
     bits, weights = bits_per_weight(network.model)
@@ -116,10 +114,7 @@ def bits_per_weight(model: nn.Module) -> tuple[float, int]:
 def _row(logits: torch.Tensor, target: torch.Tensor, plain: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Accuracy with Wilson's interval, its difference from the plain network's, and the distance from the FP16 one."""
     right, before = (stats.topk_right(each.numpy(), labels.numpy()) for each in (logits, plain))
-    low, high = stats.wilson(int(right.sum()), len(right))
-    gain = stats.paired_difference(before, right)
     kl = stats.paired_bootstrap(stats.kl_divergence(target.numpy(), logits.numpy()))
-    row = {"n": len(right), "top1": right.mean(), "top1_low": low, "top1_high": high}
-    row |= {"difference": gain.estimate, "difference_low": gain.low, "difference_high": gain.high}
-    row |= {"logit_kl": kl.estimate, "logit_kl_low": kl.low, "logit_kl_high": kl.high}
+    row = {"n": len(right)} | stats.columns("top1", stats.proportion(right))
+    row |= stats.columns("difference", stats.paired_difference(before, right)) | stats.columns("logit_kl", kl)
     return row | {"flips": stats.flips(target.numpy().argmax(1), logits.numpy().argmax(1))}
