@@ -158,6 +158,12 @@ def test_the_answer_and_the_figures(study, measured, prediction, front):
     sentence = layout.plain(text.split("**")[1])
     assert sentence.startswith("NF4 costs a KL of ") and len(sentence) <= 160 and "nan" not in text
     assert f"Of {(front['kind'] == plans.KEPT).sum()} plans that keep blocks" in text and "By kind of layer" in text
+    ratio = (front["kl"] / front["predicted_kl"]).where(front["kind"] == plans.SEARCHED).median()
+    assert ("training pictures rank plans" in text) == (ratio > 2)  # not said where they do tell how large it will be
+    larger = ablation.headline(
+        study, measured[0], ranks, prediction, front.assign(predicted_kl=front["kl"] / 5), pd.DataFrame()
+    )
+    assert "is 5 times as large: training pictures rank plans" in larger
     additivity = study.read("additivity")
     names = {"fp16": "FP16", "int8": "INT8 rows", "nf4": "NF4 calibrated"}
     plan = dict(zip(prediction.linears.names, ["nf4", "int8", "fp16"] * 8, strict=True))

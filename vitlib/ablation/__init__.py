@@ -16,6 +16,7 @@ from vitlib.study.study import Study
 
 __all__ = ["blocks", "formats", "linears", "plans", "prepare", "repair"]
 open = Study.open
+LARGER = 2.0  # times the predicted KL on validation pictures from which training pictures are said to rank plans only
 
 
 def introduce(study: Study) -> Markdown:
@@ -80,14 +81,15 @@ def _where(own: pd.DataFrame) -> str:
 def _prediction(prediction: plans.Prediction, ranks: pd.DataFrame, front: pd.DataFrame) -> str:
     """How far predicted and measured KL are apart, and whether the order of the linears repeats."""
     searched = front[front["kind"] == plans.SEARCHED]
-    unseen = number((searched["kl"] / searched["predicted_kl"]).median())
+    unseen = (searched["kl"] / searched["predicted_kl"]).median()
+    only = ": training pictures rank plans, and do not tell how large the error will be" if unseen > LARGER else ""
     errors = [f"{100 * error:.0f} %" for error in prediction.error]
     pairs = f", with pairs of layers in a block {errors[1]}" if len(errors) > 1 else ""
     found = (ranks.loc[name, ["correlation", "low", "high"]] for name in (linears.HALVES, linears.METHODS["fisher"]))
     repeats, proxy = (estimate(*values) for values in found)
     return (
         f"The sum of the KL of single layers predicts that of random mixtures with a mean error of {errors[0]}{pairs}, "
-        f"on the training pictures. On validation pictures the KL of searched plans is {unseen} times as large: "
-        "training pictures rank plans, and do not tell how large the error will be. "
+        f"on the training pictures. On validation pictures the KL of searched plans is {number(unseen)} times as "
+        f"large{only}. "
         f"Rank correlation of calibrated layers on other pictures: {repeats}; with a gradient proxy: {proxy}."
     )

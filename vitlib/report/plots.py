@@ -394,7 +394,7 @@ def front(plans: pd.DataFrame) -> Plot:
         bars = [[one.kl - one.kl_low], [one.kl_high - one.kl]]
         axis.errorbar(one.bits, one.kl, yerr=bars, fmt="D", markersize=8, capsize=3, color=COLOURS[one.format])
         axis.annotate(one.name, (one.bits, one.kl), (9, 4), textcoords="offset points", fontsize=11)
-    axis.set_yscale("log")
+    _log(axis, "y")
     axis.set(xlabel="bits a weight, all linear layers of the encoder", ylabel="KL from FP16 (nats, log scale)")
     axis.legend(frameon=False)
     said = [f"{name} {one['bits']:.2f} bits, {one['kl']:.1e}" for name, one in rows.set_index("name").iterrows()]
@@ -415,9 +415,9 @@ def predicted(random: pd.DataFrame, plans: pd.DataFrame) -> Plot:
             axis.errorbar(rows[column], rows["kl"], yerr=_around(rows, "kl"), **style)
             said.append(f"{label} {np.median(rows['kl'] / rows[column]):.2f}")
     axis.axline((mixed["kl"].min(),) * 2, (mixed["kl"].max(),) * 2, color="black", linewidth=0.8)
-    axis.set(
-        xscale="log", yscale="log", xlabel="predicted KL (nats, log scale)", ylabel="measured KL (nats, log scale)"
-    )
+    for name, label in (("x", "predicted KL (nats, log scale)"), ("y", "measured KL (nats, log scale)")):
+        _log(axis, name)
+        axis.set(**{f"{name}label": label})
     axis.tick_params(which="minor", labelbottom=False, labelleft=False)
     axis.legend(frameon=False, fontsize=9)
     return Plot(axis.figure, f"Measured KL as a multiple of the predicted, median: {'; '.join(said)}.")
@@ -434,7 +434,7 @@ def linear_grid(sensitivity: pd.DataFrame, kinds: Mapping[str, str]) -> Plot:
         axis.set_title(name)
         most = rows.loc[rows["kl"].idxmax()]
         said.append(f"{name}, largest {most['linear']} of block {most['block']} with {most['kl']:.1e}")
-    figure.colorbar(shown, ax=figure.axes, label="KL (nats, log scale)")
+    figure.colorbar(shown, ax=figure.axes, label="KL (nats, log scale)", format="{x:g}")
     return Plot(figure, f"KL of one linear layer in low precision: {'; '.join(said)}.")
 
 
