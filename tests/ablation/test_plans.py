@@ -163,7 +163,7 @@ def test_the_answer_and_the_figures(study, measured, prediction, front):
     larger = ablation.headline(
         study, measured[0], ranks, prediction, front.assign(predicted_kl=front["kl"] / 5), pd.DataFrame()
     )
-    assert "is 5 times as large: training pictures rank plans" in larger
+    assert "is 5.00 times as large: training pictures rank plans" in larger
     additivity = study.read("additivity")
     names = {"fp16": "FP16", "int8": "INT8 rows", "nf4": "NF4 calibrated"}
     plan = dict(zip(prediction.linears.names, ["nf4", "int8", "fp16"] * 8, strict=True))
