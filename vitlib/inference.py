@@ -53,7 +53,8 @@ class Predictor:
 
     def reason(self) -> Markdown:
         """Which variant is used, and why."""
-        return Markdown(f"**{self.variant.label}** is used: {self.why}.")
+        unknown = "" if self.engine.loaded.verified else " Its checkpoint is unverified: it has no list of checksums."
+        return Markdown(f"**{self.variant.label}** is used: {self.why}.{unknown}")
 
 
 def open(namespace: dict[str, object]) -> Study:

@@ -1,9 +1,10 @@
 """Build, load and save a network; the one place where a variant becomes a module.
 
 A checkpoint is a folder that plain transformers can load, complete in itself: weights (safetensors), config with
-id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json`.
+id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json` with the SHA-256 of each.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ ARCHITECTURES = {
     "vit-base": (768, 12, 12, 3072, 16),
     "vit-large": (1024, 24, 16, 4096, 16),
 }
+PROVENANCE = "provenance.json"
 
 
 class CheckpointError(ValueError):
@@ -60,6 +62,7 @@ class Loaded:
     folder: Path
     weights_mb: float  # as loaded; on a CPU bitsandbytes repacks NF4 in the first pass
     variant: Variant | None = None  # None where the network was not loaded as one
+    verified: bool = True  # False where its folder has no list of checksums, see `whole`
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,9 +101,11 @@ def load_base(
 ) -> nn.Module:
     """A pretrained ViT from a folder or the Hub with a new random head; a DINOv2 becomes one for `side` pixels.
 
-    The head is new also where the base has as many classes. CheckpointError where the base is neither, or where its
-    file lacks a weight of the encoder (transformers would initialise it at random and only warn).
+    The head is new also where the base has as many classes. CheckpointError where the base is neither, where it is not
+    `whole`, or where a weight of the encoder is missing (transformers would initialise it and only warn) or not finite.
     """
+    if Path(base).is_dir():
+        whole(Path(base))
     kind = AutoConfig.from_pretrained(base, revision=revision or None, trust_remote_code=False).model_type
     if kind == "dinov2":
         how = {"labels": labels, "dtype": dtype, "quantized": quantized, "device": device}
@@ -112,7 +117,7 @@ def load_base(
     quantization = quantize.config(4, torch.bfloat16) if quantized else None
     options = {"revision": revision or None, "quantization_config": quantization, "ignore_mismatched_sizes": True}
     model, loading = _from_pretrained(base, dtype, device, **options, **label_maps(labels))
-    _refuse_random_weights(str(base), loading, allowed=quantize.CLASSIFIER)
+    _refuse_unfit_weights(str(base), model, loading, allowed=quantize.CLASSIFIER)
     if quantized:
         quantize.keep_readable(model)
     nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
@@ -124,7 +129,7 @@ def _fold(base: str, revision: str, side: int) -> ViTForImageClassification:
     """The DINOv2 network `base` as a plain ViT for `side` pixels. CheckpointError where that is impossible."""
     safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     model, loading = Dinov2Model.from_pretrained(base, revision=revision or None, dtype=torch.float32, **safely)
-    _refuse_random_weights(base, loading)
+    _refuse_unfit_weights(base, model, loading)
     try:
         return dinov2.folded(model, side)
     except ValueError as error:
@@ -141,14 +146,18 @@ def _from_pretrained(
     )
 
 
-def _refuse_random_weights(source: str, loading: dict[str, object], allowed: str = " ") -> None:
-    """CheckpointError where weights were missing or misshapen, but for those whose name starts with `allowed`."""
+def _refuse_unfit_weights(source: str, model: nn.Module, loading: dict[str, object], allowed: str = " ") -> None:
+    """CheckpointError for weights that were missing, misshapen or not finite; names may start with `allowed`."""
     absent = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
+    absent += quantize.without_scales(model)
     if wrong := [name for name in absent if not name.startswith(allowed)]:
         raise CheckpointError(
             f"{Path(source).name} lacks weights of the network or has them in another shape ({', '.join(wrong[:3])}"
             f"{' and more' if len(wrong) > 3 else ''}): they would be random. Save the checkpoint again."
         )
+    held = ((name, tensor) for name, tensor in verify.tensors(model) if tensor.is_floating_point())
+    if wrong := [name for name, tensor in held if not (name.startswith(allowed) or tensor.isfinite().all())]:
+        raise CheckpointError(f"{Path(source).name} has NaN or infinity in {wrong[0]}: save the checkpoint again")
 
 
 def quantize_checkpoint(
@@ -177,19 +186,55 @@ def save(
         pairs = zip(labels.folders, labels.names, strict=True)
         entries = [{"id": number, "folder": key, "name": name} for number, (key, name) in enumerate(pairs)]
         records.write_json(entries, target / "labels.json")
-        for name, value in (
-            {"provenance.json": {**provenance, "preprocessing": pre.describe()}} | (more or {})
-        ).items():
+        for name, value in (more or {}).items():
             records.write_json(value, target / name)
+        seal(target, {**provenance, "preprocessing": pre.describe()})
     return folder
+
+
+def seal(folder: Path, about: Mapping[str, object]) -> None:
+    """Write `about` a checkpoint into its `provenance.json`, with the SHA-256 of each other file and of this record."""
+    sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != PROVENANCE}
+    noted = records.plain({**about, "files": sums})
+    records.write_json({**noted, "record_sha256": _digest(noted)}, folder / PROVENANCE)
+
+
+def _digest(noted: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(noted, sort_keys=True).encode()).hexdigest()
+
+
+def whole(folder: Path) -> bool:
+    """Whether every file is known to be as it was saved; False where no list of checksums says how that was.
+
+    CheckpointError names the first file that was changed, lost or added.
+    """
+    try:
+        noted = json.loads((folder / PROVENANCE).read_bytes()) if (folder / PROVENANCE).is_file() else {}
+        claimed, listed = noted.pop("record_sha256", ""), noted.get("files", {})
+        wrong = [PROVENANCE] if (claimed or listed) and claimed != _digest(noted) else []
+        there = {file.name: file for file in folder.iterdir()}
+        wrong += [name for name, known in listed.items() if name not in there or files.checksum(there[name]) != known]
+        added = (there.keys() - {PROVENANCE, *listed}) if claimed else ()
+        wrong += [name for name in added if name.endswith((".json", ".safetensors"))]  # transformers might read it
+    except (ValueError, AttributeError, TypeError):
+        claimed, wrong = "", [PROVENANCE]
+    if wrong:
+        maker = "3_ablation" if folder.name == "mixed" else "1_finetune"
+        raise CheckpointError(
+            f"{wrong[0]} of the checkpoint {folder.name!r} is not as it was saved: make the checkpoint again (run "
+            f"{maker}), or copy the folder from where it is whole"
+        )
+    return bool(claimed)
 
 
 def save_mixed(checkpoints: Path, chosen: Mapping[str, str], device: torch.device, note: Mapping[str, object]) -> Path:
     """Write the checkpoint `mixed` beside those that it is made of, with `chosen` in its `plan.json`; see `plan`."""
     merged, folder = checkpoints / plan.CHECKPOINTS["fp16"], checkpoints / "mixed"
+    sources = {form: checkpoints / plan.CHECKPOINTS[form] for form in {"nf4", "int8"} & set(chosen.values())}
+    for source in (merged, *sources.values()):
+        whole(source)
     nf4 = quantize.config(4, torch.float16, plan.kept(chosen)) if "nf4" in chosen.values() else None
     model = _from_pretrained(merged, torch.float16, device, quantization_config=nf4)[0].eval()
-    sources = {form: checkpoints / plan.CHECKPOINTS[form] for form in {"nf4", "int8"} & set(chosen.values())}
     networks = {form: _from_pretrained(source, torch.float16, device)[0].eval() for form, source in sources.items()}
     plan.fill(model, networks, chosen)
     about = {"weights": "mixed", "quantized_from": merged.name, **note}
@@ -230,26 +275,27 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     """The network of `variant` on `device`, in evaluation mode, verified to be what was asked.
 
     For a fused execution this is the plain network that `Engine` transforms; it must not have run before that. NotRun
-    where it cannot run here, CheckpointError where the checkpoint is unfit, EvidenceError where the libraries gave
-    something else than was asked.
+    where it cannot run here, CheckpointError where the checkpoint is unfit or not `whole`, EvidenceError where the
+    libraries gave something else than was asked.
     """
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
     folder = checkpoint_folder(checkpoints, variant)
+    verified = whole(folder)
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = getattr(torch, variant.format.dtype)
     model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)
-    _refuse_random_weights(str(folder), loading)
+    _refuse_unfit_weights(str(folder), model, loading)
     model.eval()
     if variant.format.planned:
         model.config.plan = records.read_json(folder / plan.FILE)
     verify.verify(model, variant)
-    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant)
+    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant, verified)
 
 
 def merged_checksum(folder: Path) -> str:
     """sha256 of the merged weights that a quantized checkpoint says it was made from; '' where it does not say."""
-    file = folder / "provenance.json"
+    file = folder / PROVENANCE
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return noted.get("merged_sha256") or ""
 

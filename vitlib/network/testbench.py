@@ -29,7 +29,7 @@ class Bench:
     device: torch.device
     valid: Decoded
     checkpoints: Path
-    evidence: dict[str, dict]  # what was found in each network (`verify.evidence`)
+    evidence: dict[str, dict]  # `verify.evidence` of each network, and whether its files are `verified`
 
     @property
     def baseline(self) -> str:
@@ -77,7 +77,7 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
     first.labels.check(dataset, "valid")
     _one_training(engines, study)
     valid = sources.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
-    found = {name: verify.evidence(engine.network) for name, engine in engines.items()}
+    found = {n: verify.evidence(run.network) | {"verified": run.loaded.verified} for n, run in engines.items()}
     return Bench(variants, engines, reasons, first.labels, device, valid, study.checkpoints, found)
 
 

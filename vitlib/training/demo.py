@@ -9,6 +9,7 @@ import torch
 from transformers import set_seed
 
 from vitlib.network import checkpoint
+from vitlib.network.checkpoint import CheckpointError
 from vitlib.pictures import preprocess, sources, synthetic
 from vitlib.study import files
 from vitlib.study.study import Study
@@ -32,7 +33,11 @@ def base(study: Study, device: torch.device) -> Path:
     settled["generator"] = [files.checksum(file) for file in drawn_by]
     folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
     if (folder / "config.json").is_file():
-        return folder
+        try:
+            checkpoint.whole(folder)
+            return folder
+        except CheckpointError as error:
+            print(f"{files.first_line(error)}; it is trained again")
     many = settings.model_copy(update={"pictures_per_class": PICTURES})
     drawn = sources.from_synthetic(synthetic.classes("before it"), many)
     drawn.splits["valid"] = sources.evenly(drawn.splits["valid"], VALID)
