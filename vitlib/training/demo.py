@@ -48,6 +48,7 @@ def base(study: Study, device: torch.device) -> Path:
     examples = {split: Examples.of(part, labels) for split, part in decoded.items()}
     own = {"epochs": settings.pretrain_epochs, "seed": settings.seed, "precision": settings.precision}
     run = {"pre": pre, "recipe": replace(RECIPE, **own), "folder": study.training("base"), "device": device}
+    run["resume"] = settings.resume
     top1 = float(trainer.train(model, examples, **run)["top1"].iloc[-1])
     about = {"trained on": "the generator's pretraining classes", "top1": top1, **settled}
     return checkpoint.save(model.cpu(), folder, pre=pre, labels=labels, provenance=about)

@@ -80,10 +80,6 @@ class Examples:
         return Examples(self.pixels.to(device), self.labels.to(device))
 
 
-class ResumeError(ValueError):
-    """Training cannot be resumed; the message says why and what to do."""
-
-
 class _Rows(torch.utils.data.Dataset):
     """Row numbers only: a batch is gathered in one indexing operation instead of picture by picture.
 
@@ -257,10 +253,10 @@ def train(
 
     Without `pre` the examples are inputs of the network, which are neither augmented nor normalised.
 
-    `folder` receives the training checkpoints of the last two epochs, or none without `keep`; `resume` continues from
-    the newest undamaged one, or raises ResumeError where it is of another recipe, data, initial weights, or settings
-    `about` the run. A `teacher`, in evaluation mode on `device`, gives the targets in place of the labels. Columns: see
-    `_history`. Afterwards the model computes in fp32 again, on `device`.
+    `folder` receives the training checkpoints of the last two epochs, or none without `keep`. `resume` continues from
+    the newest undamaged one; where that is of another recipe, data, initial weights, code, or settings `about` the run,
+    it says what differs and starts again. A `teacher`, in evaluation mode on `device`, gives the targets in place of
+    the labels. Columns: see `_history`. Afterwards the model computes in fp32 again, on `device`.
     """
     set_seed(recipe.seed)
     compiled = compiles(recipe, model, len(examples["train"].labels), device)
@@ -340,7 +336,7 @@ def uncompile(model: nn.Module) -> None:
 def identity_of(
     model: nn.Module, examples: Mapping[str, Examples], recipe: Recipe, about: Mapping
 ) -> dict[str, object]:
-    """What makes a training run this one: its settings, and checksums of its pictures and initial weights."""
+    """What makes a training run this one: its settings, and checksums of its pictures, initial weights and code."""
     data, weights = hashlib.sha256(), hashlib.sha256()
     for split in sorted(examples):
         data.update(examples[split].pixels.numpy().tobytes() + examples[split].labels.numpy().tobytes())
@@ -348,7 +344,9 @@ def identity_of(
         weights.update(name.encode())
         if isinstance(tensor, torch.Tensor):
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {**vars(recipe), **about, "pictures": data.hexdigest(), "initial weights": weights.hexdigest()}
+    code = [files.checksum(file) for file in (*sorted(Path(__file__).parent.glob("*.py")), preprocess.__file__)]
+    sums = {"pictures": data.hexdigest(), "initial weights": weights.hexdigest(), "code": code}
+    return {**vars(recipe), **about, **sums, "torch": torch.__version__}
 
 
 def precision_of(asked: str, device: torch.device) -> str:
@@ -375,7 +373,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bo
 
 
 def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Path | None:
-    """The newest undamaged training checkpoint, or None. ResumeError where a run of another identity wrote it."""
+    """The newest undamaged training checkpoint, or None; also where a run of another identity wrote it."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)) if folder.is_dir() else [])):
         if fault := damage(path):
             print(f"{path.name} is damaged and not used ({fault})")
@@ -385,8 +383,8 @@ def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Pa
         if theirs != own:
             changed = [(key, theirs.get(key), own[key]) for key in own if theirs.get(key) != own[key]]
             changes = [f"{key} {str(before)[:12]} → {str(now)[:12]}" for key, before, now in changed]
-            others, advice = ", ".join(changes) or "other keys", "set them back, or set resume to false to start again"
-            raise ResumeError(f"{path.name} was written with other settings ({others}): {advice}")
+            print(f"training starts again: {path.name} is of another run ({', '.join(changes) or 'other keys'})")
+            return None
         print(f"resuming from {path.name}")
         return path
     return None
