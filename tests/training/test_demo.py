@@ -22,6 +22,4 @@ def test_the_demos_base_is_trained_once_for_the_same_settings(tmp_path, monkeypa
     assert demo.base(study, CPU) == folder and (folder / "config.json").stat().st_mtime_ns == changed
     (folder / "labels.json").write_text("[]")
     assert demo.base(study, CPU) == folder and json.loads((folder / "labels.json").read_text())
-    said = capsys.readouterr().out
-    assert "labels.json of the checkpoint" in said and "it is trained again" in said
-    assert "resuming from checkpoint-" in said  # of the training, which was whole
+    assert "resuming from checkpoint-" in capsys.readouterr().out  # of the training, which was whole

@@ -8,8 +8,9 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ class Loaded:
     folder: Path
     weights_mb: float  # as loaded; on a CPU bitsandbytes repacks NF4 in the first pass
     variant: Variant | None = None  # None where the network was not loaded as one
-    verified: bool = True  # False where its folder has no list of checksums, see `whole`
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the folder says, see `whole`
 
 
 def pick_device(name: str) -> torch.device:
@@ -149,7 +150,9 @@ def _from_pretrained(
 def _refuse_unfit_weights(source: str, model: nn.Module, loading: dict[str, object], allowed: str = " ") -> None:
     """CheckpointError for weights that were missing, misshapen or not finite; names may start with `allowed`."""
     absent = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
-    absent += quantize.without_scales(model)
+    states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in model.named_parameters())
+    # Without the scales of its scales bitsandbytes takes their codes for the scales.
+    absent += [name for name, state in states if state and not state.nested and state.absmax.dtype == torch.uint8]
     if wrong := [name for name in absent if not name.startswith(allowed)]:
         raise CheckpointError(
             f"{Path(source).name} lacks weights of the network or has them in another shape ({', '.join(wrong[:3])}"
@@ -195,7 +198,7 @@ def save(
 def seal(folder: Path, about: Mapping[str, object]) -> None:
     """Write `about` a checkpoint into its `provenance.json`, with the SHA-256 of each other file and of this record."""
     sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != PROVENANCE}
-    noted = records.plain({**about, "files": sums})
+    noted = records.read_json(records.write_json({**about, "files": sums}, folder / PROVENANCE))
     records.write_json({**noted, "record_sha256": _digest(noted)}, folder / PROVENANCE)
 
 
@@ -203,28 +206,27 @@ def _digest(noted: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(noted, sort_keys=True).encode()).hexdigest()
 
 
-def whole(folder: Path) -> bool:
-    """Whether every file is known to be as it was saved; False where no list of checksums says how that was.
+def whole(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `provenance.json` says, {} without one; CheckpointError unless all is as it was saved.
 
-    CheckpointError names the first file that was changed, lost or added.
+    Without its list `files` of checksums nobody knows how that was, and the checkpoint is unverified.
     """
     try:
         noted = json.loads((folder / PROVENANCE).read_bytes()) if (folder / PROVENANCE).is_file() else {}
         claimed, listed = noted.pop("record_sha256", ""), noted.get("files", {})
         wrong = [PROVENANCE] if (claimed or listed) and claimed != _digest(noted) else []
-        there = {file.name: file for file in folder.iterdir()}
-        wrong += [name for name, known in listed.items() if name not in there or files.checksum(there[name]) != known]
-        added = (there.keys() - {PROVENANCE, *listed}) if claimed else ()
+        wrong += files.changed(folder, listed)
+        added = {file.name for file in folder.iterdir()} - {PROVENANCE, *listed} if claimed else ()
         wrong += [name for name in added if name.endswith((".json", ".safetensors"))]  # transformers might read it
     except (ValueError, AttributeError, TypeError):
-        claimed, wrong = "", [PROVENANCE]
+        wrong = [PROVENANCE]
     if wrong:
         maker = "3_ablation" if folder.name == "mixed" else "1_finetune"
         raise CheckpointError(
             f"{wrong[0]} of the checkpoint {folder.name!r} is not as it was saved: make the checkpoint again (run "
             f"{maker}), or copy the folder from where it is whole"
         )
-    return bool(claimed)
+    return noted
 
 
 def save_mixed(checkpoints: Path, chosen: Mapping[str, str], device: torch.device, note: Mapping[str, object]) -> Path:
@@ -281,7 +283,7 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
     folder = checkpoint_folder(checkpoints, variant)
-    verified = whole(folder)
+    about = whole(folder)
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = getattr(torch, variant.format.dtype)
     model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)
@@ -290,14 +292,7 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     if variant.format.planned:
         model.config.plan = records.read_json(folder / plan.FILE)
     verify.verify(model, variant)
-    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant, verified)
-
-
-def merged_checksum(folder: Path) -> str:
-    """sha256 of the merged weights that a quantized checkpoint says it was made from; '' where it does not say."""
-    file = folder / PROVENANCE
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return noted.get("merged_sha256") or ""
+    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant, about)
 
 
 def disk_mb(folder: Path) -> float:

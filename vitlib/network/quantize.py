@@ -67,12 +67,6 @@ def scales_of(state: "bnb.functional.QuantState") -> torch.Tensor:
     return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
-def without_scales(model: nn.Module) -> list[str]:
-    """The NF4 weights whose scales are codes of which no scale was loaded: bitsandbytes would take them for scales."""
-    states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in model.named_parameters())
-    return [name for name, state in states if state and not state.nested and state.absmax.dtype == torch.uint8]
-
-
 def set_codes(layer: bnb.nn.Linear4bit, codes: torch.Tensor) -> None:
     """Replace the 4-bit codes of a layer by these (out, in), two in a byte, the first in the high half."""
     pairs = codes.to(torch.uint8).flatten().view(-1, 2)

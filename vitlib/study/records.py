@@ -149,15 +149,11 @@ def write_json(obj: Any, path: Path | str) -> Path:
 
     Numpy values are written as their plain equivalents, a path as its last name only. TypeError for any other object.
     """
+    strict = json.loads(json.dumps(obj, default=_plain), parse_constant=lambda _: None)
     with atomic_path(path) as temporary:
-        text = json.dumps(plain(obj), indent=2, ensure_ascii=False)
+        text = json.dumps(strict, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return Path(path)
-
-
-def plain(obj: Any) -> Any:
-    """What `read_json` gives for an `obj` that `write_json` wrote."""
-    return json.loads(json.dumps(obj, default=_plain), parse_constant=lambda _: None)
 
 
 def _plain(value: Any) -> Any:

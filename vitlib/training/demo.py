@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +34,9 @@ def base(study: Study, device: torch.device) -> Path:
     settled["generator"] = [files.checksum(file) for file in drawn_by]
     folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
     if (folder / "config.json").is_file():
-        try:
+        with suppress(CheckpointError):  # a damaged one is made again
             checkpoint.whole(folder)
             return folder
-        except CheckpointError as error:
-            print(f"{files.first_line(error)}; it is trained again")
     many = settings.model_copy(update={"pictures_per_class": PICTURES})
     drawn = sources.from_synthetic(synthetic.classes("before it"), many)
     drawn.splits["valid"] = sources.evenly(drawn.splits["valid"], VALID)

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -198,8 +197,9 @@ class ImageTrainer(Trainer):
         model.load_state_dict(saved.state_dict(), strict=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with files.naming_what_lacks_room(folder):
+            super()._save_checkpoint(model, trial)
         sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
         records.write_json({"identity": self.identity, "files": sums}, folder / MANIFEST)
 
@@ -396,9 +396,7 @@ def damage(checkpoint: Path) -> str:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest: saving was interrupted"
-    missing = (f"{name} is missing" for name in listed if not (checkpoint / name).is_file())
-    changed = (f"{name} was changed" for name, known in listed.items() if files.checksum(checkpoint / name) != known)
-    return next(chain(missing, changed), "")
+    return next((f"{name} is missing or was changed" for name in files.changed(checkpoint, listed)), "")
 
 
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
