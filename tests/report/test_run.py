@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_records_and_page_as_they_were(project, folder, monke
         assert 'class="card failed"' in (folder / "index.html").read_text()
     else:
         assert names(folder) == {good.name}
-        assert "of this there is no page: [Errno 28] no room on the disk for demo/2_evaluate.failed.html" in said
+        assert "of this there is no page: [Errno 28] no room on the disk for demo/2_evaluate.failed." in said
         assert "the index does not show it: [Errno 28] no room on the disk for demo/index.html: free some" in said
 
 

@@ -67,6 +67,7 @@ def test_a_full_disk_is_said_whatever_the_library_says(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text("old")
     for error, free, found in (
         (OSError(errno.ENOSPC, "No space left on device"), 10**9, "no room on the disk for .*/a.csv: free some"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 10**9, "no room on the disk for .*/a.csv"),
         (RuntimeError("unexpected pos 64 vs 0"), 0, "no room on the disk for .*/a.csv: free some"),
         (RuntimeError("another fault"), 10**9, "another fault"),
     ):

@@ -100,8 +100,8 @@ def naming_what_lacks_room(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(target.parent).free < _FULL:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if full or shutil.disk_usage(target.parent).free < _FULL:  # safetensors' words, and any of torch's
             said = f"no room on the disk for {short_path(target)}: free some and run again"
             raise OSError(errno.ENOSPC, said) from error
         raise
