@@ -53,8 +53,7 @@ class Predictor:
 
     def reason(self) -> Markdown:
         """Which variant is used, and why."""
-        known = "files" in self.engine.loaded.about
-        unknown = "" if known else " Its checkpoint is unverified: it has no list of checksums."
+        unknown = " Its checkpoint is unverified (no checksums)." * ("files" not in self.engine.loaded.about)
         return Markdown(f"**{self.variant.label}** is used: {self.why}.{unknown}")
 
 

@@ -1,8 +1,6 @@
 """Proof that a network is what was asked for: module classes, dtypes, attention, kernels and size in memory."""
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import chain
 
 import bitsandbytes as bnb
 import pandas as pd
@@ -105,20 +103,16 @@ def identity_fault(variant: Variant, frame: pd.DataFrame) -> str:
 
 def model_mb(model: nn.Module) -> float:
     """Megabytes of everything that the model keeps in memory: parameters, buffers and quantization state."""
-    return sum({tensor.data_ptr(): tensor.nbytes for _, tensor in tensors(model)}.values()) / MB
-
-
-def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, buffers and quantization state with their names; the state has the name of its weight."""
-    for prefix, module in model.named_modules():
-        own = module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False)
-        for name, held in chain(*own):
-            state = [held]
-            if isinstance(held, bnb.nn.Params4bit) and held.quant_state is not None:
-                state += _state_tensors(held.quant_state)
-            if isinstance(held, bnb.nn.Int8Params):
-                state += [scale for scale in (held.SCB, getattr(module.state, "SCB", None)) if scale is not None]
-            yield from ((name, tensor) for tensor in state)
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for parameter in list(held):
+            if isinstance(parameter, bnb.nn.Params4bit) and parameter.quant_state is not None:
+                held += _state_tensors(parameter.quant_state)
+            if isinstance(parameter, bnb.nn.Int8Params):
+                held += [scale for scale in (parameter.SCB, getattr(module.state, "SCB", None)) if scale is not None]
+        seen |= {tensor.data_ptr(): tensor.nbytes for tensor in held}
+    return sum(seen.values()) / MB
 
 
 def _state_tensors(state: "bnb.functional.QuantState") -> list[torch.Tensor]:
