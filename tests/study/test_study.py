@@ -1,6 +1,5 @@
 """A study opens, reads, writes and locks what belongs to it."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import IPython
 import pandas as pd
 import pytest
+from filelock import FileLock, Timeout
 
 from vitlib.study import files, params, records
 from vitlib.study import study as study_module
@@ -82,13 +82,22 @@ def test_a_second_process_is_refused_until_the_first_is_killed_and_its_records_a
 def test_a_notebooks_kernel_holds_its_study_until_it_opens_another(study, monkeypatch):
     monkeypatch.setattr(IPython, "get_ipython", object)
     other = Study.of(params.check({"study": "other"}))
+
+    def held(one):
+        try:
+            with FileLock(one.folder / ".lock", blocking=False):  # as another process would
+                return False
+        except Timeout:
+            return True
+
     for _ in range(2):
         Study.open({"study": "unit"})
-        with pytest.raises(StudyBusy, match=f"pid {os.getpid()} "), study.locked():
-            pass
+        assert held(study)
     Study.open({"study": "other"})
-    with study.locked():
-        pass
+    assert held(other) and not held(study)
     study_module._kernel.close()
+    assert not held(other)
     with other.locked():  # as the process that starts the kernel does
         Study.open({"study": "other"})
+        assert held(other)
+    assert not held(other)

@@ -46,7 +46,7 @@ class Study:
         study = namespace.get("study")
         opened = cls.of(params.collect({**namespace, "study": study.name} if isinstance(study, Study) else namespace))
         ipython = sys.modules.get("IPython")
-        if ipython and ipython.get_ipython() and os.environ.get(_HELD) != str(opened.folder.resolve()):
+        if ipython and ipython.get_ipython():
             _kernel.close()
             _kernel.enter_context(opened.locked())
         return opened
@@ -113,6 +113,9 @@ class Study:
 
         The operating system releases the lock of a process that was killed; records are then as before its run.
         """
+        if os.environ.get(_HELD) == str(self.folder.resolve()):  # by this process or the one that started this kernel
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         holder = self.folder / ".lock.holder"
         try:
