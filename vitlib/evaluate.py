@@ -33,7 +33,7 @@ def status(bench: Bench) -> pd.DataFrame:
     for name in (variant.name for variant in bench.variants):
         found = bench.evidence.get(name, {"encoder_linears": {}, "dtypes": []})
         linears = ", ".join(f"{count} {kind}" for kind, count in found["encoder_linears"].items())
-        runs = "runs" if found.get("verified") else "runs, its files are unverified"
+        runs = "runs" if found.get("verified", True) else "runs, its files are unverified"
         said = f"not run: {bench.reasons[name]}" if name in bench.reasons else runs
         rows.append((name, said, linears, ", ".join(found["dtypes"])))
     return pd.DataFrame(rows, columns=["variant", "status", "linear layers of the encoder", "other weights"])
