@@ -45,7 +45,7 @@ crop_area: float = 0.6  # smallest fraction of a picture's area in a training cr
 precision: str = "auto"  # auto, fp32, fp16, bf16; training arithmetic; auto is FP16 or BF16 on a GPU
 compile_training: str = "auto"  # auto, always, never; compile the blocks; auto does so in long runs on a GPU
 calibration_pictures: int = 128  # training pictures, without labels, that low precision is fitted to
-resume: bool = False  # continue from the last complete training checkpoint
+resume: bool = True  # continue where the same training was killed; false starts again
 
 # %%
 from vitlib import finetune

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor
 
 from vitlib import ablation, evaluate, inference
 from vitlib.measure import roofline, stats
+from vitlib.network import checkpoint
 from vitlib.network.checkpoint import CheckpointError
 from vitlib.network.verify import GateError
 from vitlib.pictures import synthetic
@@ -266,8 +267,21 @@ def test_checkpoints_that_do_not_belong_together_are_refused(
     shutil.copytree(checkpoints, copy)
     made = json.loads((copy / "nf4" / file).read_text())
     (copy / "nf4" / file).write_text(json.dumps(made | change))
+    about = json.loads((copy / "nf4" / "provenance.json").read_text())
+    checkpoint.seal(copy / "nf4", {key: value for key, value in about.items() if key != "record_sha256"})
     with pytest.raises(CheckpointError, match=fault):
         evaluate.prepare(Study.of(settings.model_copy(update={"study": file})), dataset_for(labels))
+
+
+def test_a_checkpoint_without_a_list_of_checksums_is_called_unverified(bench, study):
+    runs = evaluate.status(bench).set_index("variant")["status"]
+    assert runs["nf4-sdpa"] == "runs" and "unverified" not in inference.load(study).reason()
+    foreign = {**bench.evidence, "nf4-sdpa": {**bench.evidence["nf4-sdpa"], "verified": False}}
+    runs = evaluate.status(dataclasses.replace(bench, evidence=foreign)).set_index("variant")["status"]
+    assert runs["nf4-sdpa"] == "runs, its files are unverified" and runs["fp32-sdpa"] == "runs"
+    predictor = inference.load(study)
+    predictor.engine.loaded.about = {}
+    assert "unverified" in predictor.reason()
 
 
 def test_fewer_classes_than_the_checkpoint_knows_is_an_error(study, labels):

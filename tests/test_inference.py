@@ -312,11 +312,10 @@ def test_pictures_that_notebook_2_did_not_classify_are_not_shown(compared, tmp_p
     [("synthetic", "hub", "network"), ("data/mine", "generator", "base network"), ("data/mine", "hub", "")],
 )
 def test_photographs_for_a_network_that_knows_drawn_flowers_are_said(predicted, tmp_path, data, kind, which):
-    predictor, folder = predicted[0], tmp_path / "checkpoints" / "merged"
-    for name in ("merged", "nf4"):
-        about = {"parameters": {"data_source": data}, "origin": {"kind": kind, "base": "x"}}
-        records.write_json(about, folder.with_name(name) / "provenance.json")
-    loaded = dataclasses.replace(predictor.engine.loaded, folder=tmp_path / "checkpoints" / "nf4")
+    predictor, folder = predicted[0], tmp_path / "checkpoints"
+    about = {"parameters": {"data_source": data}, "origin": {"kind": kind, "base": "x"}}
+    records.write_json(about, folder / "merged" / "provenance.json")
+    loaded = dataclasses.replace(predictor.engine.loaded, folder=folder / "nf4", about=about)
     other = dataclasses.replace(predictor, engine=SimpleNamespace(loaded=loaded))
     said = inference._drawn(other, "photographs")
     assert said.startswith(f"**The {which} was trained on drawn flowers only**" if which else "") and bool(

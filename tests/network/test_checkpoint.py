@@ -158,12 +158,87 @@ def _without_block_1(folder):
     ],
 )
 def test_a_damaged_checkpoint_is_refused(checkpoints, tmp_path, labels, damage, error, message):
-    damage(shutil.copytree(checkpoints / "merged", tmp_path / "merged"))
+    folder = shutil.copytree(checkpoints / "merged", tmp_path / "merged")
+    (folder / "provenance.json").unlink()  # as of another tool: no list of checksums
+    damage(folder)
     with pytest.raises(error, match=message):
         checkpoint.load(tmp_path, Variant("fp32"), CPU)
     if damage is _without_block_1:
         with pytest.raises(CheckpointError, match="lacks weights"):
             checkpoint.load_base(str(tmp_path / "merged"), labels=labels, **BASE)
+
+
+def _flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _edit(file, **change):
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def _rotate_labels(folder):
+    """In both files, so that they agree."""
+    entries = json.loads((folder / "labels.json").read_text())
+    names = [entry["name"] for entry in entries]
+    turned = [entry | {"name": name} for entry, name in zip(entries, names[1:] + names[:1], strict=True)]
+    (folder / "labels.json").write_text(json.dumps(turned))
+    _edit(folder / "config.json", id2label={entry["id"]: entry["name"] for entry in turned})
+
+
+EDITS = {
+    "labels": _rotate_labels,
+    "mean": lambda folder: _edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
+    "normalisation": lambda folder: _edit(folder / "preprocessor_config.json", do_normalize=False),
+    "blocks": lambda folder: _edit(folder / "config.json", num_hidden_layers=3),
+    "provenance": lambda folder: _edit(folder / "provenance.json", merged_sha256="other"),
+    "no list": lambda folder: _edit(folder / "provenance.json", files={}),
+    "no seal": lambda folder: _edit(folder / "provenance.json", record_sha256=""),
+    "added": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "lost": lambda folder: (folder / "labels.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("weights", ["fp16", "nf4", "int8", "mixed"])
+def test_a_checkpoint_that_is_not_as_it_was_saved_is_refused_by_name(checkpoints, tmp_path, weights):
+    """A bit of every file, and edits after which all would load; the file that is blamed is one that was changed."""
+    variant, copy = Variant(weights, *(("direct", "fused") if FORMATS[weights].fused_only else ())), tmp_path / "copy"
+    names = [file.name for file in (checkpoints / variant.checkpoint).iterdir()]
+    assert len(names) >= 5
+    flips = {name: lambda folder, name=name: _flip(folder / name) for name in names}
+    for what, change in (flips | EDITS).items():
+        folder = shutil.copytree(checkpoints / variant.checkpoint, copy / variant.checkpoint)
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        change(folder)
+        after = {file.name: file.read_bytes() for file in folder.iterdir()}
+        with pytest.raises(CheckpointError, match="is not as it was saved: make the checkpoint again") as error:
+            checkpoint.load(copy, variant, CPU)
+        blamed = str(error.value).split()[0]
+        assert before.get(blamed) != after.get(blamed), what
+        shutil.rmtree(copy)
+    assert "files" in checkpoint.load(checkpoints, variant, CPU).about
+
+
+@pytest.mark.parametrize("weights", ["fp16", "nf4", "int8"])
+def test_no_missing_tensor_and_no_infinite_one_is_silent_without_a_list_of_checksums(checkpoints, tmp_path, weights):
+    folder = shutil.copytree(checkpoints / Variant(weights).checkpoint, tmp_path / Variant(weights).checkpoint)
+    (folder / "provenance.json").unlink()
+    assert checkpoint.load(tmp_path, Variant(weights), CPU).about == {}
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    some = [name for name in tensors if "layer.1.output" in name or ".layer." not in name]  # one linear, and the rest
+    assert any(name.endswith(("nested_absmax", "SCB")) for name in some) or weights == "fp16"
+    for name in (name for name in some if not name.endswith("weight_format")):  # a number that nothing depends on
+        kept = {other: tensor for other, tensor in tensors.items() if other != name}
+        safetensors.torch.save_file(kept, file, metadata={"format": "pt"})
+        with pytest.raises((CheckpointError, RuntimeError)):
+            checkpoint.load(tmp_path, Variant(weights), CPU)
+    for name in ("classifier.bias", "vit.layernorm.weight"):
+        spoilt = {**tensors, name: torch.full_like(tensors[name], torch.inf)}
+        safetensors.torch.save_file(spoilt, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"NaN or infinity in {name}"):
+            checkpoint.load(tmp_path, Variant(weights), CPU)
 
 
 def test_the_head_of_a_base_is_new_even_with_as_many_classes(checkpoints, labels):

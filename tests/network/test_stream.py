@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vitlib.ablation import exchange
 from vitlib.network import checkpoint, engine, stream
 from vitlib.pictures import decode, decoders, preprocess, sources
 from vitlib.pictures.decode import Picture
@@ -112,6 +113,20 @@ def test_logits_are_those_of_decoding_first(checkpoints, pixels, batch_size):
     decoded = decode.decode(pictures, runner.loaded.preprocess)
     expected = engine.logits(runner, decoded.pixels, batch_size)
     torch.testing.assert_close(passed.logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_name_no_class_are_an_error(checkpoints, pixels, value):
+    loaded = checkpoint.load(checkpoints, Variant("fp32"), CPU)
+    loaded.model.classifier.bias.data[1] = value
+    with pytest.raises(FloatingPointError, match="8 of 8 rows of logits of the checkpoint 'merged'"):
+        engine.logits(engine.Engine(loaded), pixels, 4)
+    with pytest.raises(FloatingPointError, match="2 of 2 rows"):
+        stream.classify([numbered(1), numbered(2)], engine.Engine(loaded), batch_size=2, workers=1, decoder="pil")
+    own = exchange.Exchange(loaded.model, {})
+    wanted = [exchange.Configuration("all", ((exchange.FULL,) * len(exchange.LINEARS),) * len(loaded.model.vit.layers))]
+    with pytest.raises(FloatingPointError, match="8 of 8 rows"):
+        own.outputs(pixels, wanted, loaded, 8, "test")
 
 
 @pytest.mark.parametrize("decoder", ["pil", "nvjpeg"])

@@ -1,6 +1,7 @@
 """Runs: what counts as done, what a failure leaves, what a parameter file cannot do."""
 
 import ast
+import errno
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.translators import PythonTranslator
 
 from vitlib.report import page, run
-from vitlib.study import params
+from vitlib.study import files, params
 from vitlib.study.study import Study
 
 
@@ -43,7 +44,7 @@ def write(project: Path, *sources: str, name: str = "2_evaluate", parameters: st
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {".lock"}
+    return {path.name for path in folder.iterdir()} - {".lock", "records"}
 
 
 HOSTILE = "\"\"\"'''; import os; os.system('touch pwned') #\n\\ {text} \u2028 é"
@@ -69,7 +70,10 @@ def test_a_failure_keeps_the_last_good_report_and_success_clears_the_mark(projec
     (project / "params" / "demo.yaml").write_text(json.dumps(set_))
     (project / "pictures").mkdir()
 
-    bad = write(project, "print('second')", "raise ValueError('<b>no</b>')", "print('third')")
+    (folder / "records").mkdir()
+    (folder / "records" / "base.json").write_text("of the last good run")
+    record = "for name in 'base', 'new': open(f'outputs/demo/records/{name}.json', 'w').write('of this run')"
+    bad = write(project, f"print('second')\n{record}", "raise ValueError('<b>no</b>')", "print('third')")
     assert run.main(["run", str(bad), "--study", "demo"]) == 1
     printed = capfd.readouterr().err
     assert printed.splitlines()[-1] == (
@@ -79,7 +83,9 @@ def test_a_failure_keeps_the_last_good_report_and_success_clears_the_mark(projec
     assert {path.read_text() for path in good} == {"the last good report"}
     failed = (folder / "2_evaluate.failed.html").read_text()
     banner = BeautifulSoup(failed, "html.parser").select(".alert-danger")[0]
-    assert banner.get_text() == "FAILED in cell 2: ValueError: <b>no</b>" and "second" in failed
+    kept = "Records and reports are those of the last good run."
+    assert banner.get_text() == f"FAILED in cell 2: ValueError: <b>no</b>{kept}" and "second" in failed
+    assert [path.read_text() for path in (folder / "records").iterdir()] == ["of the last good run"]
     assert names(folder) == {*(path.name for path in good), *FAILED, "index.html"}
     assert page.reports(folder) == [("2_evaluate", "failed")]
     assert 'class="card failed"' in (folder / "index.html").read_text()
@@ -129,6 +135,41 @@ def test_cells_must_have_run_in_order(counts, cell):
     assert (problem and problem.cell) == cell
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_a_full_disk_leaves_records_and_page_as_they_were(project, folder, monkeypatch, capfd, room):
+    """Every cell has run; with `room` there is some for the page of the failure and the index."""
+    (project / "params" / "demo.yaml").touch()
+    good, record, flush = folder / "2_evaluate.html", folder / "records" / "base.json", files._flush
+    for path in (good, record):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of the last good run")
+    lacking = ("-2_evaluate.html",) if room else ("-2_evaluate.html", "-2_evaluate.failed.html", "-index.html")
+
+    def full(path):
+        if path.name.endswith(lacking):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(path)
+
+    def papermill(*_):
+        record.write_text("of this run")
+        return nbformat.writes(new_notebook(cells=[new_code_cell("1", execution_count=1)])), None
+
+    monkeypatch.setattr(files, "_flush", full)
+    monkeypatch.setattr(run, "_papermill", papermill)
+    said = refused(capfd, "run", str(write(project, "1")))
+    assert {good.read_text(), record.read_text()} == {"of the last good run"}
+    assert "2_evaluate FAILED in cell 1: OSError: every cell ran, but [Errno 28] no room on the disk for demo/2" in said
+    if room:
+        assert names(folder) == {good.name, "index.html", *FAILED} and page.reports(folder) == [
+            ("2_evaluate", "failed")
+        ]
+        assert 'class="card failed"' in (folder / "index.html").read_text()
+    else:
+        assert names(folder) == {good.name}
+        assert "of this there is no page: [Errno 28] no room on the disk for demo/2_evaluate.failed." in said
+        assert "the index does not show it: [Errno 28] no room on the disk for demo/index.html: free some" in said
+
+
 # Refused before a kernel starts
 
 
@@ -139,11 +180,13 @@ def refused(capfd, *words: str) -> str:
     return printed
 
 
-def test_a_second_run_of_a_study_is_refused(project, folder, capfd):
+def test_a_second_run_of_a_study_is_refused(project, folder, capfd, monkeypatch):
     (project / "params" / "demo.yaml").write_text("seed: 3\n")
     notebook = write(project, "print('ran')")
-    with Study.at(folder).locked():
+    with Study.at(folder).locked(), monkeypatch.context() as patch:
+        patch.delenv("VITLIB_HOLDS")  # another process does not have it
         assert "another process is running study 'demo'" in refused(capfd, "run", str(notebook))
+        assert names(folder) == {".lock.holder"}
     assert names(folder) == set()
 
 
@@ -167,7 +210,7 @@ def test_parameters_that_cannot_work_are_refused_and_others_remarked_on_before_a
     assert "set `method: full`" in refused(capfd, "run", str(finetune))
 
     set_.write_text("rounds: 3")
-    monkeypatch.setattr(run, "_papermill", lambda *_: None)
+    monkeypatch.setattr(run, "_papermill", lambda *_: ("", None))
     monkeypatch.setattr(run, "_judged", lambda *_: (None, run.Problem(1, "no", "kernel")))
     monkeypatch.setattr(run, "_marked", lambda *_: new_notebook(cells=[]))
     run.main(["run", str(write(project, "1", parameters="rounds: int = 20")), "--study", "demo"])

@@ -1,10 +1,12 @@
 """Paths, atomic writes under errors and SIGKILL, schemas of the records."""
 
+import errno
 import json
 import os
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -58,6 +60,21 @@ def test_an_error_midway_leaves_the_old_file(tmp_path):
         temporary.write_text("ha")
         raise KeyboardInterrupt
     assert target.read_text() == "old" and _names(tmp_path) == ["report.html"]
+
+
+def test_a_full_disk_is_said_whatever_the_library_says(tmp_path, monkeypatch):
+    """safetensors and torch raise errors of their own; only the disk's free bytes say why."""
+    (tmp_path / "a.csv").write_text("old")
+    for error, free, found in (
+        (OSError(errno.ENOSPC, "No space left on device"), 10**9, "no room on the disk for .*/a.csv: free some"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 10**9, "no room on the disk for .*/a.csv"),
+        (RuntimeError("unexpected pos 64 vs 0"), 0, "no room on the disk for .*/a.csv: free some"),
+        (RuntimeError("another fault"), 10**9, "another fault"),
+    ):
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises((OSError, RuntimeError), match=found), files.atomic_path(tmp_path / "a.csv"):
+            raise error
+    assert (tmp_path / "a.csv").read_text() == "old" and _names(tmp_path) == ["a.csv"]
 
 
 def test_success_replaces_file_and_folder(tmp_path):

@@ -1,12 +1,16 @@
 """A study opens, reads, writes and locks what belongs to it."""
 
+import socket
 import subprocess
 import sys
 
+import IPython
 import pandas as pd
 import pytest
+from filelock import FileLock, Timeout
 
 from vitlib.study import files, params, records
+from vitlib.study import study as study_module
 from vitlib.study.study import Study, StudyBusy
 
 
@@ -48,15 +52,52 @@ def test_a_notebooks_first_cell_can_run_twice(study):
     assert Study.open({"study": study, "seed": 3}) == Study.of(params.check({"study": "unit", "seed": 3}))
 
 
-def test_a_second_process_is_refused_until_the_first_ends(study):
-    take = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
-    code = f"{take}; print('held', flush=True); sys.stdin.read()"
-    study.folder.mkdir(parents=True)
-    words = [sys.executable, "-c", code, str(study.folder / ".lock")]
+HOLD = """
+import sys
+from vitlib.study import files
+from vitlib.study.study import Study
+study = Study.at(sys.argv[1])
+with study.locked(), files.unchanged_on_error(study.folder / "records"):
+    study.record("base.json").write_text("of the killed run")
+    study.record("new.json").write_text("of the killed run")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed_and_its_records_are_put_back(study):
+    study.write_json("base", {"kind": "random"})
+    words = [sys.executable, "-c", HOLD, str(study.folder)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(StudyBusy, match="running study 'unit'"), study.locked():
+        said = rf"running study 'unit' \(pid {holder.pid} on {socket.gethostname()} since 20\d\d-"
+        with pytest.raises(StudyBusy, match=said), study.locked():
             pass
+        assert study.has("new.json")
         holder.kill()
     with study.locked():  # a dead holder's lock is free
-        pass
+        assert study.read_json("base") == {"kind": "random"} and not study.has("new.json")
+
+
+def test_a_notebooks_kernel_holds_its_study_until_it_opens_another(study, monkeypatch):
+    monkeypatch.setattr(IPython, "get_ipython", object)
+    other = Study.of(params.check({"study": "other"}))
+
+    def held(one):
+        try:
+            with FileLock(one.folder / ".lock", blocking=False):  # as another process would
+                return False
+        except Timeout:
+            return True
+
+    for _ in range(2):
+        Study.open({"study": "unit"})
+        assert held(study)
+    Study.open({"study": "other"})
+    assert held(other) and not held(study)
+    study_module._kernel.close()
+    assert not held(other)
+    with other.locked():  # as the process that starts the kernel does
+        Study.open({"study": "other"})
+        assert held(other)
+    assert not held(other)

@@ -11,7 +11,7 @@ from vitlib.training import demo
 CPU = torch.device("cpu")
 
 
-def test_the_demos_base_is_trained_once_for_the_same_settings(tmp_path, monkeypatch):
+def test_the_demos_base_is_trained_once_for_the_same_settings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "PICTURES", 3)
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     chosen = {"study": "unit", "architecture": "vit-micro", "image_size": 32, "pretrain_epochs": 1, "workers": 1}
@@ -20,3 +20,6 @@ def test_the_demos_base_is_trained_once_for_the_same_settings(tmp_path, monkeypa
     note, changed = json.loads((folder / "provenance.json").read_text()), (folder / "config.json").stat().st_mtime_ns
     assert note["trained on"] == "the generator's pretraining classes" and 0 <= note["top1"] <= 1
     assert demo.base(study, CPU) == folder and (folder / "config.json").stat().st_mtime_ns == changed
+    (folder / "labels.json").write_text("[]")
+    assert demo.base(study, CPU) == folder and json.loads((folder / "labels.json").read_text())
+    assert "resuming from checkpoint-" in capsys.readouterr().out  # of the training, which was whole

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from vitlib.network import checkpoint
 from vitlib.pictures import preprocess
 from vitlib.training import adapters, trainer
-from vitlib.training.trainer import Examples, Recipe, ResumeError
+from vitlib.training.trainer import Examples, Recipe
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(
@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(train, whol
         patch.setattr(trainer._EpochClock, "on_step_end", stop)
         train(tmp_path / "run", **options)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
-    for _ in range(1 if options else 2):  # also where it was interrupted after training, while a checkpoint was saved
+    for _ in range(2):  # also where it was interrupted after training, while a checkpoint was saved
         found, again = train(tmp_path / "run", resume=True, **options)
         assert same(found, expected) and again["top1"].tolist() == history["top1"].tolist()
     assert again["epoch"].tolist() == [1, 2]
@@ -135,17 +135,16 @@ def test_a_damaged_checkpoint_is_named_and_never_used(whole, tmp_path, capsys):
             shutil.copytree(run, copy)
             harm(copy / "checkpoint-6" / name)
             capsys.readouterr()
-            try:
-                chosen = trainer.newest_intact_checkpoint(copy, identity)
-            except ResumeError:  # one bit of the manifest's settings: refused, not used
-                assert name == "manifest.json"
+            chosen, said = trainer.newest_intact_checkpoint(copy, identity), capsys.readouterr().out
+            if chosen is None:  # one bit of the manifest's settings
+                assert name == "manifest.json" and "training starts again: checkpoint-6 is of another run" in said
             else:
-                assert chosen.name == "checkpoint-3"
-                assert "checkpoint-6 is damaged" in capsys.readouterr().out
+                assert chosen.name == "checkpoint-3" and "checkpoint-6 is damaged" in said
 
 
-def test_another_run_is_refused_by_what_differs_and_replaced_without_resume(train, whole, examples, tmp_path):
-    run = shutil.copytree(whole[2], tmp_path / "run")
+def test_another_run_is_named_by_what_differs_and_replaced(train, whole, examples, tmp_path, capsys, monkeypatch):
+    run, made = shutil.copytree(whole[2], tmp_path / "run"), trainer._arguments
+    monkeypatch.setattr(trainer, "_arguments", lambda *_, **__: pytest.fail("before training"))
     other = {**examples, "train": Examples(examples["train"].pixels, examples["train"].labels.flip(0))}
     for said, change in (
         ("learning_rate 0.001 → 0.002", {"recipe": replace(RECIPE, learning_rate=2e-3)}),
@@ -153,9 +152,14 @@ def test_another_run_is_refused_by_what_differs_and_replaced_without_resume(trai
         ("method None → lora", {"about": {"method": "lora"}}),
         ("pictures", {"data": other}),
     ):
-        with pytest.raises(ResumeError, match=said):
+        shutil.copytree(whole[2], run, dirs_exist_ok=True)
+        with pytest.raises(pytest.fail.Exception, match="before training"):
             train(run, resume=True, **change)
-    (run / "checkpoint-1").mkdir()
+        printed = capsys.readouterr().out
+        assert "training starts again: checkpoint-6 is of another run (" in printed and said in printed
+        assert not run.exists()
+    monkeypatch.setattr(trainer, "_arguments", made)
+    (run / "checkpoint-1").mkdir(parents=True)
     train(run, recipe=replace(RECIPE, epochs=1))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
 

@@ -55,7 +55,7 @@ def measure(study: Study, subject: Subject) -> tuple[dict[tuple[int, str], torch
     found, needed, full = {}, 0, 0
     for bits in study.settings.ablation_bits:
         own, wanted = exchange(subject, bits), configurations(blocks, FORMATS[bits])
-        logits = own.outputs(subject.pixels, wanted, subject.loaded.preprocess, size, f"{bits} bits")
+        logits = own.outputs(subject.pixels, wanted, subject.loaded, size, f"{bits} bits")
         found |= {(bits, kept): values for kept, values in logits.items()}
         needed, full = needed + own.block_runs, full + len(subject.pixels.split(size)) * len(wanted) * blocks
     return found, needed / full

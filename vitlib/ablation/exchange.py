@@ -16,8 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from vitlib.network import checkpoint, quantize
+from vitlib.network.engine import finite
 from vitlib.pictures import sources
-from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Dataset
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
@@ -129,14 +129,17 @@ class Exchange:
         return after
 
     def outputs(
-        self, pixels: torch.Tensor, wanted: Sequence[Configuration], preprocess: Preprocess, size: int, what: str
+        self, pixels: torch.Tensor, wanted: Sequence[Configuration], loaded: checkpoint.Loaded, size: int, what: str
     ) -> dict[str, torch.Tensor]:
-        """float32 logits (n, classes) on the CPU by name, of uint8 `pixels` (n, 3, h, w) in batches of `size`."""
+        """float32 logits (n, classes) on the CPU by name, of uint8 `pixels` (n, 3, h, w) in batches of `size`.
+
+        `loaded` is the network that the linears are exchanged in; FloatingPointError for logits that are not finite.
+        """
         own, parts = self.model.classifier.weight, []
         with torch.inference_mode():
             for batch in tqdm(pixels.split(size), f"{what}, {len(wanted)} configurations", unit="batch"):
-                x, logits = preprocess.normalise(batch.to(own.device), own.dtype), {}
+                x, logits = loaded.preprocess.normalise(batch.to(own.device), own.dtype), {}
                 for first in range(0, len(wanted), MOST):
                     logits |= self.logits(x, wanted[first : first + MOST])
                 parts.append(torch.stack([logits[one.name] for one in wanted]).float().cpu())  # one copy, so one wait
-        return dict(zip((one.name for one in wanted), torch.cat(parts, dim=1), strict=True))
+        return dict(zip((one.name for one in wanted), finite(torch.cat(parts, dim=1), loaded), strict=True))

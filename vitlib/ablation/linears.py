@@ -69,7 +69,7 @@ class Linears:
             formats = [OPTIONS[option] for option in mixture]
             blocks = zip(*[iter(formats)] * len(LINEARS), strict=True)
             wanted.append(Configuration(name, tuple(blocks)))
-        found = self.exchange.outputs(pixels, wanted, self.subject.loaded.preprocess, self.batch_size, what)
+        found = self.exchange.outputs(pixels, wanted, self.subject.loaded, self.batch_size, what)
         return {name: values.numpy() for name, values in found.items()}
 
     def kl(self, mixtures: Mapping[str, Mixture], what: str) -> dict[str, np.ndarray]:

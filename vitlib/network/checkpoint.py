@@ -1,14 +1,16 @@
 """Build, load and save a network; the one place where a variant becomes a module.
 
 A checkpoint is a folder that plain transformers can load, complete in itself: weights (safetensors), config with
-id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json`.
+id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json` with the SHA-256 of each.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +40,7 @@ ARCHITECTURES = {
     "vit-base": (768, 12, 12, 3072, 16),
     "vit-large": (1024, 24, 16, 4096, 16),
 }
+PROVENANCE = "provenance.json"
 
 
 class CheckpointError(ValueError):
@@ -60,6 +63,7 @@ class Loaded:
     folder: Path
     weights_mb: float  # as loaded; on a CPU bitsandbytes repacks NF4 in the first pass
     variant: Variant | None = None  # None where the network was not loaded as one
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the folder says, see `whole`
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,9 +102,11 @@ def load_base(
 ) -> nn.Module:
     """A pretrained ViT from a folder or the Hub with a new random head; a DINOv2 becomes one for `side` pixels.
 
-    The head is new also where the base has as many classes. CheckpointError where the base is neither, or where its
-    file lacks a weight of the encoder (transformers would initialise it at random and only warn).
+    The head is new also where the base has as many classes. CheckpointError where the base is neither, where it is not
+    `whole`, or where a weight of the encoder is missing (transformers would initialise it and only warn) or not finite.
     """
+    if Path(base).is_dir():
+        whole(Path(base))
     kind = AutoConfig.from_pretrained(base, revision=revision or None, trust_remote_code=False).model_type
     if kind == "dinov2":
         how = {"labels": labels, "dtype": dtype, "quantized": quantized, "device": device}
@@ -112,7 +118,7 @@ def load_base(
     quantization = quantize.config(4, torch.bfloat16) if quantized else None
     options = {"revision": revision or None, "quantization_config": quantization, "ignore_mismatched_sizes": True}
     model, loading = _from_pretrained(base, dtype, device, **options, **label_maps(labels))
-    _refuse_random_weights(str(base), loading, allowed=quantize.CLASSIFIER)
+    _refuse_unfit_weights(str(base), model, loading, allowed=quantize.CLASSIFIER)
     if quantized:
         quantize.keep_readable(model)
     nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
@@ -124,7 +130,7 @@ def _fold(base: str, revision: str, side: int) -> ViTForImageClassification:
     """The DINOv2 network `base` as a plain ViT for `side` pixels. CheckpointError where that is impossible."""
     safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     model, loading = Dinov2Model.from_pretrained(base, revision=revision or None, dtype=torch.float32, **safely)
-    _refuse_random_weights(base, loading)
+    _refuse_unfit_weights(base, model, loading)
     try:
         return dinov2.folded(model, side)
     except ValueError as error:
@@ -141,14 +147,20 @@ def _from_pretrained(
     )
 
 
-def _refuse_random_weights(source: str, loading: dict[str, object], allowed: str = " ") -> None:
-    """CheckpointError where weights were missing or misshapen, but for those whose name starts with `allowed`."""
+def _refuse_unfit_weights(source: str, model: nn.Module, loading: dict[str, object], allowed: str = " ") -> None:
+    """CheckpointError for weights that were missing, misshapen or not finite; names may start with `allowed`."""
     absent = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
+    states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in model.named_parameters())
+    # Without the scales of its scales bitsandbytes takes their codes for the scales.
+    absent += [name for name, state in states if state and not state.nested and state.absmax.dtype == torch.uint8]
     if wrong := [name for name in absent if not name.startswith(allowed)]:
         raise CheckpointError(
             f"{Path(source).name} lacks weights of the network or has them in another shape ({', '.join(wrong[:3])}"
             f"{' and more' if len(wrong) > 3 else ''}): they would be random. Save the checkpoint again."
         )
+    held = ((name, value) for name, value in model.state_dict().items() if not name.startswith(allowed))
+    if wrong := [name for name, value in held if isinstance(value, torch.Tensor) and not value.isfinite().all()]:
+        raise CheckpointError(f"{Path(source).name} has NaN or infinity in {wrong[0]}: save the checkpoint again")
 
 
 def quantize_checkpoint(
@@ -177,19 +189,54 @@ def save(
         pairs = zip(labels.folders, labels.names, strict=True)
         entries = [{"id": number, "folder": key, "name": name} for number, (key, name) in enumerate(pairs)]
         records.write_json(entries, target / "labels.json")
-        for name, value in (
-            {"provenance.json": {**provenance, "preprocessing": pre.describe()}} | (more or {})
-        ).items():
+        for name, value in (more or {}).items():
             records.write_json(value, target / name)
+        seal(target, {**provenance, "preprocessing": pre.describe()})
     return folder
+
+
+def seal(folder: Path, about: Mapping[str, object]) -> None:
+    """Write `about` a checkpoint into its `provenance.json`, with the SHA-256 of each other file and of this record."""
+    sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != PROVENANCE}
+    noted = records.read_json(records.write_json({**about, "files": sums}, folder / PROVENANCE))
+    records.write_json({**noted, "record_sha256": _digest(noted)}, folder / PROVENANCE)
+
+
+def _digest(noted: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(noted, sort_keys=True).encode()).hexdigest()
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `provenance.json` says, {} without one; CheckpointError unless all is as it was saved.
+
+    Without its list `files` of checksums nobody knows how that was, and the checkpoint is unverified.
+    """
+    try:
+        noted = json.loads((folder / PROVENANCE).read_bytes()) if (folder / PROVENANCE).is_file() else {}
+        claimed, listed = noted.pop("record_sha256", ""), noted.get("files", {})
+        wrong = [PROVENANCE] if (claimed or listed) and claimed != _digest(noted) else []
+        wrong += files.changed(folder, listed)
+        added = {file.name for file in folder.iterdir()} - {PROVENANCE, *listed} if claimed else ()
+        wrong += [name for name in added if name.endswith((".json", ".safetensors"))]  # transformers might read it
+    except (ValueError, AttributeError, TypeError):
+        wrong = [PROVENANCE]
+    if wrong:
+        maker = "3_ablation" if folder.name == "mixed" else "1_finetune"
+        raise CheckpointError(
+            f"{wrong[0]} of the checkpoint {folder.name!r} is not as it was saved: make the checkpoint again (run "
+            f"{maker}), or copy the folder from where it is whole"
+        )
+    return noted
 
 
 def save_mixed(checkpoints: Path, chosen: Mapping[str, str], device: torch.device, note: Mapping[str, object]) -> Path:
     """Write the checkpoint `mixed` beside those that it is made of, with `chosen` in its `plan.json`; see `plan`."""
     merged, folder = checkpoints / plan.CHECKPOINTS["fp16"], checkpoints / "mixed"
+    sources = {form: checkpoints / plan.CHECKPOINTS[form] for form in {"nf4", "int8"} & set(chosen.values())}
+    for source in (merged, *sources.values()):
+        whole(source)
     nf4 = quantize.config(4, torch.float16, plan.kept(chosen)) if "nf4" in chosen.values() else None
     model = _from_pretrained(merged, torch.float16, device, quantization_config=nf4)[0].eval()
-    sources = {form: checkpoints / plan.CHECKPOINTS[form] for form in {"nf4", "int8"} & set(chosen.values())}
     networks = {form: _from_pretrained(source, torch.float16, device)[0].eval() for form, source in sources.items()}
     plan.fill(model, networks, chosen)
     about = {"weights": "mixed", "quantized_from": merged.name, **note}
@@ -230,28 +277,22 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     """The network of `variant` on `device`, in evaluation mode, verified to be what was asked.
 
     For a fused execution this is the plain network that `Engine` transforms; it must not have run before that. NotRun
-    where it cannot run here, CheckpointError where the checkpoint is unfit, EvidenceError where the libraries gave
-    something else than was asked.
+    where it cannot run here, CheckpointError where the checkpoint is unfit or not `whole`, EvidenceError where the
+    libraries gave something else than was asked.
     """
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
     folder = checkpoint_folder(checkpoints, variant)
+    about = whole(folder)
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = getattr(torch, variant.format.dtype)
     model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)
-    _refuse_random_weights(str(folder), loading)
+    _refuse_unfit_weights(str(folder), model, loading)
     model.eval()
     if variant.format.planned:
         model.config.plan = records.read_json(folder / plan.FILE)
     verify.verify(model, variant)
-    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant)
-
-
-def merged_checksum(folder: Path) -> str:
-    """sha256 of the merged weights that a quantized checkpoint says it was made from; '' where it does not say."""
-    file = folder / "provenance.json"
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return noted.get("merged_sha256") or ""
+    return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant, about)
 
 
 def disk_mb(folder: Path) -> float:

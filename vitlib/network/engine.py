@@ -194,7 +194,17 @@ def tunings(engines: Mapping[str, Engine], name: str) -> pd.DataFrame:
 
 @torch.inference_mode()
 def logits(engine: Engine, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """float32 logits (n, classes) on the CPU of uint8 `pixels` (n, 3, h, w), in batches."""
+    """float32 logits (n, classes) on the CPU of uint8 `pixels` (n, 3, h, w), in batches; see `finite`."""
     loaded = engine.loaded
     chunks = (loaded.preprocess.normalise(part.to(loaded.device), loaded.dtype) for part in pixels.split(batch_size))
-    return torch.cat([engine(chunk).float().cpu() for chunk in chunks])
+    return finite(torch.cat([engine(chunk).float().cpu() for chunk in chunks]), loaded)
+
+
+def finite(logits: torch.Tensor, loaded: Loaded) -> torch.Tensor:
+    """The `logits` (n, classes); FloatingPointError where one is NaN or infinite: such a row names no class."""
+    if wrong := (~logits.isfinite()).any(dim=-1).sum().item():
+        raise FloatingPointError(
+            f"{wrong} of {logits[..., 0].numel()} rows of logits of the checkpoint {loaded.folder.name!r} hold NaN or "
+            f"infinity: its weights or its normalisation are unfit, or {str(loaded.dtype)[6:]} overflows"
+        )
+    return logits

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from vitlib.network.engine import Engine
+from vitlib.network.engine import Engine, finite
 from vitlib.pictures import decoders
 from vitlib.pictures.decode import Picture
 
@@ -40,6 +40,7 @@ def classify(pictures: list[Picture], engine: Engine, *, batch_size: int, worker
 
     Every call of the network has `batch_size` pictures except the last: the place of an unreadable one is filled with a
     copy of another picture of its batch, whose logits are dropped. A batch without a readable picture makes no call.
+    FloatingPointError for logits that are not finite.
     """
     loaded = engine.loaded
     source = decoders.pick(decoder, loaded.preprocess, loaded.device)
@@ -55,7 +56,7 @@ def classify(pictures: list[Picture], engine: Engine, *, batch_size: int, worker
             skipped += [(picture.file, reason) for picture, reason in zip(group, reasons, strict=True) if reason]
             bar.update(len(group))
         parts += fetch()
-    logits = torch.cat(parts) if parts else torch.empty(0, len(loaded.labels.names))
+    logits = finite(torch.cat(parts), loaded) if parts else torch.empty(0, len(loaded.labels.names))
     return Passed(logits, good, skipped, source.name, source.note(), source.decoded)
 
 

@@ -29,7 +29,7 @@ class Bench:
     device: torch.device
     valid: Decoded
     checkpoints: Path
-    evidence: dict[str, dict]  # what was found in each network (`verify.evidence`)
+    evidence: dict[str, dict]  # `verify.evidence` of each network, and whether its files are `verified`
 
     @property
     def baseline(self) -> str:
@@ -77,7 +77,7 @@ def prepare(study: Study, dataset: Dataset | None = None) -> Bench:
     first.labels.check(dataset, "valid")
     _one_training(engines, study)
     valid = sources.decode_splits(dataset, ["valid"], first.preprocess, settings.workers)["valid"]
-    found = {name: verify.evidence(engine.network) for name, engine in engines.items()}
+    found = {n: verify.evidence(run.network) | {"verified": "files" in run.loaded.about} for n, run in engines.items()}
     return Bench(variants, engines, reasons, first.labels, device, valid, study.checkpoints, found)
 
 
@@ -109,7 +109,7 @@ def _one_training(engines: Mapping[str, Engine], study: Study) -> None:
         described, fault = loaded.preprocess.describe(), ""
         if described != expected:
             fault = f"{name} has different preprocessing from the baseline ({described}, not {expected})"
-        elif loaded.labels != labels or checkpoint.merged_checksum(loaded.folder) not in ("", checksum):
+        elif loaded.labels != labels or loaded.about.get("merged_sha256", checksum) != checksum:
             fault = f"{name} was quantized from other weights or labels than those in merged/"
         if fault:
             raise checkpoint.CheckpointError(f"{fault}: run 1_finetune again, which makes all checkpoints")

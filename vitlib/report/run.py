@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitlib.report import index, page
@@ -26,6 +27,8 @@ from vitlib.study.study import Study, StudyBusy
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+_RESERVE = 2**23  # bytes; zeros would take no room on some file systems
 
 
 class ReportError(RuntimeError):
@@ -59,24 +62,31 @@ def execute(notebook: str | Path, *, parameters: Mapping[str, Any], folder: str 
     chosen = {name: parameters[name] for name in declared if name in parameters}
     _check_twin(notebook, cells)
     folder.mkdir(parents=True, exist_ok=True)
-    target, running = folder / f"{notebook.stem}.ipynb", folder / f".{notebook.stem}.running.ipynb"
-    running.unlink(missing_ok=True)
+    target = folder / f"{notebook.stem}.ipynb"
     facts = provenance.facts(provenance.environment(parameters={}))  # of the commit that the kernel imports
-    try:
-        ended = _papermill(notebook, running, chosen)
-        executed, problem = _judged(running, ended, facts | {"made": time.strftime("%Y-%m-%d %H:%M")})
-    finally:
-        running.unlink(missing_ok=True)
-    if problem is None:
-        page.write(executed, target)
-        for suffix in (".failed.ipynb", ".failed.html"):
-            target.with_suffix(suffix).unlink(missing_ok=True)
-        return target
-    failed = target.with_suffix(".failed.ipynb")
-    page.write(_marked(executed, problem), failed)
-    if isinstance(ended, KeyboardInterrupt):
-        raise ended
-    raise ReportError(f"{notebook.stem} FAILED in {problem} (see {page.display(failed.with_suffix('.html'))})")
+    facts["made"] = time.strftime("%Y-%m-%d %H:%M")
+    with Study.at(folder).locked(), files.unchanged_on_error(folder / "records"):
+        with files.atomic_path(reserve := folder / ".reserve") as file:  # of the disk, for the page of a failure
+            file.write_bytes(os.urandom(_RESERVE))
+        text, ended = _papermill(notebook, chosen)
+        reserve.unlink()
+        executed, problem = _judged(text, ended, facts)
+        failed = target.with_suffix(".failed.ipynb")
+        try:
+            if problem is None:
+                page.write(executed, target)
+                for suffix in (".ipynb", ".html"):
+                    failed.with_suffix(suffix).unlink(missing_ok=True)
+                return target
+        except OSError as error:
+            problem = Problem(len(_code_cells(executed)), "OSError", f"every cell ran, but {files.first_line(error)}")
+        said = f"{notebook.stem} FAILED in {problem}"
+        try:
+            page.write(_marked(executed, problem), failed)
+            said += f" (see {page.display(failed.with_suffix('.html'))})"
+        except OSError as error:
+            said += f"; of this there is no page: {files.first_line(error)}"
+        raise ended if isinstance(ended, KeyboardInterrupt) else ReportError(said)
 
 
 def _check_twin(notebook: Path, cells: Sequence[NotebookNode]) -> None:
@@ -90,21 +100,26 @@ def _check_twin(notebook: Path, cells: Sequence[NotebookNode]) -> None:
         raise ReportError(f"{notebook.name} and {twin.name} differ: run `make sync` (the newer one wins)")
 
 
-def _papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> BaseException | None:
-    """Execute `notebook` into `output`; returns what ended it early, if anything: the run so far is kept."""
+def _papermill(notebook: Path, parameters: dict[str, Any]) -> tuple[str, BaseException | None]:
+    """Execute `notebook`; returns the run as far as it went, and what ended it early, if anything."""
     import papermill
     import zmq
+    from papermill.iorw import papermill_io
     from traitlets.config import Config
 
     # It warns of parameters that it cannot parse (an `=` in a comment is enough); `params.assigned` can.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    # papermill fills `{name}` in paths from the parameters.
-    paths = (str(path.absolute()).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
+    run = {}  # its text by path; a full disk would cut a file off
+    papermill_io.register(
+        "memory:", SimpleNamespace(write=lambda text, path: run.update({path: text}), pretty_path=str)
+    )
+    source = str(notebook.absolute()).replace("{", "{{").replace("}", "}}")  # it fills `{name}` from the parameters
     # Encrypted channels if ZeroMQ can: otherwise other users of this machine could listen, as the kernel warns.
     encryption = "auto" if zmq.has("curve") else "disabled"
     try:
         papermill.execute_notebook(
-            *paths,
+            source,
+            "memory:run.ipynb",
             parameters=parameters,
             kernel_name="python3",
             cwd=str(files.project_root()),
@@ -115,19 +130,18 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> Base
             config=Config({"KernelManager": {"transport_encryption": encryption}}),
         )
     except (Exception, KeyboardInterrupt) as error:
-        return error
-    return None
+        return "".join(run.values()), error
+    return "".join(run.values()), None
 
 
-def _judged(running: Path, ended: BaseException | None, made: Mapping[str, str]) -> tuple[NotebookNode, Problem | None]:
-    """The run, fit to publish, and why it does not count as done; ReportError if it was not written whole."""
+def _judged(text: str, ended: BaseException | None, made: Mapping[str, str]) -> tuple[NotebookNode, Problem | None]:
+    """The run `text`, fit to publish, and why it does not count as done; ReportError if it did not start."""
+    import nbformat
     from papermill.exceptions import PapermillExecutionError
 
-    try:
-        executed = page.tidy(page.read(running))
-    except page.PageError as error:  # the kernel did not start, or the disk is full
-        reason = f"{type(ended).__name__}: {_one_line(ended)}" if ended is not None else str(error)
-        raise ReportError(f"{running.name} was not written: {reason}") from None
+    if not text:
+        raise ReportError(f"the notebook did not start: {type(ended).__name__}: {_one_line(ended)}") from ended
+    executed = page.tidy(nbformat.reads(text, as_version=4))
     executed.metadata["vitlib"] = dict(made)  # for the page's footer
     problem = first_problem(executed)
     if ended is not None and not (problem and isinstance(ended, PapermillExecutionError)):  # Ctrl-C, a dead kernel
@@ -163,12 +177,13 @@ def _marked(executed: NotebookNode, problem: Problem) -> NotebookNode:
     from nbformat.v4 import new_markdown_cell
 
     name, message = html.escape(problem.name), html.escape(problem.message)
+    kept = "Records and reports are those of the last good run."
     link = f'<a href="#failed-cell">cell {problem.cell}</a>'
     stop = '<div class="alert alert-danger" id="failed-cell">It stopped in the next cell.</div>'
     at = executed.cells.index(_code_cells(executed)[problem.cell - 1])
     executed.cells.insert(at, new_markdown_cell(stop))
     executed.cells.insert(
-        0, new_markdown_cell(f'<div class="alert alert-danger">FAILED in {link}: {name}: {message}</div>')
+        0, new_markdown_cell(f'<div class="alert alert-danger">FAILED in {link}: {name}: {message}<br>{kept}</div>')
     )
     return executed
 
@@ -244,5 +259,10 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
     with Study(params.check(values), folder).locked():
         try:
             execute(options.notebook, parameters=values, folder=folder)
-        finally:
-            index.write(folder)  # of a failed run too: the index must show it
+        except (ReportError, KeyboardInterrupt) as error:
+            try:
+                index.write(folder)  # it must show that the run failed
+            except OSError as full:
+                raise ReportError(f"{error}; the index does not show it: {files.first_line(full)}") from error
+            raise
+        index.write(folder)

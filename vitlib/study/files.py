@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # it becomes a folder, a link and a word of a command line
+_BEFORE = ".before-"  # of a folder that a run may change
+_FULL = 2**16  # bytes free at most, where an error in writing is taken for one of a full disk
 _STALE_SECONDS = 3600  # a temporary sibling untouched this long belongs to a run that was killed
 
 
@@ -74,15 +77,55 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     _clean_leftovers(target)
     temporary = _sibling(target, "tmp")
     try:
-        yield temporary
-        if not temporary.exists():
-            raise FileNotFoundError(f"nothing was written for {target.name}: write to the path that was given")
-        for written in (temporary, *(temporary.rglob("*") if temporary.is_dir() else ())):
-            _flush(written)
-        _replace(temporary, target)
+        with naming_what_lacks_room(target):
+            yield temporary
+            if not temporary.exists():
+                raise FileNotFoundError(f"nothing was written for {target.name}: write to the path that was given")
+            for written in (temporary, *(temporary.rglob("*") if temporary.is_dir() else ())):
+                _flush(written)
+            _replace(temporary, target)
     except BaseException:  # a KeyboardInterrupt too must leave nothing behind
         _remove(temporary)
         raise
+
+
+def changed(folder: Path, known: Mapping[str, str]) -> list[str]:
+    """The files of `folder` that are missing or have other checksums than those `known` by name."""
+    return [name for name, sum_ in known.items() if not (folder / name).is_file() or checksum(folder / name) != sum_]
+
+
+@contextmanager
+def naming_what_lacks_room(target: Path) -> Iterator[None]:
+    """On a full disk an error of the block, whatever a library makes of it, becomes an OSError that names `target`."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if full or shutil.disk_usage(target.parent).free < _FULL:  # safetensors' words, and any of torch's
+            said = f"no room on the disk for {short_path(target)}: free some and run again"
+            raise OSError(errno.ENOSPC, said) from error
+        raise
+
+
+@contextmanager
+def unchanged_on_error(folder: Path) -> Iterator[None]:
+    """Put `folder` back as it was if the block fails; `put_back` does it after the block was killed."""
+    folder.mkdir(exist_ok=True)
+    before = folder.with_name(_BEFORE + folder.name)
+    with atomic_path(before) as copy:
+        shutil.copytree(folder, copy)
+    try:
+        yield
+    except BaseException:
+        put_back(folder)
+        raise
+    _remove(before.rename(_sibling(before, "tmp")))  # renamed, as a part of the copy must not be put back
+
+
+def put_back(folder: Path) -> None:
+    """Put `folder` back as `unchanged_on_error` found it, if that did not end."""
+    if (before := folder.with_name(_BEFORE + folder.name)).exists():
+        _replace(before, folder)
 
 
 def _sibling(target: Path, kind: str) -> Path:

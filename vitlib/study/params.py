@@ -99,7 +99,7 @@ class Parameters(BaseModel):
     calibration_pictures: int = _field(
         128, "training pictures, without labels, that low precision is fitted to", 1, 3, ge=8, le=4096
     )
-    resume: bool = _field(False, "continue from the last complete training checkpoint", 1)
+    resume: bool = _field(True, "continue where the same training was killed; false starts again", 1)
 
     variants: list[str] = _field(
         [row.name for row in DEFAULTS], "rows of the table of variants; the first is the baseline", 2, min_length=1

@@ -5,8 +5,12 @@ No other code joins these paths.
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,9 @@ from filelock import FileLock, Timeout
 
 from vitlib.study import files, params, records
 from vitlib.study.params import Parameters
+
+_HELD = "VITLIB_HOLDS"  # the folder of the study that a process holds for itself and for kernels that it starts
+_kernel = ExitStack()  # the study that the kernel of a notebook holds
 
 
 class StudyBusy(RuntimeError):
@@ -33,10 +40,16 @@ class Study:
     def open(cls, namespace: Mapping[str, Any]) -> Study:
         """The study of a notebook: call it with `globals()`. ParameterError lists every fault of the parameters.
 
-        A notebook may assign the result to `study` and run the cell again.
+        A notebook may assign the result to `study` and run the cell again. Its kernel holds the study until it ends or
+        opens another one, unless the run that started it does; StudyBusy where another process holds it.
         """
         study = namespace.get("study")
-        return cls.of(params.collect({**namespace, "study": study.name} if isinstance(study, Study) else namespace))
+        opened = cls.of(params.collect({**namespace, "study": study.name} if isinstance(study, Study) else namespace))
+        ipython = sys.modules.get("IPython")
+        if ipython and ipython.get_ipython():
+            _kernel.close()
+            _kernel.enter_context(opened.locked())
+        return opened
 
     @classmethod
     def of(cls, settings: Parameters) -> Study:
@@ -96,14 +109,31 @@ class Study:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the study for this process. StudyBusy where another process holds it.
+        """Hold the study for this process. StudyBusy, which says who does, where another process holds it.
 
-        The operating system releases the lock of a process that was killed.
+        The operating system releases the lock of a process that was killed; records are then as before its run.
         """
+        if os.environ.get(_HELD) == str(self.folder.resolve()):  # by this process or the one that started this kernel
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
+        holder = self.folder / ".lock.holder"
         try:
             held = FileLock(self.folder / ".lock").acquire(blocking=False)
         except Timeout:
-            raise StudyBusy(f"another process is running study {self.name!r}: wait for it, or stop it") from None
+            who = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown"
+            raise StudyBusy(
+                f"another process is running study {self.folder.name!r} ({who}): wait for it, or stop it (in "
+                "JupyterLab, shut down the kernel of the other notebook)"
+            ) from None
         with held:
-            yield
+            with files.atomic_path(holder) as file:
+                said = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+                file.write_text(said, encoding="utf-8")
+            os.environ[_HELD] = str(self.folder.resolve())
+            try:
+                files.put_back(self.folder / "records")
+                yield
+            finally:
+                os.environ.pop(_HELD, None)
+                holder.unlink()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from transformers import set_seed
 
 from vitlib.network import checkpoint
+from vitlib.network.checkpoint import CheckpointError
 from vitlib.pictures import preprocess, sources, synthetic
 from vitlib.study import files
 from vitlib.study.study import Study
@@ -32,7 +34,9 @@ def base(study: Study, device: torch.device) -> Path:
     settled["generator"] = [files.checksum(file) for file in drawn_by]
     folder = study.checkpoint("base-" + hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:8])
     if (folder / "config.json").is_file():
-        return folder
+        with suppress(CheckpointError):  # a damaged one is made again
+            checkpoint.whole(folder)
+            return folder
     many = settings.model_copy(update={"pictures_per_class": PICTURES})
     drawn = sources.from_synthetic(synthetic.classes("before it"), many)
     drawn.splits["valid"] = sources.evenly(drawn.splits["valid"], VALID)
@@ -43,6 +47,7 @@ def base(study: Study, device: torch.device) -> Path:
     examples = {split: Examples.of(part, labels) for split, part in decoded.items()}
     own = {"epochs": settings.pretrain_epochs, "seed": settings.seed, "precision": settings.precision}
     run = {"pre": pre, "recipe": replace(RECIPE, **own), "folder": study.training("base"), "device": device}
+    run["resume"] = settings.resume
     top1 = float(trainer.train(model, examples, **run)["top1"].iloc[-1])
     about = {"trained on": "the generator's pretraining classes", "top1": top1, **settled}
     return checkpoint.save(model.cpu(), folder, pre=pre, labels=labels, provenance=about)

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -78,10 +77,6 @@ class Examples:
 
     def to(self, device: torch.device) -> Examples:
         return Examples(self.pixels.to(device), self.labels.to(device))
-
-
-class ResumeError(ValueError):
-    """Training cannot be resumed; the message says why and what to do."""
 
 
 class _Rows(torch.utils.data.Dataset):
@@ -202,8 +197,9 @@ class ImageTrainer(Trainer):
         model.load_state_dict(saved.state_dict(), strict=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with files.naming_what_lacks_room(folder):
+            super()._save_checkpoint(model, trial)
         sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
         records.write_json({"identity": self.identity, "files": sums}, folder / MANIFEST)
 
@@ -257,10 +253,10 @@ def train(
 
     Without `pre` the examples are inputs of the network, which are neither augmented nor normalised.
 
-    `folder` receives the training checkpoints of the last two epochs, or none without `keep`; `resume` continues from
-    the newest undamaged one, or raises ResumeError where it is of another recipe, data, initial weights, or settings
-    `about` the run. A `teacher`, in evaluation mode on `device`, gives the targets in place of the labels. Columns: see
-    `_history`. Afterwards the model computes in fp32 again, on `device`.
+    `folder` receives the training checkpoints of the last two epochs, or none without `keep`. `resume` continues from
+    the newest undamaged one; where that is of another recipe, data, initial weights, code, or settings `about` the run,
+    it says what differs and starts again. A `teacher`, in evaluation mode on `device`, gives the targets in place of
+    the labels. Columns: see `_history`. Afterwards the model computes in fp32 again, on `device`.
     """
     set_seed(recipe.seed)
     compiled = compiles(recipe, model, len(examples["train"].labels), device)
@@ -340,7 +336,7 @@ def uncompile(model: nn.Module) -> None:
 def identity_of(
     model: nn.Module, examples: Mapping[str, Examples], recipe: Recipe, about: Mapping
 ) -> dict[str, object]:
-    """What makes a training run this one: its settings, and checksums of its pictures and initial weights."""
+    """What makes a training run this one: its settings, and checksums of its pictures, initial weights and code."""
     data, weights = hashlib.sha256(), hashlib.sha256()
     for split in sorted(examples):
         data.update(examples[split].pixels.numpy().tobytes() + examples[split].labels.numpy().tobytes())
@@ -348,7 +344,9 @@ def identity_of(
         weights.update(name.encode())
         if isinstance(tensor, torch.Tensor):
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {**vars(recipe), **about, "pictures": data.hexdigest(), "initial weights": weights.hexdigest()}
+    code = [files.checksum(file) for file in (*sorted(Path(__file__).parent.glob("*.py")), preprocess.__file__)]
+    sums = {"pictures": data.hexdigest(), "initial weights": weights.hexdigest(), "code": code}
+    return {**vars(recipe), **about, **sums, "torch": torch.__version__}
 
 
 def precision_of(asked: str, device: torch.device) -> str:
@@ -375,7 +373,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device, *, pinned: bo
 
 
 def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Path | None:
-    """The newest undamaged training checkpoint, or None. ResumeError where a run of another identity wrote it."""
+    """The newest undamaged training checkpoint, or None; also where a run of another identity wrote it."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)) if folder.is_dir() else [])):
         if fault := damage(path):
             print(f"{path.name} is damaged and not used ({fault})")
@@ -385,8 +383,8 @@ def newest_intact_checkpoint(folder: Path, identity: Mapping[str, object]) -> Pa
         if theirs != own:
             changed = [(key, theirs.get(key), own[key]) for key in own if theirs.get(key) != own[key]]
             changes = [f"{key} {str(before)[:12]} → {str(now)[:12]}" for key, before, now in changed]
-            others, advice = ", ".join(changes) or "other keys", "set them back, or set resume to false to start again"
-            raise ResumeError(f"{path.name} was written with other settings ({others}): {advice}")
+            print(f"training starts again: {path.name} is of another run ({', '.join(changes) or 'other keys'})")
+            return None
         print(f"resuming from {path.name}")
         return path
     return None
@@ -398,9 +396,7 @@ def damage(checkpoint: Path) -> str:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest: saving was interrupted"
-    missing = (f"{name} is missing" for name in listed if not (checkpoint / name).is_file())
-    changed = (f"{name} was changed" for name, known in listed.items() if files.checksum(checkpoint / name) != known)
-    return next(chain(missing, changed), "")
+    return next((f"{name} is missing or was changed" for name in files.changed(checkpoint, listed)), "")
 
 
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
