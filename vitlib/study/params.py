@@ -71,6 +71,7 @@ class Parameters(BaseModel):
     valid_limit: int = _field(0, "the same for the splits that are not trained on; 0: as limit", ge=0)
     pictures_per_class: int = _field(60, "training pictures per class (synthetic data only)", ge=4, le=5000)
     max_megapixels: float = _field(50.0, "larger pictures are skipped and reported", gt=0)
+    follow_links: bool = _field(False, "read pictures that a link leads to outside the folder")
     workers: int = _field(2, "threads that decode pictures", ge=1, le=64)
 
     architecture: str = _field("vit-micro", "architecture of a base that is not loaded", 1)
