@@ -101,10 +101,11 @@ class Memory:
     def take(self, count: int) -> None:
         """Wait for `count` bytes, or for all of them if it is more."""
         if getattr(self._thread, "taken", None) == 0:  # a thread that waits again for more could wait forever
-            self._thread.taken = min(count, self.size)
+            count = min(count, self.size)
             with self._changed:
-                self._changed.wait_for(lambda: self.free >= self._thread.taken)
-                self.free -= self._thread.taken
+                self._changed.wait_for(lambda: self.free >= count)
+                self.free -= count
+            self._thread.taken = count
 
 
 MEMORY = Memory(400_000_000)
@@ -225,9 +226,8 @@ def _grey(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """
     bits, kind = tags.get(BITS, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))[0]
 
-    def values(band: Image.Image) -> np.ndarray:
-        array = np.asarray(band)  # Pillow reads 32 bits without a sign as if they had one
-        return array.view(np.uint32) if (bits, kind) == (32, 1) else array
+    def values(band: Image.Image) -> np.ndarray:  # Pillow reads 32 bits without a sign as if they had one
+        return np.asarray(band).view(np.uint32) if (bits, kind) == (32, 1) else np.asarray(band)
 
     ends = np.array([(part.min(), part.max()) for part in (values(band) for _, band in _bands(image))], dtype=float)
     low, high = ends[:, 0].min(), ends[:, 1].max()
