@@ -289,7 +289,8 @@ HOSTILE = {
     "not closed": "batch_sizes: [1, 2",
     "NUL": "study: \0",
     "not UTF-8": b"study: \xff\xfe",
-    "deep lists": "study: " + "[" * 20_000,
+    "deep lists": "study: " + "[" * 900_000,  # to the end it would take hours
+    "deep blocks": "study:\n" + "\n".join(" " * depth + "-" for depth in range(1, 1000)),
     "endless number": "seed: " + "9" * 5_000,
     "infinity": "learning_rate: .inf",
     "a megabyte": "# " + "x" * 1_000_000,
@@ -304,7 +305,7 @@ def test_a_hostile_file_is_refused_and_executes_nothing(read, content, tmp_path,
     assert not Path("trap").exists()
 
 
-@pytest.mark.parametrize("kind", ["call tag", "alias", "key set twice", "key that is code", "text"])
+@pytest.mark.parametrize("kind", ["call tag", "alias", "key set twice", "key that is code", "text", "deep lists"])
 def test_a_refusal_names_file_and_line(read, kind):
     with pytest.raises(ParameterError, match=r"set\.yaml, line \d"):
         read(HOSTILE[kind])

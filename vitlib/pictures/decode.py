@@ -205,8 +205,8 @@ def _on_white(band: Image.Image) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The picture in bands of about a megapixel, each with its first row."""
-    rows = max(1, 2**20 // image.width)
+    """The picture in bands of at most a quarter of a megapixel or a row, each with its first row."""
+    rows = max(1, 2**18 // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 

@@ -244,8 +244,6 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ParameterError(f"{path.name} has more than 1,000,000 bytes: it is no parameter set")
     try:
         values = _plain_yaml(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ParameterError(f"{path.name} is nested too deeply: write `name: value` lines") from None
     except (yaml.YAMLError, ValueError) as error:  # not YAML, not UTF-8, or a number without end
         raise ParameterError(f"{path.name}, {error}") from None
     check(values)
@@ -258,6 +256,15 @@ def given(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
         return _plain_yaml("\n".join(f"{name}: {value}" for name, value in pairs))
     except (yaml.YAMLError, ValueError) as error:
         raise ParameterError(f"-p NAME VALUE: {error}") from None
+
+
+_OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING = yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken
 
 
 class _Loader(yaml.SafeLoader):
@@ -281,7 +288,11 @@ _Loader.add_constructor(
 
 def _plain_yaml(text: str) -> dict[str, Any]:
     """The mapping in a YAML text: no tags, anchors or aliases, and each key is a name that occurs once."""
+    depth = 0
     for token in yaml.scan(text):
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > 9:  # the scanner takes the square of the depth in time
+            raise _fault(token, "nested too deeply, write `name: value` lines")
         if isinstance(token, yaml.TagToken | yaml.AnchorToken | yaml.AliasToken | yaml.DirectiveToken):
             raise _fault(token, f"{token.id} is not allowed, write a plain value")
     root, values, seen = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader), set()
