@@ -29,6 +29,7 @@ limit: int = 0  # pictures used of each split, spread over the classes; 0: all
 valid_limit: int = 0  # the same for the splits that are not trained on; 0: as limit
 pictures_per_class: int = 60  # training pictures per class (synthetic data only)
 max_megapixels: float = 50.0  # larger pictures are skipped and reported
+follow_links: bool = False  # read pictures that a link leads to outside the folder
 workers: int = 2  # threads that decode pictures
 architecture: str = "vit-micro"  # architecture of a base that is not loaded
 image_size: int = 48  # side in pixels of synthetic pictures and of a base that is not loaded

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,13 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bs4 import BeautifulSoup
+from IPython.core.formatters import DisplayFormatter
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
 from vitlib import inference
 from vitlib.network import engine
 from vitlib.pictures import decode, sources
 from vitlib.pictures.sources import DataError
-from vitlib.report import plots, tables
+from vitlib.report import page, plots, tables
 from vitlib.study import files, params, records, variants
 from vitlib.study.study import Study
 
@@ -339,6 +343,39 @@ def test_a_relative_folder_starts_at_the_project_not_at_notebooks(study, tmp_pat
     monkeypatch.chdir(tmp_path / "notebooks")
     pictures, _ = inference.find_pictures(changed(study, pictures="pictures"))
     assert len(pictures) == 5
+
+
+def test_hostile_names_are_text_in_notebook_page_and_record(study, tmp_path):
+    """Class and file names as a downloaded checkpoint and folder may have them, through the cells of notebook 4."""
+    names = [r"$\notacommand$", "<!-- a", "<script>alert(1)</script>", "=cmd|calc", "<img src=x onerror=alert(2)>"]
+    predictor = inference.load(study)
+    loaded, folder = predictor.engine.loaded, tmp_path / "pictures"
+    all_names = (names * len(loaded.labels.names))[: len(loaded.labels.names)]
+    all_names = tuple(f"{name}{number}" for number, name in enumerate(all_names))
+    loaded = dataclasses.replace(loaded, labels=dataclasses.replace(loaded.labels, names=all_names))
+    predictor.engine.loaded = loaded
+    for number, name in enumerate(names):
+        shutil.copy(folder / "d.png", folder / "2" / f"{name.replace('/', '')}.png")
+        (folder / f"{name.replace('/', '')}{number}.jpg").write_text("no picture")
+    frame, passed, rate = inference.predict(study, predictor, *inference.find_pictures(study))
+    missed, wrong = inference.mistakes(frame, passed, predictor)
+    shown = [missed, plots.picture_grid(**wrong), inference.headline(study, frame, predictor, rate, [missed])]
+    shown += [tables.table(frame, inference.PREDICTIONS), plots.picture_grid(**inference.grid(frame, passed, 100))]
+    shown += [tables.table(frame[frame["status"] == "skipped"], inference.FAULTS)]
+    formats = DisplayFormatter()
+    cells = [new_code_cell("1", outputs=[new_output("display_data", data=formats.format(one)[0])]) for one in shown]
+    written = page.page_of(new_notebook(cells=cells), tmp_path / "4_inference.html")
+    raw = [text for one in shown if (text := formats.format(one)[0].get("text/html"))]
+    for text in (written, *raw):
+        soup = BeautifulSoup(text, "html.parser")
+        assert not (soup.main or soup).select("script, [onerror], td *:not(br):not(small)")
+    soup = BeautifulSoup(written, "html.parser")
+    files = [row.td.get_text() for row in soup.select("table")[0].select("tbody tr")]
+    assert files == frame["file"].tolist() and len(files) == 16
+    captions = {caption.get_text().rpartition("; is ")[2] for caption in soup.select("figcaption")}
+    assert all_names[predictor.engine.loaded.labels.folders.index("2")] in captions
+    pd.testing.assert_series_equal(study.read("predictions")["file"], frame["file"], check_dtype=False)
+    assert not re.search(r"(?m)(^|,)\"?[=+@-]", study.record("predictions").read_text().partition("\n")[2])
 
 
 def test_without_a_readable_picture_every_file_has_its_row_and_later_cells_work(study, tmp_path, monkeypatch):

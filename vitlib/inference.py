@@ -162,7 +162,8 @@ def find_pictures(study: Study) -> tuple[list[Picture], list[tuple[str, str]]]:
     """
     settings = study.settings
     if settings.pictures:
-        found, skipped = sources.pictures_below(files.resolve(settings.pictures), settings.max_megapixels)
+        folder, options = files.resolve(settings.pictures), {"follow_links": settings.follow_links}
+        found, skipped = sources.pictures_below(folder, settings.max_megapixels, **options)
         if not (found or skipped):
             raise sources.DataError(f"the folder {settings.pictures!r} holds no picture")
         return found, skipped

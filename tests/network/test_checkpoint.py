@@ -241,6 +241,17 @@ def test_no_missing_tensor_and_no_infinite_one_is_silent_without_a_list_of_check
             checkpoint.load(tmp_path, Variant(weights), CPU)
 
 
+def test_unreadable_labels_and_another_checkpoints_preprocessing_are_named(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints / "merged", tmp_path / "merged")
+    (folder / "provenance.json").unlink()  # as if another tool had written it: it has no checksums
+    preprocess.new(24).save(folder)
+    with pytest.raises(CheckpointError, match="'merged' prepares pictures of 24 × 24 pixels for a network that takes"):
+        checkpoint.load(tmp_path, Variant("fp32"), CPU)
+    (folder / "labels.json").write_text("{")
+    with pytest.raises(ValueError, match=r"merged/labels\.json is not JSON"):
+        checkpoint.read_labels(folder)
+
+
 def test_the_head_of_a_base_is_new_even_with_as_many_classes(checkpoints, labels):
     old = checkpoint.load(checkpoints, Variant("fp32"), CPU).model.classifier.weight
     base = checkpoint.load_base(str(checkpoints / "merged"), labels=labels, **BASE)

@@ -5,6 +5,8 @@ import os
 import random
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import contextmanager
 from functools import partial
@@ -124,6 +126,81 @@ def test_16_bit_grey_is_scaled_by_its_format(tmp_path, level, shown):
     file = tmp_path / "a.png"
     Image.fromarray(np.full((8, 8), level, dtype=np.uint16)).save(file)
     assert read(file).getpixel((0, 0)) == (shown,) * 3
+
+
+def tiff(path: Path, values: np.ndarray, tags: dict[int, int] = {}, bits: int = 0) -> Path:  # noqa: B006
+    """An uncompressed TIFF of `values` (h, w) or (h, w, 3); `tags` come on top of those that it needs."""
+    kind, channels = {"u": 1, "i": 2, "f": 3}[values.dtype.kind], values.shape[2] if values.ndim == 3 else 1
+    width, height = values.shape[1], values.shape[0]
+    entries = {256: width, 257: height, 258: bits or 8 * values.itemsize, 259: 1, 262: 2 if channels == 3 else 1}
+    entries |= {273: 8, 277: channels, 278: height, 279: values.nbytes, 339: kind} | tags
+    after = 8 + values.nbytes + 2 + 12 * len(entries) + 4
+    arrays = b""
+    block = struct.pack("<H", len(entries))
+    for tag, value in sorted(entries.items()):
+        if channels == 3 and tag in (258, 339):
+            block += struct.pack("<HHII", tag, 3, 3, after + len(arrays))
+            arrays += struct.pack("<3H", *[value] * 3)
+        else:
+            block += struct.pack("<HHII", tag, 4, 1, value)
+    head = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes)
+    path.write_bytes(head + values.tobytes() + block + bytes(4) + arrays)
+    return path
+
+
+RAMP = np.array([[0, 1, 2, 4]] * 4) / 4  # of white
+GREYS = [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "shown"),
+    [
+        (RAMP.astype("f4"), {}, GREYS),
+        ((RAMP * 1.02).astype("f4"), {}, [0, 65, 130, 255]),  # what resampling leaves
+        ((RAMP * 255).astype("f4"), {}, GREYS),
+        (RAMP.astype("f4"), {262: 0}, [255, 191, 127, 0]),
+        ((RAMP * 65535).astype("u2"), {}, GREYS),
+        ((RAMP * 65535).astype("u2"), {262: 0}, [255, 191, 127, 0]),
+        ((RAMP * 4095).astype("u2"), {281: 4095}, GREYS),
+        ((RAMP * 200).astype("u2"), {281: 65535}, [0, 0, 0, 1]),  # a dark picture, and its file says so
+        ((RAMP * 32767).astype("i2"), {}, GREYS),
+        ((RAMP * 255).astype("i4"), {}, GREYS),
+        ((RAMP * 65535).astype("i4"), {}, GREYS),
+        ((RAMP * (2**31 - 1)).astype("i4"), {}, GREYS),
+        ((RAMP * (2**32 - 1)).astype("u4"), {}, GREYS),
+        ((RAMP[..., None].repeat(3, 2) * 65535).astype("u2"), {}, GREYS),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", value)),
+)
+def test_more_than_8_bits_are_scaled_by_their_format(tmp_path, values, tags, shown):
+    found = np.asarray(read(tiff(tmp_path / "a.tif", values, tags)))
+    assert found.shape == (4, 4, 3)
+    np.testing.assert_allclose(found, np.broadcast_to(np.array(shown)[:, None], (4, 4, 3)), atol=1)
+
+
+def test_12_packed_bits_are_read(tmp_path):
+    """Two pixels in three bytes, both 0x800 of 0xfff."""
+    packed = np.frombuffer(b"\x80\x08\x00" * 8, dtype=np.uint8).reshape(4, 6)
+    assert read(tiff(tmp_path / "a.tif", packed, {256: 4}, bits=12)).getpixel((0, 0)) == (128,) * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ((RAMP * 4095).astype("u2"), "16 bits with values of 0 … 4,095, and it does not say which of them is white"),
+        ((RAMP[..., None].repeat(3, 2) * 4095).astype("u2"), "16 bits of which the upper four are not used"),
+        (np.where(RAMP > 0.3, RAMP, np.nan).astype("f4"), "32 bits with values of nan"),
+        (np.where(RAMP > 0.3, RAMP, np.inf).astype("f4"), "32 bits with values of 0.5 … inf"),
+        ((RAMP * 5).astype("f4"), "32 bits with values of 0 … 5"),
+        ((RAMP - 0.5).astype("f4"), "32 bits with values of -0.5 … 0.5"),
+        ((RAMP * 1e6).astype("i4"), "32 bits with values of 0 … 1e"),
+        ((RAMP * 127).astype("i1"), "8 bits with a sign"),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", value)),
+)
+def test_values_without_a_known_white_are_refused(tmp_path, values, says):
+    with pytest.raises(BadPicture, match=says):
+        read(tiff(tmp_path / "a.tif", values))
 
 
 def test_transparency_lies_on_white(tmp_path):
@@ -247,6 +324,37 @@ def test_decode_keeps_the_order_and_names_what_it_skipped(tmp_path):
     assert [p.file for p in decoded.pictures] == ["a.png", "c.png", "e.png", "f.png"]
     assert decoded.pixels[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
     assert decoded.skipped == [("b", "not a picture in a known format"), ("d", "a folder")]
+
+
+MEASURE = """
+import resource, sys
+from functools import partial
+from pathlib import Path
+from vitlib.pictures import decode, preprocess
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+opening = partial(decode.open_picture, Path(sys.argv[1]), 50.0)
+decoded = decode.decode([decode.Picture(str(n), None, opening) for n in range(4)], preprocess.new(8), workers=4)
+assert not decoded.skipped
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_of_all_threads_together_is_bounded(tmp_path):
+    """Four times 20 megapixels of 16 bits in a file of 40 KB; each took 24 bytes a pixel, and all at a time 1.9 GB."""
+    Image.fromarray(np.zeros((4000, 5000), np.uint16)).save(tmp_path / "a.png")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "a.png")]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(decode.__file__).parents[2])
+    assert int(made.stdout) < 330
+
+
+def test_what_decoding_would_multiply_is_refused_from_the_header(tmp_path):
+    long = save(tmp_path / "a.png", size=(2, 65_536), mode="1", colour=1)
+    with pytest.raises(BadPicture, match="more than 65,535 on a side"):  # resizing it takes 224 × 65,536 pixels
+        read(long)
+    webp = save(tmp_path / "a.webp", size=(800, 800))
+    with pytest.raises(BadPicture, match="takes 16 bytes a pixel to decode, and so more than 8 MB"):
+        read(webp)
 
 
 def test_a_fault_of_the_code_is_not_taken_for_a_bad_picture():

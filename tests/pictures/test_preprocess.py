@@ -101,6 +101,17 @@ def test_a_preprocessing_that_cannot_be_read_is_refused(tmp_path, content):
         preprocess.load(tmp_path)
 
 
+def test_a_repository_that_cannot_be_reached_is_not_called_a_folder(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Can't load image processor. Make sure you don't have a local directory with the same name.")
+
+    monkeypatch.setattr(preprocess.AutoImageProcessor, "from_pretrained", offline)
+    with pytest.raises(
+        PreprocessError, match=r"^a/b cannot be read from the Hub at commit 8041a8c: there is no con.*g$"
+    ):
+        preprocess.load("a/b", "8041a8c")
+
+
 def test_a_preprocessing_without_a_fixed_size_is_refused(tmp_path):
     pre = load("ConvNextImageProcessorPil", tmp_path, size={"shortest_edge": 32})
     with pytest.raises(PreprocessError, match="no fixed height and width"):

@@ -317,7 +317,7 @@ def test_a_folder_of_pictures_names_hidden_folders_and_follows_links_without_end
     (folder / "10" / "up").symlink_to(folder)
     (folder / "0").symlink_to(folder / "10")  # the real folder keeps its own name, though it comes later
     (folder / "itself").symlink_to(folder / "itself")
-    pictures, skipped = sources.pictures_below(folder, 1.0)
+    pictures, skipped = sources.pictures_below(folder, 1.0, follow_links=True)
     assert [(p.file, p.label) for p in pictures] == [
         ("1/e.png", "1"), ("9/c.png", "9"), ("10/b.png", "10"), ("10/linked.png", "10"), ("d.png", None),
     ]  # fmt: skip
@@ -325,6 +325,29 @@ def test_a_folder_of_pictures_names_hidden_folders_and_follows_links_without_end
     assert found.pop("itself")  # the reason is the operating system's
     again = "a link to a folder that is listed already"
     assert found == {".ipynb_checkpoints": "hidden folder", "10/up": again, "0": again}
+
+
+def test_links_out_of_the_folder_are_named_and_not_followed(tree, tmp_path_factory):
+    """Those of the splits are: a project may link its data, but a downloaded folder must not reach outside."""
+    outside = tmp_path_factory.mktemp("outside")
+    save(outside / "private.png")
+    save(outside / "valid/1/v.png")
+    (tree / "train/1/file.png").symlink_to(outside / "private.png")
+    (tree / "train/1/up").symlink_to("../../..")
+    (tree / "train/2/inside.png").symlink_to(tree / "train/1/a.png")
+    save(tree / "train/1/a.png")
+    shutil.rmtree(tree / "valid")
+    (tree / "valid").symlink_to(outside / "valid")
+    dataset = sources.from_folder(tree, 1.0)
+    out = "a link out of the folder: set `follow_links` to read it"
+    assert {file: reason for file, _, reason in dataset.skipped} == {"train/1/file.png": out, "train/1/up": out}
+    assert {"train/2/inside.png"} <= {one.file for one in dataset.splits["train"]}
+    assert [one.file for one in dataset.splits["valid"]] == ["valid/1/v.png"]
+    (tree / "train/3").symlink_to(outside)
+    with pytest.raises(DataError, match=r"train/3 holds no picture \(a link out of the folder: set `follow_links`"):
+        sources.from_folder(tree, 1.0)
+    found = sources.from_folder(tree, 1.0, follow_links=True).splits["train"]
+    assert {"train/1/file.png", "train/3/private.png"} <= {one.file for one in found}
 
 
 # Choosing and counting

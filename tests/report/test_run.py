@@ -229,9 +229,9 @@ def test_a_missing_or_broken_notebook_or_set_is_an_error_of_one_line(project, fo
 def test_every_value_that_a_file_can_give_is_pasted_as_that_value(project):
     """papermill writes the parameters as code."""
     texts = [HOSTILE, "\\", '\\"', "'", "\x00", "\r\n", "{x}", "${x}", "%s", "\u202e", "a" * 10_000, "# no"]
-    values = [{"data_source": text, "pictures": text, "architecture": text} for text in texts]
+    values = [{"data_source": text, "pictures": text} for text in texts]
     values += [{"learning_rate": 1e-300}, {"max_megapixels": 1e300}, {"seed": 2**32 - 1}, {"resume": True}]
-    values += [{"batch_sizes": [1, 10**15]}, {"variants": ["fp32-sdpa", "nf4-sdpa"]}]
+    values += [{"train_batch_size": 10**15}, {"batch_sizes": [1, 4096]}, {"variants": ["fp32-sdpa", "nf4-sdpa"]}]
     for value in values:
         file = project / "params" / "x.yaml"
         file.write_text(yaml.safe_dump(value))

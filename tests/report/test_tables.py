@@ -1,5 +1,8 @@
 """Tables show what a record holds: rounded, in words, with intervals on one line, and with markup as text."""
 
+import re
+
+import mistune
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,6 +86,10 @@ def test_names_in_sentences_are_shown_as_they_are(name, tmp_path):
     soup = BeautifulSoup(page.page_of(new_notebook(cells=cells), tmp_path / "1_x.html"), "html.parser")
     expected = "The class {0} and {0} end.".format(name.replace("\n", " "))
     assert [item.get_text() for item in soup.select("main li")] == [expected] * 2
+    # JupyterLab, whose Markdown is plain, looks for mathematics in each run of text without an element in it.
+    lab = BeautifulSoup(mistune.html(sentence), "html.parser").li
+    assert lab.get_text() == expected
+    assert not [part for part in lab.strings if re.search(r"\$.*\$|\\[a-z(]", part)]
     assert soup.select_one('meta[name="description"]')["content"] == expected
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vitlib.measure import stats
+from vitlib.network import checkpoint
 from vitlib.study import params
 from vitlib.study.params import ParameterError, Parameters
 
@@ -108,9 +109,15 @@ def test_an_unknown_name_is_answered_with_the_nearest_or_with_all():
         ({"epochs": 2.5}, r"epochs: .*integer, it is 2\.5"),
         ({"seed": "1"}, "seed: .*integer, it is '1'"),
         ({"seed": True}, "seed: .*integer, it is True"),
-        ({"study": "../elsewhere"}, "study: .*use letters, digits"),
-        ({"study": ""}, "study: .*use letters, digits"),
-        ({"checkpoints_of": "-x"}, "checkpoints_of: .*use letters, digits"),
+        ({"study": "../elsewhere"}, "study: .*use at most 100 letters, digits"),
+        ({"study": ""}, "study: .*use at most 100 letters, digits"),
+        ({"study": "x" * 101}, "study: .*use at most 100 letters"),
+        ({"print": 3}, "unknown parameter 'print': known: study"),
+        ({"architecture": "vit-huge"}, "architecture: 'vit-huge': "),
+        ({"image_size": 17}, "image_size 17 is no multiple of 8, the side of a patch of vit-micro"),
+        ({"batch_sizes": [1, 100_000_000]}, "batch_sizes: .*at most 4,096"),
+        ({"base_model": "a/b", "base_revision": "main; rm"}, "base_revision 'main; rm' is no commit"),
+        ({"checkpoints_of": "-x"}, "checkpoints_of: .*use at most 100 letters, digits"),
         ({"resume": "yes"}, "resume: .*boolean, it is 'yes'"),
         ({"lora_dropout": 1}, "lora_dropout: .*less than 1, it is 1"),
         ({"learning_rate": float("nan")}, "learning_rate: .*finite"),
@@ -140,10 +147,38 @@ def test_all_faults_are_told_at_once():
     assert len(str(told.value).splitlines()) == 3
 
 
-def test_a_yaml_number_that_yaml_reads_as_text_gets_a_hint(read):
-    with pytest.raises(ParameterError, match=r"learning_rate: .* \(YAML reads 1e-3 as text: write 1\.0e-3\)"):
-        read("learning_rate: 1e-3")
-    assert read("learning_rate: 1.0e-3") == {"learning_rate": 0.001}
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("learning_rate: 1e-3", 1e-3), ("learning_rate: 1.0e-3", 1e-3), ("learning_rate: .5", 0.5)),
+        *(("seed: 0o17", 15), ("seed: 010", 10), ("seed: 0x1F", 31), ("seed: +7", 7), ("resume: True", True)),
+        *(("data_source: yes", "yes"), ("data_source: on", "on"), ("data_source: 1:30", "1:30")),
+        *(("data_source: 1_000", "1_000"), ("data_source: 2024-01-01", "2024-01-01"), ("data_source: =", "=")),
+        *(("study: 2024-99-99", "2024-99-99"), ('data_source: "1e-3"', "1e-3"), ("batch_sizes: [1, 0x8]", [1, 8])),
+    ],
+)
+def test_values_are_read_as_yaml_1_2_reads_them(read, text, value):
+    (found,) = read(text).values()
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["seed: 1:30", "seed: 1_000", "resume: yes", "resume: off", "seed: 0b1", "study: ~"])
+def test_what_only_yaml_1_1_takes_for_a_number_or_a_truth_is_refused(read, text):
+    with pytest.raises(ParameterError, match="true or false" if text.startswith("resume") else "valid integer|study"):
+        read(text)
+
+
+def test_what_is_no_parameter_file_is_said(tmp_path):
+    (tmp_path / "dir.yaml").mkdir()
+    (tmp_path / "long.yaml").write_text("study: demo\n# " + "x" * 1_000_000)
+    with pytest.raises(ParameterError, match=r"dir\.yaml is no regular file"):
+        params.load(tmp_path / "dir.yaml")
+    with pytest.raises(ParameterError, match=r"long\.yaml has more than 1,000,000 bytes: it is no parameter set"):
+        params.load(tmp_path / "long.yaml")
+
+
+def test_the_patches_are_those_of_the_networks():
+    assert {name: sizes[-1] for name, sizes in checkpoint.ARCHITECTURES.items()} == params.PATCHES
 
 
 def test_only_a_base_from_the_hub_needs_a_revision(tmp_path, monkeypatch):
@@ -198,7 +233,7 @@ def test_what_cannot_work_is_refused(project, values, notebook, says):
     [
         ({"data_source": "data/photos", "base_model": "pretrain"}, "1_finetune", [DRAWN]),
         ({"data_source": "data/photos", "base_model": "random", "method": "full"}, "1_finetune", []),
-        ({"data_source": "data/photos", "base_model": "someone/vit", "base_revision": "1"}, "1_finetune", []),
+        ({"data_source": "data/photos", "base_model": "someone/vit", "base_revision": "8041a8c"}, "1_finetune", []),
         ({"data_source": "data/photos"}, "2_evaluate", []),
         ({"data_source": "torchvision:data"}, "3_ablation", []),
         ({"data_source": "data/none"}, "6_speed", []),
@@ -254,9 +289,9 @@ HOSTILE = {
     "not closed": "batch_sizes: [1, 2",
     "NUL": "study: \0",
     "not UTF-8": b"study: \xff\xfe",
-    "deep lists": "study: " + "[" * 20_000,
+    "deep lists": "study: " + "[" * 900_000,  # to the end it would take hours
+    "deep blocks": "study:\n" + "\n".join(" " * depth + "-" for depth in range(1, 1000)),
     "endless number": "seed: " + "9" * 5_000,
-    "no such date": "study: 2024-99-99",
     "infinity": "learning_rate: .inf",
     "a megabyte": "# " + "x" * 1_000_000,
 }  # fmt: skip
@@ -270,7 +305,7 @@ def test_a_hostile_file_is_refused_and_executes_nothing(read, content, tmp_path,
     assert not Path("trap").exists()
 
 
-@pytest.mark.parametrize("kind", ["call tag", "alias", "key set twice", "key that is code", "text"])
+@pytest.mark.parametrize("kind", ["call tag", "alias", "key set twice", "key that is code", "text", "deep lists"])
 def test_a_refusal_names_file_and_line(read, kind):
     with pytest.raises(ParameterError, match=r"set\.yaml, line \d"):
         read(HOSTILE[kind])

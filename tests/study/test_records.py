@@ -1,6 +1,8 @@
 """Paths, atomic writes under errors and SIGKILL, schemas of the records."""
 
+import csv
 import errno
+import itertools
 import json
 import os
 import signal
@@ -187,11 +189,25 @@ def test_values_come_back(tmp_path):
     frame["probability_1"] = np.array([0.1, 1e-12, np.nan, 1 / 3, 123456789, 0.9], dtype=np.float32)
     frame["count"] = [123456789, 1, 2, 3, 4, 5]
     read = records.read_table(records.write_table(frame, tmp_path / "predictions.csv"))
-    assert read["file"].tolist() == [*frame["file"][:4], r"return\rhere", "caf\\udce9.jpg"]  # escaped, in sight
+    assert read["file"].tolist() == [*frame["file"][:5], "caf\\udce9.jpg"]  # escaped, in sight
     assert read["name_1"].tolist() == frame["name_1"].tolist()
     assert read["reason"].isna().tolist() == [True] * 5 + [False]
     np.testing.assert_array_equal(read["probability_1"].to_numpy(np.float32), frame["probability_1"])
     assert read["count"].tolist() == frame["count"].tolist()
+
+
+def test_no_cell_is_a_formula_and_every_text_comes_back(tmp_path):
+    """Of all columns, whatever the first characters; numbers keep their sign."""
+    first = ["".join(some) for count in (1, 2, 3) for some in itertools.product("'=+-@\t\r\n\\r＝ ", repeat=count)]
+    names = [name + "cmd|calc" for name in first]
+    frame = pd.DataFrame({"file": names, "label": names, "other": names, "number": -1.5})
+    path = records.write_table(frame, tmp_path / "x.csv")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert len(rows) == len(names)
+    assert not [cell for row in rows for cell in row[:3] if cell[0] in "=+-@\t\r\n＝"]
+    assert {row[3] for row in rows} == {"-1.5"}
+    pd.testing.assert_frame_equal(records.read_table(path), frame)
 
 
 def test_a_missing_record_names_its_notebook(tmp_path):

@@ -250,7 +250,7 @@ def read_labels(folder: Path) -> Labels:
     names = tuple(name for _, name in sorted(AutoConfig.from_pretrained(folder).id2label.items()))
     file = folder / "labels.json"
     if file.is_file():
-        entries = sorted(json.loads(file.read_text(encoding="utf-8")), key=lambda entry: entry["id"])
+        entries = sorted(records.read_json(file), key=lambda entry: entry["id"])
         labels = Labels(tuple(e["folder"] for e in entries), tuple(e["name"] for e in entries))
         if labels.names != names or [e["id"] for e in entries] != list(range(len(names))):
             raise CheckpointError(f"labels.json and config.json of {folder.name!r} disagree: fine-tune again")
@@ -292,6 +292,10 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     if variant.format.planned:
         model.config.plan = records.read_json(folder / plan.FILE)
     verify.verify(model, variant)
+    if pre.side != (model.config.image_size,) * 2:
+        own, its = " × ".join(map(str, pre.side)), " × ".join([str(model.config.image_size)] * 2)
+        said = f"the checkpoint {folder.name!r} prepares pictures of {own} pixels for a network that takes {its}"
+        raise CheckpointError(f"{said}: its preprocessor_config.json belongs to another checkpoint")
     return Loaded(model, pre, labels, device, dtype, folder, verify.model_mb(model), variant, about)
 
 

@@ -109,6 +109,9 @@ def load(folder: str | Path, revision: str | None = None) -> Preprocess:
     try:
         return Preprocess(AutoImageProcessor.from_pretrained(folder, revision=revision, backend="pil"))
     except (OSError, ValueError) as error:
+        if not Path(folder).is_dir():
+            why = "there is no connection, or no such commit, or it has no preprocessing"
+            raise PreprocessError(f"{folder} cannot be read from the Hub at commit {revision}: {why}") from error
         raise PreprocessError(f"the preprocessing of {folder} cannot be read: {error}") from error
 
 

@@ -95,7 +95,7 @@ def load(settings: Parameters) -> Dataset:
     elif kind in ("hub", "torchvision"):
         dataset = (from_hub if kind == "hub" else from_torchvision)(rest, settings.max_megapixels)
     else:
-        dataset = from_folder(existing_folder(settings.data_source), settings.max_megapixels)
+        dataset = from_folder(existing_folder(settings.data_source), settings.max_megapixels, settings.follow_links)
     check(dataset)
     for split, pictures in dataset.splits.items():
         limit = settings.limit if split == "train" else settings.valid_limit or settings.limit
@@ -149,14 +149,17 @@ def existing_folder(name: str) -> Path:
     return files.resolve(name)
 
 
-def from_folder(folder: Path, max_megapixels: float) -> Dataset:
-    """The class-folder layout: train/<class>/, valid/<class>/, test/ flat or in classes, cat_to_name.json beside."""
+def from_folder(folder: Path, max_megapixels: float, follow_links: bool = False) -> Dataset:
+    """The class-folder layout: train/<class>/, valid/<class>/, test/ flat or in classes, cat_to_name.json beside.
+
+    The folder and its splits may be links; others that lead out of both are left out unless `follow_links`.
+    """
     splits, skipped = {}, []
     for split, spellings in SPLITS.items():
         root = next((folder / name for name in spellings if (folder / name).is_dir()), None)
         if root is None:
             continue
-        found, faults = pictures_below(root, max_megapixels, folder)
+        found, faults = pictures_below(root, max_megapixels, folder, follow_links)
         depths = {picture.file: picture.file.count("/") for picture in found}
         faults += [(file, "in a folder inside a class folder") for file, depth in depths.items() if depth > 2]
         faults += [(file, "not in a class folder") for file, depth in depths.items() if depth == 1 and split != "test"]
@@ -166,17 +169,20 @@ def from_folder(folder: Path, max_megapixels: float) -> Dataset:
         classes = {picture.label for picture in splits[split]}
         for empty in root.iterdir():
             if empty.is_dir() and not empty.name.startswith(".") and empty.name not in classes:
-                advice = "add pictures or remove the folder (and the class from the other splits)"
-                raise DataError(f"the class folder {empty.relative_to(folder)} holds no picture: {advice}")
+                name, advice = empty.relative_to(folder).as_posix(), "add pictures or remove the folder (and the class "
+                why = f" ({left_out[name]})" if name in left_out else ""
+                raise DataError(f"the class folder {name} holds no picture{why}: {advice}from the other splits)")
     return Dataset(splits, _read_names(folder), skipped)
 
 
-def walk(folder: Path) -> list[tuple[Path, str]]:
+def walk(folder: Path, inside: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
     """Every file below a folder, in natural order, with the reason why it is not worth opening ('' if it is).
 
-    So are folders that are left out. Links are followed last, so that a folder reached twice keeps its own name.
+    So are folders that are left out, and links that lead out of the folders `inside` (None: anywhere). Links are
+    followed last, so that a folder reached twice keeps its own name.
     """
     found, seen, folders, links = [], set(), [folder], []
+    homes = [os.path.realpath(one) for one in inside or ["/"]]
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
         if here != folder and here.name.startswith("."):  # .ipynb_checkpoints is no class
@@ -190,6 +196,9 @@ def walk(folder: Path) -> list[tuple[Path, str]]:
             except OSError as error:
                 found.append((here, f"cannot be read: {error.strerror}"))
                 continue
+            away = [entry for entry in entries if entry.is_symlink() and not _is_in(homes, entry)]
+            found += [(entry, "a link out of the folder: set `follow_links` to read it") for entry in away]
+            entries = [entry for entry in entries if entry not in away]
             below = [entry for entry in entries if os.path.isdir(entry)]  # False, not an error, where it is forbidden
             folders += [entry for entry in below if not entry.is_symlink()]
             links += [entry for entry in below if entry.is_symlink()]
@@ -197,13 +206,19 @@ def walk(folder: Path) -> list[tuple[Path, str]]:
     return sorted(found, key=lambda pair: [_natural(part) for part in pair[0].relative_to(folder).parts])
 
 
-def pictures_below(folder: Path, max_megapixels: float, root: Path | None = None) -> tuple[list[Picture], list[tuple]]:
+def _is_in(homes: list[str], link: Path) -> bool:
+    return any(Path(os.path.realpath(link)).is_relative_to(home) for home in homes)
+
+
+def pictures_below(
+    folder: Path, max_megapixels: float, root: Path | None = None, follow_links: bool = False
+) -> tuple[list[Picture], list[tuple]]:
     """All pictures below a folder, flat or in class folders, and what is none (file, reason).
 
     The label is the folder's name, None directly in `folder`. Files are named from `root` on (by default `folder`).
     """
     pictures, skipped = [], []
-    for path, reason in walk(folder):
+    for path, reason in walk(folder, None if follow_links else [folder, root or folder]):
         file = path.relative_to(root or folder).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
         label = None if path.parent == folder else path.parent.name
         opening = (partial(function, path, max_megapixels) for function in (open_picture, plain_jpeg))

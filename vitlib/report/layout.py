@@ -112,6 +112,7 @@ def plain(markdown: str) -> str:
     """One line of Markdown as plain text: no marks of lists, emphasis, code or links."""
     text = re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "", markdown)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub("</?span>", "", text)  # of `tables.text`
     text = re.sub(r"\\([^\w\s]|_)|[*`]", lambda found: found[1] or "", text)
     return html.unescape(text).strip()
 

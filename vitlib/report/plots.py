@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
 
-from vitlib.report.tables import number
+from vitlib.report.tables import NO_MATHS, number
 from vitlib.study import files, variants
 
 COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
@@ -83,7 +83,7 @@ class Pictures:
             )
         style = f"display: grid; gap: 0.7rem; grid-template-columns: repeat({self.columns or 6}, minmax(4rem, 1fr))"
         kind = f"pictures of{self.columns}" if self.columns else "pictures"
-        return f'<div class="{kind}" style="{style}">{"".join(made)}</div>'
+        return f'<div class="{kind} {NO_MATHS}" style="{style}">{"".join(made)}</div>'
 
     def __repr__(self) -> str:
         return f"{len(self.titles)} pictures: {'; '.join(self.titles)}"

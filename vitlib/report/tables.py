@@ -19,6 +19,7 @@ from vitlib.study import variants
 
 NO_BREAK = "\u00a0"  # keeps a figure and its interval on one line
 MISSING = "–"
+NO_MATHS = "tex2jax_ignore mathjax_ignore"  # classes in which JupyterLab sets no mathematics
 
 
 class Markdown(str):
@@ -30,7 +31,9 @@ class Markdown(str):
 
 def text(name: object) -> str:
     """A name of a class or a file for a sentence in Markdown, in which nothing of it counts as markup."""
-    return re.sub(r"[\\`*_{}\[\]()<>#|$~&!:@^=.]", lambda found: f"&#{ord(found[0])};", " ".join(str(name).split()))
+    escaped = re.sub(r"[\\`*_{}\[\]()<>#|$~&!:@^=.]", lambda found: f"&#{ord(found[0])};", " ".join(str(name).split()))
+    # JupyterLab looks for mathematics in what it shows too: not across an element.
+    return re.sub("&#(36|92);", "<span>&#\\1;</span>", escaped)
 
 
 def number(value: float) -> str:
@@ -71,7 +74,8 @@ class Table:
         rows = zip(*(self._cells(name) for name in self.text), strict=True)
         body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
         caption = f"<caption>{_escaped(self.record)}</caption>\n" if self.record else ""
-        return f"<table>\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+        head = f'<table class="{NO_MATHS}">\n{caption}<thead><tr>{head}</tr></thead>'
+        return f"{head}\n<tbody>\n{body}\n</tbody>\n</table>"
 
     def _kind(self, name: str) -> str:
         # The class is for the pages' style sheet; JupyterLab has none, and aligns to the right by itself.

@@ -38,10 +38,10 @@ def study_folder(study: str, *, root: Path | str | None = None) -> Path:
 
     Raises ValueError unless the name is a STUDY_NAME.
     """
-    if not isinstance(study, str) or not re.fullmatch(STUDY_NAME, study):
+    if not isinstance(study, str) or not re.fullmatch(STUDY_NAME, study) or len(study) > 100:
         raise ValueError(
-            f"{study!r} cannot name a study: use letters, digits, '.', '_' or '-', a letter or digit first, "
-            "such as the name of a file in params/ without .yaml"
+            f"{study!r} cannot name a study: use at most 100 letters, digits, '.', '_' or '-', a letter or digit "
+            "first, such as the name of a file in params/ without .yaml"
         )
     return Path(root or project_root()) / "outputs" / study
 

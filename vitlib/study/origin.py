@@ -88,7 +88,7 @@ def sentence(about: Mapping[str, Any] | Path) -> str:
     fact, meaning = _SAID.get(kind, ("", ""))
     details = {
         "base": about.get("base"),
-        "name": Path(about.get("base", "")).name,
+        "name": " ".join(Path(about.get("base", "")).name.replace("`", "'").split()),  # it stands between backticks
         "commit": about.get("revision", "")[:10],
         "shape": f" ({about['architecture']})" if about.get("architecture") else "",
         # The clause before the colon of `standin.ORIGIN`, without what Markdown would interpret.

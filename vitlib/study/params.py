@@ -8,10 +8,11 @@ two.
 import ast
 import json
 import os
+import re
 import sys
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -36,6 +37,9 @@ MISSING = {
 }
 RECIPES = ("head", "lora-frozen-head", "lora", "qlora", "full")
 """Ways to fine-tune that notebook 1 can compare; `training.recipes` has what they are."""
+
+PATCHES = {"vit-micro": 8, **dict.fromkeys(("vit-mini", "vit-tiny", "vit-small", "vit-base", "vit-large"), 16)}
+"""Architectures of a base that is not loaded, with the side of a patch in pixels; `network.checkpoint` has the rest."""
 
 VERDICT_ROUNDS = 8  # `measure.stats.MINIMUM_ROUNDS`; a test holds the two together
 
@@ -74,6 +78,7 @@ class Parameters(BaseModel):
     valid_limit: int = _field(0, "the same for the splits that are not trained on; 0: as limit", ge=0)
     pictures_per_class: int = _field(60, "training pictures per class (synthetic data only)", ge=4, le=5000)
     max_megapixels: float = _field(50.0, "larger pictures are skipped and reported", gt=0)
+    follow_links: bool = _field(False, "read pictures that a link leads to outside the folder")
     workers: int = _field(2, "threads that decode pictures", ge=1, le=64)
 
     architecture: str = _field("vit-micro", "architecture of a base that is not loaded", 1)
@@ -147,9 +152,15 @@ class Parameters(BaseModel):
 
     @field_validator("batch_sizes")
     def _rising(cls, sizes: list[int]) -> list[int]:
-        if sizes != sorted(set(sizes)) or sizes[0] < 1:
-            raise ValueError("batch sizes are positive, rising and different")
+        if sizes != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= 4096:
+            raise ValueError("batch sizes are positive, rising and different, and at most 4,096")
         return sizes
+
+    @field_validator("architecture")
+    def _known_architecture(cls, name: str) -> str:
+        if name not in PATCHES:
+            raise ValueError(f"{name!r}: {nearest(name, list(PATCHES))}")
+        return name
 
     @field_validator("ablation_bits")
     def _bits(cls, bits: list[int]) -> list[int]:
@@ -165,6 +176,13 @@ class Parameters(BaseModel):
 
     @model_validator(mode="after")
     def _pinned(self) -> "Parameters":
+        patch = PATCHES[self.architecture]
+        if self.base_model in ("pretrain", "random") and self.image_size % patch:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of {patch}, the side of a patch of {self.architecture}"
+            )
+        if is_hub_id(self.base_model) and self.base_revision and not re.fullmatch("[0-9a-f]{7,40}", self.base_revision):
+            raise ValueError(f"base_revision {self.base_revision!r} is no commit: write its 7 to 40 digits 0-9 and a-f")
         if is_hub_id(self.base_model) and not self.base_revision:
             raise ValueError(
                 f"base_model {self.base_model!r} is no folder of the project, so it must be a repository of the Hub: "
@@ -220,6 +238,8 @@ def remarks(settings: Parameters, declared: Container[str], given: Container[str
 def load(path: str | Path) -> dict[str, Any]:
     """The values that a parameter file sets, checked; ParameterError names the file and the line of a fault."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ParameterError(f"{path.name} is no regular file: a parameter set is a text file")
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.yaml"))
         raise ParameterError(f"there is no parameter set {path.name!r}; {nearest(path.stem, known)}")
@@ -227,9 +247,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ParameterError(f"{path.name} has more than 1,000,000 bytes: it is no parameter set")
     try:
         values = _plain_yaml(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ParameterError(f"{path.name} is nested too deeply: write `name: value` lines") from None
-    except (yaml.YAMLError, ValueError) as error:  # not YAML, not UTF-8, or no date or number: 2024-99-99, 0x_
+    except (yaml.YAMLError, ValueError) as error:  # not YAML, not UTF-8, or a number without end
         raise ParameterError(f"{path.name}, {error}") from None
     check(values)
     return values
@@ -243,12 +261,44 @@ def given(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
         raise ParameterError(f"-p NAME VALUE: {error}") from None
 
 
+_OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING = yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken
+
+
+class _Loader(yaml.SafeLoader):
+    """Values as in YAML 1.2 (10.3.2, core schema): 1e-3 is a number; yes, 1:30 and 2024-01-01 are text."""
+
+    yaml_implicit_resolvers: ClassVar = {}
+
+
+for _kind, _pattern in {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), None)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda _, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10)),
+)
+
+
 def _plain_yaml(text: str) -> dict[str, Any]:
     """The mapping in a YAML text: no tags, anchors or aliases, and each key is a name that occurs once."""
+    depth = 0
     for token in yaml.scan(text):
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > 9:  # the scanner takes the square of the depth in time
+            raise _fault(token, "nested too deeply, write `name: value` lines")
         if isinstance(token, yaml.TagToken | yaml.AnchorToken | yaml.AliasToken | yaml.DirectiveToken):
             raise _fault(token, f"{token.id} is not allowed, write a plain value")
-    root, values, seen = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text), set()
+    root, values, seen = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader), set()
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -277,11 +327,10 @@ def check(values: Mapping[str, Any]) -> Parameters:
 def _explain(fault: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in fault["loc"]) or "the set as a whole"
     if fault["type"] == "extra_forbidden":
-        return f"unknown parameter {where!r}: {nearest(where, list(Parameters.model_fields))}"
+        return f"unknown parameter {where!r}: {nearest(where, list(Parameters.model_fields), 0.7)}"
     reason = fault["msg"].removeprefix("Value error, ")
     got = "" if fault["type"] == "value_error" else f", it is {fault['input']!r}"
-    text_for_number = fault["type"] == "float_type" and isinstance(fault["input"], str)
-    return f"{where}: {reason}{got}" + " (YAML reads 1e-3 as text: write 1.0e-3)" * text_for_number
+    return f"{where}: {reason}{got}" + " (write true or false)" * (fault["type"] == "bool_type")
 
 
 def collect(namespace: Mapping[str, Any]) -> Parameters:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +93,12 @@ NOTEBOOKS: dict[str, str] = {
 # Columns read back as text, so that a class folder "01" or a label "1e3" does not come back as a number.
 _TEXT_COLUMNS = (
     *("variant", "weights", "attention", "execution", "status", "reason", "attention_kernel"),
-    *("part", "operation", "kernel", "kept", "file", "label_name", "name_1", "name_2", "name_3", "name_4", "name_5"),
+    *("part", "operation", "kernel", "kept", "file", "label", "label_name"),
+    *("name_1", "name_2", "name_3", "name_4", "name_5"),
     *("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
 )
+
+_FORMULA = re.compile(r"'*[=+\-@\t\n＝＋－＠]")  # after apostrophes too, so that they can be told from ours
 
 
 class MissingRecord(FileNotFoundError):
@@ -104,8 +109,9 @@ def write_table(frame: pd.DataFrame, path: Path | str) -> Path:
     """Write a record as CSV, atomically: schema columns first and in order, then any others. Returns the path.
 
     The schema is COLUMNS[name of the file]; another name has none. Floats keep 9 significant digits, which brings a
-    float32 back exactly and leaves counts whole; NaN is an empty field. A carriage return, and text that is not
-    Unicode (a file name may be any bytes), become backslash escapes.
+    float32 back exactly and leaves counts whole; NaN is an empty field. Text that a spreadsheet would run as a formula
+    starts with an apostrophe, and a carriage return is written as \\r; `read_table` undoes both. Text that is not
+    Unicode (a file name may be any bytes) becomes a backslash escape.
 
     Raises ValueError that names the schema columns that are missing, or columns that occur twice.
     """
@@ -115,8 +121,7 @@ def write_table(frame: pd.DataFrame, path: Path | str) -> Path:
     if twice := sorted(set(frame.columns[frame.columns.duplicated()])):
         raise ValueError(f"{path.name} has columns twice: {', '.join(map(str, twice))}")
     ordered = frame[[*schema, *(column for column in frame.columns if column not in schema)]]
-    # The csv module leaves a carriage return unquoted, and readers end the row there.
-    ordered = ordered.infer_objects().replace("\r", r"\\r", regex=True)
+    ordered = _each_text(ordered.infer_objects(), _guarded)
     with atomic_path(path) as temporary:
         form = {"float_format": "%.9g", "lineterminator": "\n", "errors": "backslashreplace"}
         ordered.to_csv(temporary, index=False, encoding="utf-8", **form)
@@ -135,7 +140,27 @@ def read_table(path: Path | str) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise ValueError(f"{short_path(path)} is empty: {_advice(path, 'again')}") from None
     _require(path, frame, _advice(path, "again"))
-    return frame
+    return _each_text(frame, _unguarded)
+
+
+def _each_text(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    """`frame` with its text changed; dtypes and all other values stay."""
+    columns = [name for name in frame if frame[name].dtype.kind == "O"]
+    made = {name: [change(cell) if isinstance(cell, str) else cell for cell in frame[name]] for name in columns}
+    return frame.assign(**{name: pd.Series(cells, frame.index, frame[name].dtype) for name, cells in made.items()})
+
+
+def _guarded(cell: str) -> str:
+    """Text that no program takes for a formula or for the end of a row."""
+    # The csv module leaves a carriage return unquoted, and readers end the row there.
+    cell = re.sub(r"(\\*)(r|\r)", lambda found: found[1] * 2 + ("r" if found[2] == "r" else r"\r"), cell)
+    return f"'{cell}" if _FORMULA.match(cell) else cell
+
+
+def _unguarded(cell: str) -> str:
+    """What `_guarded` was given."""
+    cell = cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+    return re.sub(r"(\\+)r", lambda found: found[1][: len(found[1]) // 2] + "r\r"[len(found[1]) % 2], cell)
 
 
 def _require(path: Path, frame: pd.DataFrame, advice: str) -> None:

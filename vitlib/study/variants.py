@@ -164,9 +164,9 @@ _FLASH = (Variant("nf4", "flash_attention_2"), Variant("int8", "flash_attention_
 DEFAULTS = (BASELINE, *(Variant(weights) for weights in ("fp16", "bf16", "nf4", "int8")), *_FLASH)
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str], likeness: float = 0.5) -> str:
     """A clause that names the known spelling nearest to `name`, or all of them."""
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=likeness)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
