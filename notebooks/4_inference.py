@@ -100,7 +100,7 @@ advice
 tables.table(predictor.describe())
 
 # %%
-predictor.reason()
+inference.reason(predictor)
 
 # %% [markdown]
 # Its output is a tensor with a row for each picture and a logit for each class:

@@ -275,13 +275,13 @@ def test_checkpoints_that_do_not_belong_together_are_refused(
 
 def test_a_checkpoint_without_a_list_of_checksums_is_called_unverified(bench, study):
     runs = evaluate.status(bench).set_index("variant")["status"]
-    assert runs["nf4-sdpa"] == "runs" and "unverified" not in inference.load(study).reason()
+    assert runs["nf4-sdpa"] == "runs" and "unverified" not in inference.reason(inference.load(study))
     foreign = {**bench.evidence, "nf4-sdpa": {**bench.evidence["nf4-sdpa"], "verified": False}}
     runs = evaluate.status(dataclasses.replace(bench, evidence=foreign)).set_index("variant")["status"]
     assert runs["nf4-sdpa"] == "runs, its files are unverified" and runs["fp32-sdpa"] == "runs"
     predictor = inference.load(study)
     predictor.engine.loaded.about = {}
-    assert "unverified" in predictor.reason()
+    assert "unverified" in inference.reason(predictor)
 
 
 def test_fewer_classes_than_the_checkpoint_knows_is_an_error(study, labels):

@@ -16,7 +16,8 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
 from vitlib import inference
-from vitlib.network import engine
+from vitlib.deploy import predictor
+from vitlib.network import attention, engine
 from vitlib.pictures import decode, sources
 from vitlib.pictures.sources import DataError
 from vitlib.report import page, plots, tables
@@ -53,9 +54,15 @@ def predicted(study):
 
 def test_auto_without_a_record_of_speed_and_a_named_variant_are_explained(study, predicted):
     assert predicted[0].variant.name == "fp32-sdpa"
-    assert "notebook 2 has measured no variant that runs here" in predicted[0].reason()
-    variant, why = inference.choose(changed(study, variant="int8-sdpa"), torch.device("cpu"))
+    assert "notebook 2 has measured no variant that runs here" in inference.reason(predicted[0])
+    variant, why = choose(changed(study, variant="int8-sdpa"))
     assert variant == variants.find("int8-sdpa") and "names it" in why
+
+
+def choose(study):
+    settings, device = study.settings, torch.device("cpu")
+    size, limits = settings.eval_batch_size, inference.limits(settings)
+    return predictor.choose(predictor.weights_of(study), settings.variant, device, size, limits)
 
 
 def measured(study, monkeypatch, runs=True):
@@ -75,7 +82,7 @@ def measured(study, monkeypatch, runs=True):
         table.reindex(columns=[*records.COLUMNS["variants"], *table.columns.difference(records.COLUMNS["variants"])]),
     )
     own_flash = "" if runs else "needs a CUDA device"
-    monkeypatch.setattr(inference.attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
+    monkeypatch.setattr(attention, "not_runnable", lambda variant, device: own_flash * variant.own_flash)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def measured(study, monkeypatch, runs=True):
 )
 def test_auto_takes_the_best_variant_within_the_limits_that_runs_here(study, monkeypatch, changes, runs, chosen):
     measured(study, monkeypatch, runs)
-    variant, why = inference.choose(changed(study, **changes), torch.device("cpu"))
+    variant, why = choose(changed(study, **changes))
     assert variant.name == chosen and "the best within the limits" in why
 
 

@@ -1,6 +1,15 @@
-"""`python -m vitlib` lists the commands of the module."""
+"""`python -m vitlib COMMAND`: what a user does with a checkpoint; without a command, all commands of the module."""
 
-COMMANDS = {
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Each is a module of `vitlib.deploy` with `arguments(parser)` and `run(options) -> exit status`; ERRORS are its own.
+COMMANDS: dict[str, str] = {}
+OTHERS = {
     "report run notebooks/N.ipynb --study S": "execute a notebook into outputs/S/",
     "report index --study S": "write outputs/S/index.html",
     "report summary --study S": "print the table of variants of a study",
@@ -8,6 +17,33 @@ COMMANDS = {
     "pretrained": "fetch a small pretrained network, ViT-S/14, and save it as a checkpoint",
 }
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, 1 with one line on stderr where a command failed."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    others = "\n".join(f"  python -m vitlib.{command:<41}{meaning}" for command, meaning in OTHERS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m vitlib",
+        description="Use a checkpoint: outputs/<study>, a folder in its checkpoints/, or an unpacked archive.",
+        epilog=f"more commands:\n{others}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, meaning in COMMANDS.items():
+        command = commands.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
+        if given[:1] == [name]:  # the others' modules are not needed, and torch takes seconds to import
+            module = importlib.import_module(f"vitlib.deploy.{name}")
+            module.arguments(command)
+    options = parser.parse_args(given)
+    if not options.command:
+        parser.print_help()
+        return 0
+    try:
+        return module.run(options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
 if __name__ == "__main__":
-    for command, meaning in COMMANDS.items():
-        print(f"python -m vitlib.{command:<41}{meaning}")
+    sys.exit(main())

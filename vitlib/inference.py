@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 
-from vitlib.measure import recommend, stats
-from vitlib.network import attention, checkpoint, stream, verify
-from vitlib.network.engine import Engine
+from vitlib.deploy import predictor
+from vitlib.deploy.predictor import Predictor
+from vitlib.measure import stats
+from vitlib.network import stream
 from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Picture
 from vitlib.report.tables import NO_BREAK, Column, Markdown, text
 from vitlib.study import files, origin, records, variants
+from vitlib.study.params import Parameters
 from vitlib.study.study import Study
-from vitlib.study.variants import Variant
 
 TOP = 5
 LIMITED = 1.5  # times the rate from file to class that the network alone does where decoding is said to limit it
@@ -32,29 +32,6 @@ NOT_COMPARED = Markdown("NF4 and FP32 are not compared: notebook 2 has no output
 
 class OtherPictures(ValueError):
     """A study that has predictions of other pictures; the message says what to do."""
-
-
-@dataclass
-class Predictor:
-    """A verified variant, ready to classify, and the reason why it was chosen."""
-
-    variant: Variant
-    engine: Engine
-    why: str
-
-    def describe(self) -> pd.DataFrame:
-        """What was loaded: variant, device, classes, size of the pictures, and the weights."""
-        loaded = self.engine.loaded
-        found = verify.evidence(loaded.model)
-        row = {"variant": self.variant.name, "device": loaded.device.type, "classes": len(loaded.labels.names)}
-        row |= {"pixels": " × ".join(map(str, loaded.preprocess.side)), "weights (MB)": loaded.weights_mb}
-        row["encoder linears"] = ", ".join(f"{count} {kind}" for kind, count in found["encoder_linears"].items())
-        return pd.DataFrame([row | {"attention": found["attention"]}])
-
-    def reason(self) -> Markdown:
-        """Which variant is used, and why."""
-        unknown = " Its checkpoint is unverified (no checksums)." * ("files" not in self.engine.loaded.about)
-        return Markdown(f"**{self.variant.label}** is used: {self.why}.{unknown}")
 
 
 def open(namespace: dict[str, object]) -> Study:
@@ -87,47 +64,27 @@ def _source_of(study: Study) -> Study:
 
 def load(study: Study) -> Predictor:
     """The variant of the parameter set, with the checkpoints of `checkpoints_of` or of the study itself."""
-    checkpoint.quiet_libraries()
-    settings = study.settings
-    source = _source_of(study)
-    device = checkpoint.pick_device(settings.device)
-    variant, why = choose(source, device)
-    loaded = checkpoint.load(source.checkpoints, variant, device)
-    return Predictor(variant, Engine(loaded, variant.execution, (settings.eval_batch_size,)), why)
+    settings, source = study.settings, _source_of(study)
+    options = {"device": settings.device, "batch_size": settings.eval_batch_size, "limits": limits(settings)}
+    return predictor.load(predictor.weights_of(source), settings.variant, **options)
 
 
-def choose(study: Study, device: torch.device) -> tuple[Variant, str]:
-    """The variant to use, and why.
-
-    `auto` is the first of `recommended` that runs here; without a record it is FP16 with SDPA on a GPU and FP32 with
-    SDPA on a CPU.
-    """
-    if study.settings.variant != "auto":
-        return variants.find(study.settings.variant), "the parameter `variant` names it"
-    rows = recommended(study, device)
-    if rows.empty:
-        default = Variant("fp16" if device.type == "cuda" else "fp32")
-        return default, f"notebook 2 has measured no variant that runs here, and it is the default on {device.type}"
-    if limit := rows["why"].iloc[0]:
-        return variants.find(rows["variant"].iloc[0]), f"no variant is within the limits, and it {limit}"
-    return variants.find(rows["variant"].iloc[0]), "of those measured that run here it is the best within the limits"
+def limits(settings: Parameters) -> dict[str, float]:
+    """The user's limits, as `recommend.ranked` takes them."""
+    return {"memory_mb": settings.memory_limit_mb, "latency_ms": settings.latency_limit_ms, "margin": settings.margin}
 
 
-def recommended(study: Study, device: torch.device) -> pd.DataFrame:
-    """`recommend.ranked` of the variants that run here, with the study's limits; empty without a record."""
-    settings = study.settings
-    if not study.has("variants"):
-        return pd.DataFrame(columns=["variant", "why"])
-    rows = study.read("variants")
-    known = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
-    rows = rows[[bool(found) and not attention.not_runnable(found, device) for found in known]]
-    limits = {"memory_mb": settings.memory_limit_mb, "latency_ms": settings.latency_limit_ms}
-    return recommend.ranked(rows, settings.eval_batch_size, margin=settings.margin, **limits)
+def reason(chosen: Predictor) -> Markdown:
+    """Which variant is used, and why."""
+    unknown = " Its checkpoint is unverified (no checksums)." * ("files" not in chosen.engine.loaded.about)
+    return Markdown(f"**{chosen.variant.label}** is used: {chosen.why}.{unknown}")
 
 
-def recommendation(study: Study, predictor: Predictor) -> Markdown:
+def recommendation(study: Study, chosen: Predictor) -> Markdown:
     """Which measured variant to deploy on this device and why the next two lose; also `records/recommendation.json`."""
-    rows = recommended(_source_of(study), predictor.engine.loaded.device)
+    settings, device = study.settings, chosen.engine.loaded.device
+    measured = predictor.weights_of(_source_of(study)).measured
+    rows = predictor.recommended(measured, device, settings.eval_batch_size, limits(settings))
     text = (
         _advice(rows, study) if len(rows) else "Notebook 2 has measured no variant that runs here: none is recommended."
     )
@@ -144,7 +101,7 @@ def _limits(study: Study) -> list[str]:
 
 
 def _advice(rows: pd.DataFrame, study: Study) -> str:
-    """The first of `recommended` in a sentence, and why the next two lose."""
+    """The first of `predictor.recommended` in a sentence, and why the next two lose."""
     reasons = [f"{variants.label(row.variant)}: {row.why}" for row in rows.head(3).itertuples()]
     limits, best = f" Limits: {', '.join(_limits(study))}.", rows.iloc[0]
     if best["why"]:
@@ -173,7 +130,7 @@ def find_pictures(study: Study) -> tuple[list[Picture], list[tuple[str, str]]]:
 
 
 def predict(
-    study: Study, predictor: Predictor, pictures: list[Picture], skipped: list[tuple[str, str]]
+    study: Study, chosen: Predictor, pictures: list[Picture], skipped: list[tuple[str, str]]
 ) -> tuple[pd.DataFrame, stream.Passed, float]:
     """Classify every picture: `records/predictions.csv` (a row a file), what was read, and images per second.
 
@@ -183,12 +140,12 @@ def predict(
     """
     settings, start = study.settings, time.perf_counter()
     options = {"batch_size": settings.eval_batch_size, "workers": settings.workers, "decoder": settings.decoder}
-    passed = stream.classify(pictures, predictor.engine, **options)
+    passed = stream.classify(pictures, chosen.engine, **options)
     rate = len(passed.pictures) / (time.perf_counter() - start) or np.nan
     faults = pd.DataFrame([*skipped, *passed.skipped], columns=["file", "reason"]).assign(status="skipped")
-    frame = pd.concat([_rows(passed, predictor.engine.loaded.labels), faults], ignore_index=True)
+    frame = pd.concat([_rows(passed, chosen.engine.loaded.labels), faults], ignore_index=True)
     frame = frame.fillna({"label": "", "label_name": "", "reason": ""}).reindex(columns=records.COLUMNS["predictions"])
-    about = {"variant": predictor.variant.name, "device": predictor.engine.loaded.device.type}
+    about = {"variant": chosen.variant.name, "device": chosen.engine.loaded.device.type}
     about |= {"decoder": passed.decoder, "decoded_on_device": passed.on_device, "batch": settings.eval_batch_size}
     about |= {"workers": settings.workers, "pictures": len(passed.pictures), "images_per_s": rate}
     study.write_json("inference", about | {"source": _source(settings.pictures)})
@@ -246,13 +203,13 @@ def _known(frame: pd.DataFrame, labels: sources.Labels) -> pd.DataFrame:
 
 
 def mistakes(
-    frame: pd.DataFrame, passed: stream.Passed, predictor: Predictor, count: int = 10
+    frame: pd.DataFrame, passed: stream.Passed, chosen: Predictor, count: int = 10
 ) -> tuple[Markdown, dict[str, object]]:
     """How many pictures are classified wrongly, and the most confident of them for `plots.picture_grid`.
 
     Beside each is the best right example of the class that was predicted, where all of these classes have one.
     """
-    known = _known(frame[frame["status"] == "ok"], predictor.engine.loaded.labels)
+    known = _known(frame[frame["status"] == "ok"], chosen.engine.loaded.labels)
     known = known.sort_values("probability_1", ascending=False, kind="stable")
     wrong, example = known[~known["right"]], known[known["right"]].drop_duplicates("id_1").reset_index()
     if wrong.empty:
@@ -272,13 +229,13 @@ def mistakes(
     ), _looks(shown, 4 if paired else 0)
 
 
-def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdown, dict[str, object]]:
+def disagreement(study: Study, chosen: Predictor, count: int) -> tuple[Markdown, dict[str, object]]:
     """Where NF4 and FP32 choose different classes in notebook 2's logits, and pictures for `plots.picture_grid`.
 
     A sentence without pictures where there is no such record, or where it is not of the study's validation pictures as
     they are now: same pixels, names and labels.
     """
-    settings, loaded = study.settings, predictor.engine.loaded
+    settings, loaded = study.settings, chosen.engine.loaded
     other = settings.pictures or settings.checkpoints_of not in ("", study.name)
     if other or not (study.has("logits.npz") and study.has("environment.json")):
         return NOT_COMPARED, _looks()
@@ -313,13 +270,13 @@ def disagreement(study: Study, predictor: Predictor, count: int) -> tuple[Markdo
 
 
 def headline(
-    study: Study, frame: pd.DataFrame, predictor: Predictor, rate: float, said: Sequence[str] = (), note: str = ""
+    study: Study, frame: pd.DataFrame, chosen: Predictor, rate: float, said: Sequence[str] = (), note: str = ""
 ) -> Markdown:
     """What the record says, in a few sentences: with those of `mistakes` and `disagreement`, and the decoder's note."""
-    read, labels = frame[frame["status"] == "ok"], predictor.engine.loaded.labels
+    read, labels = frame[frame["status"] == "ok"], chosen.engine.loaded.labels
     if read.empty:
         return Markdown(f"- No picture could be read. {_skipped(frame)}")
-    known, who, place = _known(read, labels), predictor.variant.label, _where(read, study.settings.pictures)
+    known, who, place = _known(read, labels), chosen.variant.label, _where(read, study.settings.pictures)
     if known.empty:
         most = ", ".join(f"{text(name)} ({count})" for name, count in read["name_1"].value_counts().head(3).items())
         first = f"**{who}** classifies {len(read):,} pictures of {place}, most often as {most}."
@@ -330,9 +287,9 @@ def headline(
         first += f"Top-1 is **{100 * right / n:.1f} %**. The 95 % interval is {100 * low:.1f} … {100 * high:.1f} %."
         first += f" Top-5 is {100 * known['right_5'].mean():.1f} %." * (len(labels.names) > TOP)
         first += f" The class of {len(read) - n:,} more pictures is not known." * (n < len(read))
-    speed = f"{_speed(study, predictor, rate)} {note} {_skipped(frame)}"
+    speed = f"{_speed(study, chosen, rate)} {note} {_skipped(frame)}"
     told = [one for one in said if one not in (NOT_KNOWN, NOT_COMPARED)]
-    lines = [first, _drawn(predictor, study.settings.pictures), *told, speed.strip()]
+    lines = [first, _drawn(chosen, study.settings.pictures), *told, speed.strip()]
     return Markdown("\n".join(f"- {line}" for line in lines if line))
 
 
@@ -343,13 +300,13 @@ def _where(read: pd.DataFrame, pictures: str) -> str:
     return f"the {'test' if read['file'].iloc[0].startswith('test') else 'validation'} split"
 
 
-def _speed(study: Study, predictor: Predictor, rate: float) -> str:
+def _speed(study: Study, chosen: Predictor, rate: float) -> str:
     """Images per second, and those of the network alone where notebook 2 measured far more on such a device."""
-    settings, cuda = study.settings, predictor.engine.loaded.device.type == "cuda"
+    settings, cuda = study.settings, chosen.engine.loaded.device.type == "cuda"
     said = f"From file to class: {float(f'{rate:.2g}'):,g} images/s on the {'GPU' if cuda else 'CPU'}"
     own = settings.checkpoints_of in ("", study.name) and study.has("variants")
     rows = study.read("variants") if own else pd.DataFrame(columns=records.COLUMNS["variants"])
-    rows = rows[(rows["variant"] == predictor.variant.name) & (rows["peak_vram_mb"].notna() == cuda)]
+    rows = rows[(rows["variant"] == chosen.variant.name) & (rows["peak_vram_mb"].notna() == cuda)]
     for row in rows.iloc[(rows["batch"] - settings.eval_batch_size).abs().argsort()[:1]].itertuples():
         if row.throughput_img_s > LIMITED * rate:
             said += f"; the network alone does {row.throughput_img_s:,.0f} (notebook 2, batch size {row.batch:.0f}), "
@@ -364,9 +321,9 @@ def _skipped(frame: pd.DataFrame) -> str:
     return f"{len(rows)} of {len(frame):,} files were skipped: {named}{' …' * (len(rows) > 3)}." if len(rows) else ""
 
 
-def _drawn(predictor: Predictor, pictures: str) -> str:
+def _drawn(chosen: Predictor, pictures: str) -> str:
     """A warning where a network that was trained on drawn flowers classifies a folder of other `pictures`, else ''."""
-    loaded = predictor.engine.loaded
+    loaded = chosen.engine.loaded
     learned = loaded.about.get("parameters", {}).get("data_source")
     base = origin.of_study(loaded.folder.parents[1]).get("kind")
     which = "network" if learned == "synthetic" else "base network" if base == "generator" else ""

@@ -40,8 +40,12 @@ def test_every_requirement_is_pinned_in_its_range():
 
 def test_extras_build_on_each_other():
     inner = {name: [one.extras for one in lines if one.name == PROJECT["name"]] for name, lines in EXTRAS.items()}
-    own = {name: [] for name in ("report", "gpu", "hub", "pretrained", "hqq")}
-    assert inner == own | {"lab": [{"report"}], "dev": [{"lab", "hqq"}]}
+    own = {name: [] for name in ("report", "gpu", "hub", "pretrained", "hqq", "demo", "parquet")}
+    assert inner == own | {
+        "lab": [{"report"}],
+        "export": [{"pretrained"}],
+        "dev": [{"lab", "hqq", "demo", "export", "parquet"}],
+    }
     assert "triton" in {one.name for one in EXTRAS["dev"]}  # the kernels' tests run wherever the tests run
 
 

@@ -274,6 +274,13 @@ def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
 
 
 def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
+    """The network of `variant` from a study's `checkpoints`; see `load_folder`."""
+    if reason := attention.not_runnable(variant, device):
+        raise NotRun(reason)
+    return load_folder(checkpoint_folder(checkpoints, variant), variant, device)
+
+
+def load_folder(folder: Path, variant: Variant, device: torch.device) -> Loaded:
     """The network of `variant` on `device`, in evaluation mode, verified to be what was asked.
 
     For a fused execution this is the plain network that `Engine` transforms; it must not have run before that. NotRun
@@ -282,7 +289,6 @@ def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
     """
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
-    folder = checkpoint_folder(checkpoints, variant)
     about = whole(folder)
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = getattr(torch, variant.format.dtype)

@@ -1,0 +1,1 @@
+"""A checkpoint without its notebooks: predict folders, serve, check, pack and export."""
