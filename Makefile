@@ -11,7 +11,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test shots lab sync clean
+.PHONY: help setup study test faults shots lab sync clean
 
 help:  ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,9 @@ test: setup  ## linters and tests; the tests of one file share a process, becaus
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	$(BIN)/python -m pytest -n 2 --dist loadscope -q
+
+faults: setup  ## kill, damage, fill up and mislead; writes outputs/gallery/faults.csv (about 15 minutes)
+	@$(BIN)/python tools/faults.py
 
 shots: setup  ## screenshots of the pages of STUDY (or of FOLDER=outputs/gallery/<name>) into its folder shots/
 	@$(BIN)/python tools/shots.py $(or $(FOLDER),outputs/$(STUDY))

@@ -365,7 +365,7 @@ def full_disk(project: Path) -> Cases:
             done = report(project, "4_inference", "full", *pairs)
             filler.unlink()
             now = {name: files.checksum(study / name) for name in kept}
-            said = "no room on the disk for" in done.stderr or done.returncode == 0
+            said = "no room on the disk for" in done.stderr or (done.returncode == 0 and free)
             wrong = traced(done) or ("" if said else f"unclear: {done.stderr.strip()[-200:]}")
             wrong = wrong or ("" if done.returncode == 0 or now == kept else "the old report is not whole")
             yield f"{free:,} KB free", wrong
@@ -717,7 +717,7 @@ def main(chosen: list[str]) -> int:
         table = pd.DataFrame([tried(what, each, project) for what, each in kinds.items()])
         os.chdir(here)
     if not chosen:
-        table.to_csv(ROOT / TABLE, index=False)
+        records.write_table(table, ROOT / TABLE)
     return int(table["wrong"].sum() > 0)
 
 
