@@ -1,4 +1,4 @@
-"""Write results, findings and faults into README.md, and the hero.svg of the gallery: `python tools/readme.py`."""
+"""Write results and findings of the gallery into README.md, and its hero.svg; `python tools/readme.py` calls it."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,11 @@ import pandas as pd
 from vitlib import speed
 from vitlib.measure import benchmark
 from vitlib.report import cards, columns, page, plots, tables
-from vitlib.study import files, records
+from vitlib.study import files
 from vitlib.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = "outputs/gallery/h200-vit-l16"  # whose results the README shows
-FAULTS = "outputs/gallery/faults.csv"
 _MARKED = r"(<!-- {0}\b.*?-->\n).*?(?=<!-- end of {0} -->)"
 
 
@@ -39,13 +38,6 @@ def findings(study: Study) -> str:
     return "\n".join(f"- {_escaped(c['finding'])} ([{c['title']}]({GALLERY}/{c['href']}))" for c in said)
 
 
-def faults(root: Path) -> str:
-    """What `make faults` tried and how many cases went wrong, as a Markdown table."""
-    table = records.read_table(root / FAULTS)
-    rows = [f"| {row.fault} | {row.cases:,} | {row.wrong} |" for row in table.itertuples()]
-    return "\n".join(["| fault | cases | wrong |", "|---|---:|---:|", *rows])
-
-
 def _escaped(plain: str) -> str:
     """Plain text for Markdown; what only matters at the start of a line or in a pair of brackets stays readable."""
     return re.sub(r"[\\`*_\[\]<>|$~]", lambda found: f"\\{found[0]}", plain)
@@ -55,8 +47,7 @@ def publish(root: Path) -> None:
     """Write results and findings between their markers in `root`'s README.md, and the gallery's `hero.svg`."""
     study, readme = Study.at(root / GALLERY), root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    parts = {"results": results_table(study), "findings": findings(study), "faults": faults(root)}
-    for name, written in parts.items():
+    for name, written in {"results": results_table(study), "findings": findings(study)}.items():
         marked = re.compile(_MARKED.format(name), re.DOTALL)
         text, count = marked.subn(lambda m, written=written: f"{m[1]}{written}\n", text)
         if count != 1:
