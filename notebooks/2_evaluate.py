@@ -131,9 +131,6 @@ tables.table(quality, columns.OF_VARIANTS)
 # rounds. P95 needs 130 samples and P99 needs 662; with fewer the cell is empty.
 
 # %%
-plots.throughput_by_batch(measured.speed)
-
-# %%
 tables.table(measured.speed, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
@@ -157,12 +154,6 @@ found = (measured.speed, memories, quality, references, profiled.totals, cpu)
 table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
 tables.table(table, columns.SUMMARY)
 
-# %% [markdown]
-# Up and to the left is better. The shaded band is the margin; non-inferior variants are shown without their interval.
-
-# %%
-plots.accuracy_against_latency(table, study.settings.batch_sizes[0], study.settings.margin)
-
 # %% [markdown] tags=["details"]
 # ### Device time by part of the model
 #
@@ -179,20 +170,12 @@ tables.table(profiled.totals, columns.OF_VARIANTS)
 # ### Achieved rates and the limits of the hardware
 #
 # A part can run no faster than its arithmetic at the peak rate, nor than its bytes at the peak bandwidth. Both peaks
-# are measured here, with a large linear layer and a large copy. The lines are these ceilings; a point's distance below
-# its line is what is lost. Variants that multiply in 8 bits are compared with the rate of 8-bit products, where this
-# machine has them.
+# are measured here, with a large linear layer and a large copy. Variants that multiply in 8 bits are compared with the
+# rate of 8-bit products, where this machine has them. Parts with less than a twentieth of their variant's time are left
+# out. A part that reads from the cache can exceed the bandwidth of the copy; its ceiling was then not measured.
 
 # %%
 limits = evaluate.against_the_roofline(study, bench, profiled.kernels)
-plots.roofline(limits)
-
-# %% [markdown]
-# The same data as a table, including memory-bound parts such as norms. Parts with less than a twentieth of their
-# variant's time are left out. A part that reads from the cache can exceed the bandwidth of the copy; its ceiling was
-# then not measured.
-
-# %%
 tables.table(limits[limits["share_of_time"] >= 0.05], columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
