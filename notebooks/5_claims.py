@@ -115,9 +115,6 @@ plots.picture_grid(*claims.looks(study, dataset, 3), columns=4)
 costs = claims.mistake(study, dataset)
 tables.table(costs, claims.MISTAKE)
 
-# %%
-claims.mistake_in_words(costs)
-
 # %% [markdown]
 # #### Significance of its ablation
 #

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, kind_of, load
-from vitlib.claims.mismatch import MISTAKE, baselines, looks, mistake, mistake_in_words
+from vitlib.claims.mismatch import MISTAKE, baselines, looks, mistake
 from vitlib.claims.quantities import OTHER_NETWORK, Missing, content
 from vitlib.measure import stats
 from vitlib.pictures import sources
@@ -21,7 +21,7 @@ from vitlib.study import origin
 from vitlib.study.records import MissingRecord
 from vitlib.study.study import Study
 
-__all__ = ["FAILS", "HOLDS", "HOLDS_ONLY", "MISTAKE", "UNTESTED", "looks", "mistake", "mistake_in_words"]
+__all__ = ["FAILS", "HOLDS", "HOLDS_ONLY", "MISTAKE", "UNTESTED", "looks", "mistake"]
 open = Study.open
 
 MAIN = ("objectives", "recommendations", "speed and accuracy", "sensitivity")  # subjects that the answer names first
