@@ -22,7 +22,7 @@ from vitlib.report.tables import Markdown, number
 from vitlib.study import files, origin, provenance
 from vitlib.study.params import used_by
 from vitlib.study.study import Study
-from vitlib.study.variants import FORMATS, Variant, find, label
+from vitlib.study.variants import FORMATS, Variant, label
 
 open = Study.open
 
@@ -247,9 +247,9 @@ def hero(study: Study, table: pd.DataFrame) -> plots.Plot:
 
 def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
     """What the table of variants and the checks of `validity` say, in three or four sentences."""
-    ran, baseline = table[table["status"] == "ok"], str(table["variant"].iloc[0])
-    others = ran[ran["variant"] != baseline].drop_duplicates("variant").set_index("variant")
-    lines = [_finding(benchmark.points(table)), _speed(ran, baseline)]
+    ran = table[table["status"] == "ok"]
+    others = ran[ran["variant"] != table["variant"].iloc[0]].drop_duplicates("variant").set_index("variant")
+    lines = [_finding(benchmark.points(table)), _out_of_the_box(ran)]
     if len(others):
         lines.append(_quality(others))
     missing = table[table["status"] != "ok"].groupby("reason", sort=False)["variant"]
@@ -290,35 +290,13 @@ def _compared(row: pd.Series) -> str:
     return benchmark.in_words(times, row["against_baseline"], int(row["rounds"]))
 
 
-def _speed(ran: pd.DataFrame, baseline: str) -> str:
-    """What quantization out of the box does to latency, and the fastest variants."""
-    said, first = [], ran[ran["batch"] == ran["batch"].min()].set_index("variant")
+def _out_of_the_box(ran: pd.DataFrame) -> str:
+    """What quantization out of the box does to latency at the smallest batch size; '' where it did not run."""
+    first = ran[ran["batch"] == ran["batch"].min()].set_index("variant")
     plain = (Variant(name).name for name, row in FORMATS.items() if row.bits < 16 and not row.fused_only)
-    if found := [f"{label(name)} {_compared(first.loc[name])}" for name in plain if name in first.index[1:]]:
-        said.append(f"**Quantized out of the box**, batch size {first['batch'].iloc[0]:.0f}: {', '.join(found)}.")
-    for batch in sorted({ran["batch"].min(), ran["batch"].max()} if ran["variant"].nunique() > 1 else ()):
-        rows = ran[ran["batch"] == batch].set_index("variant")
-        name = str(rows["latency_p50_ms"].idxmin())
-        how = "the baseline" if name == baseline else _compared(rows.loc[name])
-        said.append(
-            f"**Fastest at batch size {batch:.0f}**: {label(name)}, {number(rows['latency_p50_ms'].min())} ms, {how}."
-        )
-    return " ".join(said) + _kernels_or_bits(first)
-
-
-def _kernels_or_bits(first: pd.DataFrame) -> str:
-    """Whether the speed of the fastest quantized variant is that of FP16 with the same execution; '' without both."""
-    quantized = [name for name in first.index if find(name).quantized]
-    name = first.loc[quantized, "latency_p50_ms"].idxmin() if quantized else ""
-    twin = f"fp16-{name.partition('-')[2]}"
-    if twin not in first.index or first["latency_p50_ms"].idxmin() == name:
-        return ""
-    times = first["latency_p50_ms"]
-    return (
-        f" {label(name)}, the fastest quantized variant at batch size {first['batch'].iloc[0]:.0f}, takes "
-        f"{times[name] / times[twin]:.2f} times as long as {label(twin)}: kernels make it fast, fewer bits make it "
-        "small."
-    )
+    found = [f"{label(name)} {_compared(first.loc[name])}" for name in plain if name in first.index[1:]]
+    said = f"**Quantized out of the box**, batch size {first['batch'].iloc[0]:.0f}: {', '.join(found)}."
+    return said if found else ""
 
 
 def _quality(rows: pd.DataFrame) -> str:
