@@ -140,9 +140,8 @@ def test_the_gallery_has_a_page(function):
 
 
 def test_every_record_of_the_gallery_is_readable_today(tmp_path):
-    for name in records.COLUMNS:
-        if (GALLERY / "records" / f"{name}.csv").is_file():
-            assert len(Study.at(GALLERY).read(name))
+    for path in GALLERY.parent.glob("*/records/*.csv"):
+        assert len(records.read_table(path).columns)
     shutil.copytree(GALLERY / "records", tmp_path / "old" / "records", ignore=shutil.ignore_patterns("traces"))
     old = Study.at(tmp_path / "old")
     assert len(plots.ladder(speed.steps(old)).figure.axes) == 3
