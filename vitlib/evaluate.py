@@ -103,7 +103,7 @@ def measure(study: Study, bench: Bench) -> Measured:
     settings = study.settings
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
     calls = {(n, size): bench.calls(run, size) for n, run in bench.engines.items() for size in settings.batch_sizes}
-    with provenance.Monitor(seconds=2.0) as clocks:
+    with provenance.monitored(seconds=2.0) as clocks:
         latencies = timing.latency(calls, bench.device, budget, settings.seed)
         # Queued calls are averages already: a third of the time is enough.
         shorter = dataclasses.replace(budget, seconds=budget.seconds / 3)
@@ -113,7 +113,7 @@ def measure(study: Study, bench: Bench) -> Measured:
     study.write("throughput", rates)
     table = benchmark.speed(latencies, rates, bench.baseline)
     table.attrs = latencies.attrs
-    return Measured(latencies, table, clocks.summary())
+    return Measured(latencies, table, clocks)
 
 
 def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from vitlib.report import cards, page, sorting, tables
+from vitlib.report import cards, columns, page, sorting, tables
 from vitlib.report.tables import Column
 from vitlib.study import files, origin, provenance
 from vitlib.study.study import Study
@@ -33,9 +33,10 @@ def write(folder: str | Path) -> Path:
     """Write the study's `index.html`, and that of all studies beside it (`overview`); returns the study's."""
     study = Study.at(folder)
     page.relink(study.folder)
-    frame, columns, note = _variants(study)
-    made = _environment(study)
-    name, all_studies = _name(study, made), overview(study.folder)
+    frame, shown_as, note = _variants(study)
+    made = study.read_json("environment") if study.has("environment.json") else {}
+    name = made.get("parameters", {}).get("study", study.folder.name)  # a copy may be in a folder of another name
+    all_studies = overview(study.folder)
     shown = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
     about = {"study": name, "sentence": _sentence(study, made, frame), **_about(shown)}
     # A published study is found through its repository: there, no page of all studies is beside it.
@@ -51,8 +52,8 @@ def write(folder: str | Path) -> Path:
         readme=(study.folder / "README.md").is_file(),
         cards=shown,
         facts=_facts(study, made, about),
-        advice=_advice(study),
-        table="" if frame.empty else page.linked(tables.table(frame, columns).to_html()),
+        advice=study.read_json("recommendation")["sentence"] if study.has("recommendation.json") else "",
+        table="" if frame.empty else page.linked(tables.table(frame, shown_as).to_html()),
         note=note,
         files=_files(study, "."),
         traces=_files(study, "traces"),
@@ -97,46 +98,20 @@ def _written(target: Path, template: str, **values: Any) -> Path:
 def summary(folder: str | Path) -> str:
     """The table of variants as text for a terminal, the status of each report, and the path of the index."""
     study = Study.at(folder)
-    frame, columns, note = _variants(study)
+    frame, shown_as, note = _variants(study)
     if not frame.empty:
-        note = repr(tables.table(frame, columns))
+        note = repr(tables.table(frame, shown_as))
     states = ", ".join(f"{stem} {status}" for stem, status in page.reports(study.folder))
     where = page.display(study.folder / "index.html")
     return "\n".join([f"Study {study.folder.name}", "", note, "", f"reports: {states or 'none'}", f"open {where}"])
 
 
 def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]:
-    """A row a variant with batch sizes as columns, how to show them, and a note in words if there is no row."""
+    """`columns.overview` of the study, and a note in words if there is no row."""
     try:
-        measured = study.read("variants")
+        return *columns.overview(study.read("variants")), ""
     except (OSError, ValueError) as error:  # not yet measured, or by an older version
         return pd.DataFrame(), {}, files.first_line(error)
-    frame = measured.drop_duplicates("variant").set_index("variant").fillna({"reason": ""})
-    speed = measured.dropna(subset="batch").pivot(index="variant", columns="batch", values="latency_p50_ms")
-    columns: dict[str, str | Column] = {
-        "variant": "variant",
-        "top1": Column("Top-1 (%)", ".1f", 100),
-        "agreement_with_baseline": Column("same class (%)", ".1f", 100),
-        "model_mb": Column("MB", ",.1f", best="low", bar=True),
-    }
-    for batch in speed:
-        frame[batch] = speed[batch]
-        columns[batch] = Column(f"ms, batch {batch:g}", tables.number, best="low", bar=True)
-    frame.attrs["record"] = measured.attrs["record"]
-    return frame.reset_index(), {**columns, "reason": "not run because"}, ""
-
-
-def _environment(study: Study) -> Any:
-    try:
-        return study.read_json("environment")
-    except (OSError, ValueError):  # no record yet: the index is still of use
-        return {}
-
-
-def _name(study: Study, made: Any) -> str:
-    """The study's name by its record, as a copy may be in a folder of another name."""
-    name = str(provenance.part(made, "parameters").get("study", ""))
-    return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
 
 
 def _about(shown: list[dict[str, Any]]) -> dict[str, str]:
@@ -148,27 +123,18 @@ def _about(shown: list[dict[str, Any]]) -> dict[str, str]:
     return {"finding": finding, "figure": (drawn or [_HERO_ALT])[0], "date": date}
 
 
-def _sentence(study: Study, made: Any, frame: pd.DataFrame) -> str:
+def _sentence(study: Study, made: Mapping[str, Any], frame: pd.DataFrame) -> str:
     """Base, data and hardware of the study in one sentence; `frame` has a row a variant."""
-    base, parameters = origin.of_study(study.folder), provenance.part(made, "parameters")
-    kind, source = str(base.get("kind", "")), str(parameters.get("data_source", ""))
-    count, hardware = 0 if frame.empty else (frame["status"] == "ok").sum(), provenance.part(made, "hardware")
+    base, source = origin.of_study(study.folder), made.get("parameters", {}).get("data_source", "")
+    count, hardware = 0 if frame.empty else (frame["status"] == "ok").sum(), made.get("hardware", {})
     machine = provenance.facts(made)["hardware"].split(", ")[0] if hardware.get("gpus") else hardware.get("cpu")
     words = [
         f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer",
-        _BASES.get(kind, "").format(base=Path(base.get("base", "")).name),
+        _BASES.get(base.get("kind"), "").format(base=Path(base.get("base", "")).name),
         f"evaluated on {'synthetic flowers' if source == 'synthetic' else source}" if source else "",
         f"measured on {machine}" if machine else "",
     ]
     return ", ".join(filter(None, words)) + "."
-
-
-def _advice(study: Study) -> str:
-    """Which variant notebook 4 says to deploy, '' before it has run."""
-    try:
-        return study.read_json("recommendation")["sentence"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _files(study: Study, below: str) -> list[str]:
@@ -176,17 +142,13 @@ def _files(study: Study, below: str) -> list[str]:
     return sorted(path.relative_to(study.folder).as_posix() for path in found)
 
 
-def _facts(study: Study, made: Any, about: Mapping[str, str]) -> Mapping[str, str]:
+def _facts(study: Study, made: Mapping[str, Any], about: Mapping[str, str]) -> Mapping[str, str]:
     """What the index folds: parameter set, base, date, hardware, versions; unknown ones are left out."""
-    parameters = dict(provenance.part(made, "parameters"))
-    if parameters.get("data_source", "synthetic") != "synthetic":  # they only apply to synthetic pictures
-        for unused in ("image_size", "pictures_per_class"):
-            parameters.pop(unused, None)
     facts = {
         "parameter set": f"params/{about['study']}.yaml",
         "base": re.sub("[*`]", "", origin.sentence(study.folder)),
         "last report": about["date"],
         **provenance.facts(made),
-        "parameters": ", ".join(f"{key} = {value}" for key, value in parameters.items()),
+        "parameters": ", ".join(f"{key} = {value}" for key, value in made.get("parameters", {}).items()),
     }
     return {fact: text for fact, text in facts.items() if text}

@@ -198,9 +198,11 @@ def page_of(executed: NotebookNode, page: Path) -> str:
     )
     exporter.log.setLevel(logging.ERROR)
     # A copied study may be in a folder of any name; the notebook's parameters say which study it is.
-    study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
+    study = executed.metadata.get("papermill", {}).get("parameters", {}).get("study") or page.absolute().parent.name
+    name, run = page.stem.removesuffix(".failed"), executed.metadata.get("vitlib", {})
     about = {"study": study, "navigation": _navigation(page), "description": layout.finding_of(executed)}
-    about |= {"made": _made(executed), "date": executed.metadata.get("vitlib", {}).get("made", "")}
+    facts = (run.get(key) for key in ("hardware", "software", "commit", "made"))
+    about |= {"made": " · ".join(filter(None, facts)), "date": run.get("made", "")}
     about |= {"notebook": f"{page.stem}.ipynb", "failed": page.stem.endswith(".failed")}
     resources = {"metadata": {"name": f"{layout.title_of(executed) or name} – {study}"}, "report": about}
     text, _ = exporter.from_notebook_node(layout.arrange(_shown(executed)), resources)
@@ -234,23 +236,7 @@ def relink(folder: Path) -> None:
 
 def linked(text: str) -> str:
     """Captions that name a record of the study become links to it."""
-    return re.sub(
-        r"<caption>(records/[\w.-]+)</caption>",
-        lambda found: f'<caption><a href="{found[1]}">{found[1]}</a></caption>',
-        text,
-    )
-
-
-def _made(executed: NotebookNode) -> str:
-    """Hardware, software, commit and date of the run, for the page's footer; '' for a run of an older version."""
-    facts = executed.metadata.get("vitlib", {})
-    return " · ".join(str(facts[key]) for key in ("hardware", "software", "commit", "made") if facts.get(key))
-
-
-def _study_of(executed: NotebookNode) -> str:
-    """The study that an executed notebook was given, as papermill records it; '' without one that can name a study."""
-    name = str(executed.metadata.get("papermill", {}).get("parameters", {}).get("study", ""))
-    return name if re.fullmatch(files.STUDY_NAME, name) else ""
+    return re.sub(r"<caption>(records/[\w.-]+)</caption>", r'<caption><a href="\1">\1</a></caption>', text)
 
 
 def _shown(executed: NotebookNode) -> NotebookNode:
