@@ -239,7 +239,8 @@ def times_faster(baseline_by_round: Sequence[ArrayLike], variant_by_round: Seque
     def ratio(before: NDArray, after: NDArray, axis: int) -> NDArray:
         return np.median(before, axis=axis) / np.median(after, axis=axis)
 
-    return paired_bootstrap(*_medians(baseline_by_round, variant_by_round), statistic=ratio)
+    medians = _paired(_round_medians(baseline_by_round), _round_medians(variant_by_round))
+    return paired_bootstrap(*medians, statistic=ratio)
 
 
 def hodges_lehmann(values: ArrayLike) -> Interval:
@@ -273,7 +274,7 @@ def same_or_slower(baseline_rounds: Sequence[ArrayLike], variant_rounds: Sequenc
     With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples call A/A
     the same and a 2 % slowdown slower in 99 of 100 runs (12 rounds: in 87). ValueError as in `times_faster`.
     """
-    before, after = _medians(baseline_rounds, variant_rounds)
+    before, after = _paired(_round_medians(baseline_rounds), _round_medians(variant_rounds))
     if len(before) < MINIMUM_ROUNDS:
         return TOO_FEW_ROUNDS
     log_ratio = np.log(after / before)
@@ -289,25 +290,17 @@ def _round_medians(samples_by_round: Sequence[ArrayLike]) -> NDArray[np.float64]
     return np.array([np.median(samples) for samples in samples_by_round], dtype=np.float64)
 
 
-def _medians(baseline: Sequence[ArrayLike], variant: Sequence[ArrayLike]) -> tuple[NDArray, NDArray]:
-    """Medians of both sides' rounds; ValueError unless these are as many."""
-    return _paired(_round_medians(baseline), _round_medians(variant))
-
-
 def kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDArray[np.float64]:
     """KL(softmax(baseline) || softmax(variant)) of each image in nats; (n, classes) twice in, (n,) out.
 
-    Computed in float64 from log-softmax, so that large logits neither overflow nor turn into log(0). A logit that is
-    NaN or +inf makes its image NaN. ValueError if shapes differ.
+    Computed in float64. A logit that is NaN or +inf makes its image NaN. ValueError if shapes differ.
     """
     before, after = (np.asarray(logits, dtype=np.float64) for logits in (baseline_logits, variant_logits))
     if before.shape != after.shape or before.ndim != 2:
         raise ValueError(f"expected (n, classes) twice, got {before.shape} and {after.shape}")
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, and is meant to be
-        log_p, log_q = (scipy.special.log_softmax(logits, axis=1) for logits in (before, after))
-        p = np.exp(log_p)
-        terms = np.where(p == 0, 0.0, p * (log_p - log_q))
-    return np.maximum(terms.sum(axis=1), 0.0)  # a rounding error may leave -1e-17; NaN passes
+        p, q = (scipy.special.softmax(logits, axis=1) for logits in (before, after))
+    return np.maximum(scipy.special.rel_entr(p, q).sum(axis=1), 0.0)  # rounding may leave -1e-17; NaN passes
 
 
 def flips(baseline_pred: ArrayLike, variant_pred: ArrayLike) -> int:
@@ -327,10 +320,8 @@ def topk_right(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> NDArray[np.b
         raise ValueError(f"expected (n, classes), (n,) and k >= 1, got {scores.shape}, {labels.shape}, {k}")
     if labels.size and (labels.min() < 0 or labels.max() >= scores.shape[1]):
         raise ValueError(f"labels must be in [0, {scores.shape[1]}), got {labels.min()} to {labels.max()}")
-    own = np.take_along_axis(scores, labels[:, None].astype(np.intp), axis=1)
-    earlier = np.arange(scores.shape[1]) < labels[:, None]
-    rank = ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
-    return (rank < k) & ~np.isnan(scores).any(axis=1)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return (best == labels[:, None]).any(axis=1) & ~np.isnan(scores).any(axis=1)
 
 
 def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
