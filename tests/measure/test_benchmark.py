@@ -50,6 +50,12 @@ def test_throughput_is_what_was_measured_at_that_batch_size():
         (Interval(1.0, 0.99, 1.01), "same", 20, "equally fast within 2 %"),
         (Interval(1.1, 0.9, 1.3), stats.TOO_FEW_ROUNDS, 4, "too few rounds to tell (8 needed, 4 run)"),
         (Interval(1.1, np.nan, np.nan), stats.TOO_FEW_ROUNDS, 1, "too few rounds to tell (8 needed, 1 run)"),
+        (
+            Interval(0.2, 0.19, 0.22),
+            stats.TOO_FEW_ROUNDS,
+            4,
+            "5.0 times slower (4.5 … 5.3) (only 4 rounds, not tested)",
+        ),
     ],
 )
 def test_a_comparison_in_words(times, verdict, rounds, said):

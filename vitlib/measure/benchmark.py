@@ -27,9 +27,9 @@ def accuracy(
     """Accuracy with its uncertainty, a row a variant, from logits (n, classes) and labels (n,).
 
     Top-1, Top-5 and weighted F1; right answers of n with Wilson's interval; pictures lost and gained against the
-    baseline with McNemar's exact p, adjusted by Holm over the rows; the paired difference with its score interval;
-    flips; mean KL from the baseline with its interval; and a verdict (`stats.verdict`), for which `margin` is the share
-    of pictures that a non-inferior variant may lose.
+    baseline with McNemar's exact p, adjusted by Holm over the rows; the paired difference with a bootstrap and a
+    score interval; flips; mean KL from the baseline with its interval; and a verdict (`stats.verdict`), for which
+    `margin` is the share of pictures that a non-inferior variant may lose.
     """
     base = logits[baseline]
     frame = pd.DataFrame([_accuracy_row(name, found, base, labels, seed) for name, found in logits.items()])
@@ -44,6 +44,7 @@ def accuracy(
 def _accuracy_row(name: str, found: NDArray, base: NDArray, labels: NDArray, seed: int) -> dict[str, object]:
     right, base_right = (stats.topk_right(values, labels, 1) for values in (found, base))
     test, score = stats.mcnemar(base_right, right), stats.paired_difference(base_right, right)
+    resampled = stats.paired_bootstrap(right.astype(float) - base_right.astype(float), seed=seed)
     kl = stats.paired_bootstrap(stats.kl_divergence(base, found), seed=seed)
     predicted, expected = found.argmax(axis=1), base.argmax(axis=1)
     row = {"variant": name, "n": len(labels), "right": int(right.sum())}
@@ -51,6 +52,7 @@ def _accuracy_row(name: str, found: NDArray, base: NDArray, labels: NDArray, see
     row |= {"top5": stats.topk_accuracy(found, labels, 5), "f1_weighted": stats.f1_weighted(labels, predicted)}
     row |= {"agreement_with_baseline": float((predicted == expected).mean()), "flips": stats.flips(expected, predicted)}
     row |= {"lost": test.lost, "gained": test.gained, "mcnemar_p": test.p} | stats.columns("difference", score)
+    row |= {"bootstrap_low": resampled.low, "bootstrap_high": resampled.high}
     return row | stats.columns("logit_kl", kl)
 
 
@@ -106,9 +108,12 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
 def in_words(times: Interval, verdict: str, rounds: int) -> str:
     """A comparison of latencies as a clause: "7.3 times faster (7.1 … 7.4)"; `times` is that of `stats.times_faster`.
 
-    `verdict` is that of `stats.same_or_slower`.
+    `verdict` is that of `stats.same_or_slower`. With too few rounds for a verdict the ratio is given only where its
+    interval excludes 1.
     """
     if verdict == stats.TOO_FEW_ROUNDS:
+        if times.low > 1 or times.high < 1:  # False for NaN
+            return f"{_ratio(times)} (only {rounds} rounds, not tested)"
         return f"too few rounds to tell ({stats.MINIMUM_ROUNDS} needed, {rounds} run)"
     if verdict in ("faster", "slower"):
         return _ratio(times)

@@ -35,7 +35,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "accuracy": (
         *("variant", "n", "right", "top1", "top1_low", "top1_high", "top5", "f1_weighted", "agreement_with_baseline"),
         *("flips", "lost", "gained", "mcnemar_p", "holm_p", "difference", "difference_low", "difference_high"),
-        *("logit_kl", "logit_kl_low", "logit_kl_high", "verdict"),
+        *("bootstrap_low", "bootstrap_high", "logit_kl", "logit_kl_low", "logit_kl_high", "verdict"),
     ),
     "latency": ("variant", "batch", "round", "sample", "latency_ms", "device_ms"),
     "kernels": ("variant", "batch", "part", "operation", "kernel", "calls", "device_time_us"),
