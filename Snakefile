@@ -71,7 +71,7 @@ rule index:
     input:
         [file for notebook in NOTEBOOKS for file in reports_of(notebook) + records_of(notebook)],
         [mark_of(notebook) for notebook in NOTEBOOKS],
-        [f"vitlib/report/{module}.py" for module in ("cards", "index", "sorting", "tables")],
+        [f"vitlib/report/{module}.py" for module in ("columns", "index", "layout", "page", "tables")],
         [f"vitlib/report/templates/{name}.html.j2" for name in ("base", "index", "studies")],
         "vitlib/report/templates/report/static/report.css",
     output:

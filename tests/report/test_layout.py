@@ -6,7 +6,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from vitlib.report import layout, page, plots, sorting, tables
+from vitlib.report import layout, page, plots, tables
 from vitlib.report.tables import Column
 
 
@@ -101,7 +101,7 @@ def test_tables_sort_by_numbers_mark_the_best_and_link_their_record(tmp_path):
     (script,) = soup("script")
     policy = soup.select_one('meta[http-equiv="Content-Security-Policy"]')["content"]
     assert script.get_text().count("<!--") == 0 and policy.count("'sha256-") == 1
-    assert sorting.checksum_of(script.get_text()) in policy
+    assert page.checksum_of(script.get_text()) in policy
 
 
 def test_figures_and_photographs_say_what_they_show():

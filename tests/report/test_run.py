@@ -71,8 +71,8 @@ def test_a_failure_keeps_the_last_good_report_and_success_clears_the_mark(projec
     (project / "pictures").mkdir()
 
     (folder / "records").mkdir()
-    (folder / "records" / "base.json").write_text("of the last good run")
-    record = "for name in 'base', 'new': open(f'outputs/demo/records/{name}.json', 'w').write('of this run')"
+    (folder / "records" / "other.json").write_text("of the last good run")
+    record = "for name in 'other', 'new': open(f'outputs/demo/records/{name}.json', 'w').write('of this run')"
     bad = write(project, f"print('second')\n{record}", "raise ValueError('<b>no</b>')", "print('third')")
     assert run.main(["run", str(bad), "--study", "demo"]) == 1
     printed = capfd.readouterr().err
@@ -139,7 +139,7 @@ def test_cells_must_have_run_in_order(counts, cell):
 def test_a_full_disk_leaves_records_and_page_as_they_were(project, folder, monkeypatch, capfd, room):
     """Every cell has run; with `room` there is some for the page of the failure and the index."""
     (project / "params" / "demo.yaml").touch()
-    good, record, flush = folder / "2_evaluate.html", folder / "records" / "base.json", files._flush
+    good, record, flush = folder / "2_evaluate.html", folder / "records" / "other.json", files._flush
     for path in (good, record):
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the last good run")

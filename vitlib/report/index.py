@@ -1,20 +1,27 @@
-"""The front page of a study (its hero figure, reports, variants, records), and that of all studies. No torch."""
+"""The front page of a study (its hero figure, cards of its reports, variants, records), and that of all studies."""
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import re
+import urllib.parse
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
+from PIL import Image
 
-from vitlib.report import cards, columns, page, sorting, tables
+from vitlib.report import columns, layout, page, tables
 from vitlib.report.tables import Column
 from vitlib.study import files, origin, provenance
 from vitlib.study.study import Study
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 HERO = "hero.svg"  # notebook 2 writes it into the study's folder
 _META = r'<meta name="(\w+)" content="([^"]*)" />'
@@ -27,6 +34,9 @@ _BASES = {  # kind of base, see `origin`
     "hub": "fine-tuned from {base}",
     "folder": "fine-tuned from {base}",
 }
+_PHOTOGRAPH = re.compile(r'alt="([^"]*)" src="data:image/(?:png|jpeg|webp);base64,([^"]*)"')  # of `plots.Pictures`
+_UNQUOTED = " ='/:;,()-.{}*!?+@$"  # characters that may stay in an address inside double quotes
+PHOTOGRAPHS, SIDE = 4, 160  # photographs in a card, and the side in pixels that they are scaled down to
 
 
 def write(folder: str | Path) -> Path:
@@ -37,7 +47,7 @@ def write(folder: str | Path) -> Path:
     made = study.read_json("environment") if study.has("environment.json") else {}
     name = made.get("parameters", {}).get("study", study.folder.name)  # a copy may be in a folder of another name
     all_studies = overview(study.folder)
-    shown = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
+    shown = [card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
     about = {"study": name, "sentence": _sentence(study, made, frame), **_about(shown)}
     # A published study is found through its repository: there, no page of all studies is beside it.
     beside = all_studies and all_studies.parent == study.folder.absolute().parent
@@ -47,7 +57,7 @@ def write(folder: str | Path) -> Path:
         title=f"Study {name}: how small and how fast a Vision Transformer can be made",
         description=about["finding"] or about["sentence"],
         about=about,
-        hero=cards.drawing(study.folder / HERO),
+        hero=_drawing(study.folder / HERO),
         overview="../index.html" if beside else "",
         readme=(study.folder / "README.md").is_file(),
         cards=shown,
@@ -76,7 +86,7 @@ def _write_overview(target: Path) -> None:
         with suppress(FileNotFoundError):  # a study may be removed meanwhile
             head = own.read_text(encoding="utf-8").partition("</head>")[0]
             said = {name: html.unescape(text) for name, text in re.findall(_META, head)}
-            about = {"href": own.relative_to(target.parent).as_posix(), "hero": cards.drawing(own.with_name(HERO))}
+            about = {"href": own.relative_to(target.parent).as_posix(), "hero": _drawing(own.with_name(HERO))}
             shown += [said | about] if said.get("date") else []
     shown.sort(key=lambda study: study["date"], reverse=True)
     _written(target, "studies.html.j2", title="Studies: vitlib", description=_ABOUT, about={}, studies=shown)
@@ -91,7 +101,7 @@ def _written(target: Path, template: str, **values: Any) -> Path:
     css = (page.TEMPLATES / "report" / "static" / "report.css").read_text(encoding="utf-8")
     text = environment.get_template(template).render(css=css, **values)
     with files.atomic_path(target) as temporary:
-        temporary.write_text(sorting.with_script(text), encoding="utf-8")
+        temporary.write_text(page.with_script(text), encoding="utf-8")
     return target
 
 
@@ -152,3 +162,69 @@ def _facts(study: Study, made: Mapping[str, Any], about: Mapping[str, str]) -> M
         "parameters": ", ".join(f"{key} = {value}" for key, value in made.get("parameters", {}).items()),
     }
     return {fact: text for fact, text in facts.items() if text}
+
+
+class Thumbnail(NamedTuple):
+    """A picture of a card: its `data:` address, its alternative text, and whether it is a figure (SVG)."""
+
+    src: str
+    alt: str
+    drawn: bool
+
+
+def card(folder: Path, stem: str, status: str) -> dict[str, Any]:
+    """What an index shows of one report: title, finding, pictures, status, date and links."""
+    good, failed = folder / f"{stem}.html", folder / f"{stem}.failed.html"
+    shown, (number, _, name) = failed if status == "failed" else good, stem.partition("_")
+    made: dict[str, Any] = {"stem": stem, "status": status, "title": f"{number} · {name.replace('_', ' ')}"}
+    made |= {"finding": "", "date": "", "thumbnails": []} | ({"href": shown.name} if shown.is_file() else {})
+    if executed := _executed(shown):
+        made |= {"notebook": f"{shown.stem}.ipynb", "date": _date(executed), "finding": layout.finding_of(executed)}
+        made |= {"thumbnails": _thumbnails(executed)}
+        made |= {"title": f"{number} · {title}"} if (title := layout.title_of(executed)) else {}
+    if shown == failed and good.is_file():
+        made |= {"last_good": good.name, "last_good_date": _date(_executed(good) or {})}
+    return made
+
+
+def _executed(report: Path) -> NotebookNode | None:
+    """The notebook that a page was made of; None where there is none (another process may have removed it)."""
+    with suppress(page.PageError):
+        return page.read(report.with_suffix(".ipynb"))
+
+
+def _date(executed: Mapping[str, Any]) -> str:
+    """When the notebook ran, to the minute."""
+    return executed.get("metadata", {}).get("vitlib", {}).get("made", "")
+
+
+def _thumbnails(executed: NotebookNode) -> list[Thumbnail]:
+    """The first figure of the answer as it is, or its first photographs, scaled down."""
+    made: list[Thumbnail] = []
+    for output in layout.answer_of(executed):
+        data = output.get("data", {})
+        if svg := data.get("image/svg+xml"):
+            return made or [Thumbnail(_figure(svg), data.get("text/plain", ""), True)]
+        for alt, source in _PHOTOGRAPH.findall(data.get("text/html", ""))[: PHOTOGRAPHS - len(made)]:
+            made.append(Thumbnail(_small(base64.b64decode(source)), html.unescape(alt), False))
+    return made
+
+
+def _small(picture: bytes) -> str:
+    with Image.open(io.BytesIO(picture)) as opened:
+        opened.thumbnail((SIDE, SIDE))
+        opened.convert("RGB").save(file := io.BytesIO(), "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _drawing(path: Path) -> str:
+    """The `data:` address of an SVG file; '' where there is none."""
+    return _figure(path.read_text(encoding="utf-8")) if path.is_file() else ""
+
+
+def _figure(svg: str) -> str:
+    """The `data:` address of a figure, coordinates to 0.01 pt; none of its characters ends an attribute in quotes."""
+    svg = re.sub(r"scale\([^)]*\)|(?<=\d\.\d\d)\d+", lambda found: found[0] if "s" in found[0] else "", svg)
+    svg = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", svg[max(svg.find("<svg"), 0) :]))
+    svg = svg if "'" in svg else svg.replace('"', "'")
+    return f"data:image/svg+xml,{urllib.parse.quote(svg, safe=_UNQUOTED)}"

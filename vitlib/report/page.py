@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import html
+import importlib.util
 import logging
 import os
 import re
@@ -13,7 +16,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitlib.report import layout, sorting
+from vitlib.report import layout
 from vitlib.study import files
 from vitlib.study.study import Study
 
@@ -24,6 +27,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Kinds of output that a page shows; widgets and scripts would not work in it.
 SHOWN = ("text/html", "text/markdown", "text/latex", "text/plain", "image/png", "image/jpeg", "image/svg+xml")
 _PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[a-z0-9+/=]*", re.IGNORECASE)
+# The last defence: a browser runs no script but the one of `with_script`, and fetches nothing.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SORTED_ROWS = 8  # a page whose longest table has fewer rows needs no script to sort and filter them
+_ACTIVATE = """
+const last = (sign) => (a, b) => a === b ? 0 : a === -Infinity ? 1 : b === -Infinity ? -1 : sign * (a - b);
+Object.assign(jQuery.fn.dataTable.ext.type.order, {"num-asc": last(1), "num-desc": last(-1)});
+for (const table of document.querySelectorAll("table")) {
+  if (table.rows.length <= ROWS || !table.tHead) continue;
+  const filtered = table.rows.length > 2 * ROWS;
+  jQuery(table).DataTable({paging: false, info: false, order: [], searching: filtered, autoWidth: false});
+}
+"""
 
 
 class PageError(RuntimeError):
@@ -206,7 +221,7 @@ def page_of(executed: NotebookNode, page: Path) -> str:
     about |= {"notebook": f"{page.stem}.ipynb", "failed": page.stem.endswith(".failed")}
     resources = {"metadata": {"name": f"{layout.title_of(executed) or name} – {study}"}, "report": about}
     text, _ = exporter.from_notebook_node(layout.arrange(_shown(executed)), resources)
-    return sorting.with_script(layout.with_contents(linked(text)))
+    return with_script(layout.with_contents(linked(text)))
 
 
 def _navigation(page: Path) -> str:
@@ -253,3 +268,35 @@ def _shown(executed: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("data", output.get("text", "-").strip())]
     return copy
+
+
+def with_script(text: str) -> str:
+    """`text` with its policy and, if a table has at least `SORTED_ROWS` rows, with the script that sorts and filters.
+
+    Whatever the direction, what was not measured is sorted last.
+    """
+    rows = max((table.count("<tr") for table in re.findall(r"<table.*?</table>", text, re.DOTALL)), default=0) - 1
+    policy = POLICY
+    if rows >= SORTED_ROWS:
+        script = _script()
+        policy += f"; script-src '{checksum_of(script)}'"
+        before, _, after = text.rpartition("</body>")
+        text = f'{before}<script type="module">{script}</script>\n</body>{after}'
+    return text.replace("<!--policy-->", f'<meta http-equiv="Content-Security-Policy" content="{policy}" />')
+
+
+def checksum_of(script: str) -> str:
+    """The source expression with which a content security policy allows the script with this text, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+@functools.cache
+def _script() -> str:
+    """DataTables as itables ships it and the lines that apply it, as the text of a module script."""
+    (folder,) = importlib.util.find_spec("itables").submodule_search_locations  # importing it would take a second
+    source = Path(folder, "html", "dt_bundle.js").read_text(encoding="utf-8")
+    # Neither may stand in a <script>: after both, HTML would look for a second end of it. All are in strings.
+    source = re.sub(r"<(?=!--|/?script)", r"\\x3c", source)
+    jquery = re.search(r"(\w+) as jQuery", source)
+    source = re.sub(r"\bexport\s*\{[^}]*\};?", "", source)
+    return f"{source}\nconst jQuery = {jquery[1]};{_ACTIVATE.replace('ROWS', str(SORTED_ROWS))}"
