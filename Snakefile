@@ -38,8 +38,8 @@ CHECKPOINTS = {
 FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
-sys.path.insert(0, str(workflow.basedir))
-from vitlib.report.run import sources
+sys.path[:0] = [str(workflow.basedir), f"{workflow.basedir}/tools"]
+from sources import sources
 
 if not Path(SET).is_file():
     sys.exit(f"error: there is no parameter set {SET}")

@@ -90,7 +90,7 @@ quality = evaluate.accuracy(study, bench, logits)
 tables.table(quality, columns.ACCURACY)
 
 # %%
-evaluate.base(study)
+tables.base(study)
 
 # %% [markdown]
 # ## Speed
@@ -142,17 +142,17 @@ tables.table(measured.speed, columns.OF_VARIANTS)
 tables.table(memories, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
-# ### All measurements in one table
+# ### The CPU, and all measurements in one record
 #
-# A row for each variant and batch size, with the reason where a variant did not run, is `records/variants.csv`. The
-# columns that one compares, with the latency of one picture on the CPU:
+# `records/variants.csv` has a row for each variant and batch size, with all measurements or the reason why it did not
+# run. The latency of one picture on the CPU:
 
 # %%
 references = evaluate.against_reference(study, bench, logits)
 cpu = evaluate.cpu_latency(study, bench, measured.latencies)
 found = (measured.speed, memories, quality, references, profiled.totals, cpu)
 table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
-tables.table(table, columns.SUMMARY)
+tables.table(cpu, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
 # ### Device time by part of the model

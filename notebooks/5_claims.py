@@ -41,7 +41,7 @@ from vitlib import claims
 from vitlib.report import plots, tables
 
 study = claims.open(globals())
-claims.introduce(study)
+tables.base(study)
 
 # %% [markdown]
 # The claims are data in `vitlib/claims/claims.yaml`, a file without verdicts. Each claim has a quantity that is

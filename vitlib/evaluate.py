@@ -19,7 +19,7 @@ from vitlib.network.testbench import prepare as prepare
 from vitlib.network.tuning import relative_error
 from vitlib.report import plots
 from vitlib.report.tables import Markdown, number
-from vitlib.study import files, origin, provenance
+from vitlib.study import files, provenance
 from vitlib.study.params import used_by
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS, Variant, label
@@ -43,11 +43,6 @@ def tuning(study: Study, bench: Bench) -> pd.DataFrame:
     """The kernels of fused variants, all that were timed in `records/tuning.csv`; empty, without record, if none."""
     frame = engine.tunings(bench.engines, "variant")
     return benchmark.chosen(frame if frame.empty else study.write("tuning", frame))
-
-
-def base(study: Study) -> Markdown:
-    """What the base of this study is, and what that means for its accuracies."""
-    return Markdown(origin.sentence(study.folder))
 
 
 def outputs(study: Study, bench: Bench) -> dict[str, torch.Tensor]:

@@ -77,6 +77,4 @@ def test_figures_of_training_ablation_and_pictures_are_drawn():
     history = pd.DataFrame(
         {"epoch": [1, 2], "train_loss": [2, 1], "valid_loss": [2, 1], "top1": [0, 1], "top5": [1, 1]}
     )
-    blocks = pd.DataFrame({"bits": [4, 4, 8, 8], "block": [0, 1, 0, 1], "kl_removed": [0.5, 0.1, 0.2, -0.1]})
     drawn(plots.learning_curves(history))
-    assert {"4 bits", "8 bits"} <= set(drawn(plots.sensitivity_bars(blocks)))

@@ -12,6 +12,7 @@ import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.translators import PythonTranslator
+from sources import sources
 
 from vitlib.report import page, run
 from vitlib.study import files, params
@@ -257,5 +258,5 @@ def test_sources_follow_imports_through_packages_and_functions(tmp_path, monkeyp
     script = tmp_path / "notebook.py"
     script.write_text("# %%\nfrom house import door\nimport numpy\n")
     expected = ["house/__init__.py", "house/door.py", "house/other.py", "house/room/__init__.py", "house/room/thing.py"]
-    assert run.sources(script, package="house") == expected
+    assert sources(script, package="house") == expected
     assert "house" not in sys.modules

@@ -17,7 +17,6 @@ from vitlib.claims.quantities import OTHER_NETWORK, Missing, content
 from vitlib.measure import stats
 from vitlib.pictures import sources
 from vitlib.report.tables import Column, Markdown, Table, table
-from vitlib.study import origin
 from vitlib.study.records import MissingRecord
 from vitlib.study.study import Study
 
@@ -149,8 +148,3 @@ def _examples(frame: pd.DataFrame, count: int = 3) -> list[str]:
 
 def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def introduce(study: Study) -> Markdown:
-    """What the base is, and what follows for the accuracies of this page."""
-    return Markdown(origin.sentence(study.folder))

@@ -56,13 +56,7 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "ceiling_gb_s": Column("peak GB/s", number),
     "bound": "limited by",
     "share_of_floor": Column("of the possible (%)", ".0f", 100),
-    "reason": "not run because",
 }
-
-_COMPARED = (
-    "variant batch model_mb latency_p50_ms times_baseline throughput_img_s peak_memory_mb cpu_latency_ms top1 flips"
-)
-SUMMARY = {name: OF_VARIANTS[name] for name in (*_COMPARED.split(), "reason")}
 ACCURACY: dict[str | tuple[str, ...], str | Column] = {
     "variant": "variant",
     ("top1", "top1_low", "top1_high"): Column("Top-1 (%)", ",", 100),

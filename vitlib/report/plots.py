@@ -269,22 +269,6 @@ def ladder(frame: pd.DataFrame) -> Plot:
     return Plot(figure, " ".join(said))
 
 
-def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16."""
-    panels, said = list(blocks.groupby("bits")), []
-    figure = _figure(1, len(panels), width=5.2 * len(panels), height=3.4)
-    for axis, (bits, rows) in zip(figure.axes, panels, strict=True):
-        shares = 100 * rows.set_index("block")["kl_removed"]
-        axis.bar(shares.index, shares, color=[_BLUE if block == shares.idxmax() else _PALE for block in shares.index])
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.axhline(100 / len(shares), color="black", linestyle=":", linewidth=1)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(axis="x", visible=False)
-        axis.set(title=f"{bits} bits", xlabel="block kept in FP16 (dotted: equal share)", ylabel="error removed (%)")
-        said.append(f"{bits} bits, block {shares.idxmax()}: {shares.max():.0f} %")
-    return Plot(figure, f"Error (KL) removed when one block is kept in FP16, the most: {'; '.join(said)}.")
-
-
 def verdict_bars(counts: pd.Series) -> Plot:
     """The number of claims by verdict; the last kind is what could not be tested."""
     (axis,) = _figure(width=8, height=0.28 * len(counts) + 0.1).axes

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from vitlib.study import variants
+from vitlib.study import origin, variants
+from vitlib.study.study import Study
 
 NO_BREAK = "\u00a0"  # keeps a figure and its interval on one line
 MISSING = "–"
@@ -27,6 +28,11 @@ class Markdown(str):
 
     def _repr_markdown_(self) -> str:
         return str(self)
+
+
+def base(study: Study) -> Markdown:
+    """What the base of the study is, and what follows for its accuracies."""
+    return Markdown(origin.sentence(study.folder))
 
 
 def text(name: object) -> str:
