@@ -27,7 +27,7 @@ NOTEBOOKS = {
     ),
     "4_inference": (["predictions.csv", "inference.json", "recommendation.json"], ["2_evaluate"]),
     "5_claims": (["claims.csv", "preprocessing.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
-    "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),
+    "6_speed": ([], ["2_evaluate"]),
 }
 # One file represents each checkpoint, whose folder is put in place as a whole.
 MADE = {"1_finetune": ("merged", "nf4", "nf4-calibrated", "int8"), "3_ablation": ("mixed",)}

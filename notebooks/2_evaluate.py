@@ -71,8 +71,8 @@ engine(pixels).shape
 # (another attention, no quantized product, time that belongs to no part of the model) is refused with the reason.
 
 # %%
-profiled = evaluate.device_time(study, bench)
-bench = bench.without(profiled.refused)
+kernels, totals, refused = evaluate.device_time(study, bench)
+bench = bench.without(refused)
 
 # %% [markdown]
 # ## Accuracy
@@ -99,8 +99,8 @@ tables.base(study)
 # changing inputs. *Times faster* is the ratio of the baseline's median latency to the variant's.
 
 # %%
-measured = evaluate.measure(study, bench)
-tables.table(*columns.speed(measured.speed))
+latencies, speed, clocks = evaluate.measure(study, bench)
+tables.table(*columns.speed(speed))
 
 # %% [markdown]
 # ## Size
@@ -131,7 +131,7 @@ tables.table(quality, columns.OF_VARIANTS)
 # rounds. P95 needs 130 samples and P99 needs 662; with fewer the cell is empty.
 
 # %%
-tables.table(measured.speed, columns.OF_VARIANTS)
+tables.table(speed, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
 # ### Size: peaks, reserved memory and preparation
@@ -149,9 +149,9 @@ tables.table(memories, columns.OF_VARIANTS)
 
 # %%
 references = evaluate.against_reference(study, bench, logits)
-cpu = evaluate.cpu_latency(study, bench, measured.latencies)
-found = (measured.speed, memories, quality, references, profiled.totals, cpu)
-table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
+cpu = evaluate.cpu_latency(study, bench, latencies)
+found = (speed, memories, quality, references, totals, cpu)
+table = evaluate.variants_table(study, bench, *found, clocks=clocks)
 tables.table(cpu, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
@@ -161,10 +161,10 @@ tables.table(cpu, columns.OF_VARIANTS)
 # that launched it. Conversion between number formats is a part of its own: it is the price of small weights.
 
 # %%
-plots.device_time_by_part(profiled.kernels, evaluate.PARTS)
+plots.device_time_by_part(kernels, evaluate.PARTS)
 
 # %%
-tables.table(profiled.totals, columns.OF_VARIANTS)
+tables.table(totals, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
 # ### Achieved rates and the limits of the hardware
@@ -175,7 +175,7 @@ tables.table(profiled.totals, columns.OF_VARIANTS)
 # out. A part that reads from the cache can exceed the bandwidth of the copy; its ceiling was then not measured.
 
 # %%
-limits = evaluate.against_the_roofline(study, bench, profiled.kernels)
+limits = evaluate.against_the_roofline(study, bench, kernels)
 tables.table(limits[limits["share_of_time"] >= 0.05], columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
@@ -212,7 +212,7 @@ tables.table(evaluate.tuning(study, bench), none="this study has no fused varian
 # samples: two halves of the same calls must be called the same, and a half made slower by a fiftieth must be found.
 
 # %%
-checks = evaluate.validity(study, bench, measured, profiled.totals)
+checks = evaluate.validity(study, bench, latencies, totals, clocks)
 tables.table(checks)
 
 # %% [markdown] tags=["summary"]

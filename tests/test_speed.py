@@ -123,13 +123,7 @@ def test_a_baseline_that_is_the_fastest_is_not_compared_with_itself(study):
     assert "8.00 ms, the baseline itself." in speed.headline(study)
 
 
-def test_rates_are_those_of_the_notebooks_that_ran(study):
-    assert speed.rates(study)["images/s"].tolist() == [1000.0]
-    study.write_json("inference", {"variant": "nf4-sdpa", "images_per_s": 7.0})
-    assert speed.rates(study)["images/s"].tolist() == [1000.0, 7.0]
-
-
-PAGE = ("ladder", "against_fp16", "rates")
+PAGE = ("ladder", "against_fp16")
 
 
 @pytest.mark.parametrize("function", PAGE)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -85,16 +84,11 @@ def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Ten
     return pd.DataFrame(rows, columns=["variant", "batch", "reference", "relative_error", "agreement_with_reference"])
 
 
-class Measured(NamedTuple):
-    """Raw latency samples (as `records/latency.csv`), the table of `benchmark.speed`, and the GPU's clocks."""
+def measure(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, object]]:
+    """Measure latency and throughput of all variants and batch sizes, in turns in random order.
 
-    latencies: pd.DataFrame
-    speed: pd.DataFrame
-    clocks: dict[str, object]
-
-
-def measure(study: Study, bench: Bench) -> Measured:
-    """Latency and throughput of all variants and batch sizes, in turns in random order; the samples go to records."""
+    Returns the latency samples (as `records/latency.csv`), the table of `benchmark.speed`, and the GPU's clocks.
+    """
     settings = study.settings
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
     calls = {(n, size): bench.calls(run, size) for n, run in bench.engines.items() for size in settings.batch_sizes}
@@ -108,7 +102,7 @@ def measure(study: Study, bench: Bench) -> Measured:
     study.write("throughput", rates)
     table = benchmark.speed(latencies, rates, bench.baseline)
     table.attrs = latencies.attrs
-    return Measured(latencies, table, clocks)
+    return latencies, table, clocks
 
 
 def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
@@ -148,8 +142,9 @@ def memory(study: Study, bench: Bench) -> pd.DataFrame:
         own = {"variant": name, "model_mb": weights, "held_mb": weights + runner.buffers_mb}
         own |= {"disk_mb": checkpoint.disk_mb(runner.loaded.folder), "prepare_s": runner.prepare_s}
         for size in study.settings.batch_sizes:
-            used, pool = timing.peak_memory_mb(bench.calls(runner, size), bench.device), runner.pool_mb.get(size, 0.0)
-            peak, reserved = used.allocated + pool, used.reserved + pool
+            allocated, reserved = timing.peak_memory_mb(bench.calls(runner, size), bench.device)
+            pool = runner.pool_mb.get(size, 0.0)
+            peak, reserved = allocated + pool, reserved + pool
             row = own | {"batch": size, "peak_above_weights_mb": peak, "peak_memory_mb": weights + peak}
             # What other engines left free in their blocks may have served this pass too.
             row["reserved_mb"] = weights + max(reserved, peak) if cuda else np.nan
@@ -157,18 +152,11 @@ def memory(study: Study, bench: Bench) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-class Profiled(NamedTuple):
-    """Kernels by part of the model (as `records/kernels.csv`), their totals, and who is not what its name says."""
-
-    kernels: pd.DataFrame
-    totals: pd.DataFrame
-    refused: dict[str, str]
-
-
-def device_time(study: Study, bench: Bench) -> Profiled:
+def device_time(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     """Profile a pass of every variant, for `records/kernels.csv` and `records/traces/`; refuse by `verify`.
 
-    A CUDA graph has no module ranges, so its network is profiled launched kernel by kernel.
+    Returns kernels by part of the model (as in the record), their totals a row a variant, and why variants that are not
+    what their name says are refused. A CUDA graph has no module ranges, so its network is profiled kernel by kernel.
     """
     size, frames, rows, refused = study.settings.profile_batch_size, [], [], {}
     for variant in bench.ran():
@@ -186,7 +174,7 @@ def device_time(study: Study, bench: Bench) -> Profiled:
         row |= {"attention_kernel": profile.attention_kernel(frame)}
         rows.append(row | {"unattributed_share": frame.attrs["unattributed_share"]})
         frames.append(frame.assign(variant=variant.name, batch=size))
-    return Profiled(study.write("kernels", pd.concat(frames, ignore_index=True)), pd.DataFrame(rows), refused)
+    return study.write("kernels", pd.concat(frames, ignore_index=True)), pd.DataFrame(rows), refused
 
 
 def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> pd.DataFrame:
@@ -204,16 +192,18 @@ def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> p
     return study.write("roofline", pd.concat(frames, ignore_index=True))
 
 
-def validity(study: Study, bench: Bench, measured: Measured, totals: pd.DataFrame) -> pd.DataFrame:
+def validity(
+    study: Study, bench: Bench, latencies: pd.DataFrame, totals: pd.DataFrame, clocks: dict[str, object]
+) -> pd.DataFrame:
     """`benchmark.validity` of this run; written to `records/validity.csv`."""
-    throttled = "; ".join(measured.clocks.get("throttle_reasons") or []) or "no"
+    throttled = "; ".join(clocks.get("throttle_reasons", [])) or "no"
     ran = f"{len(bench.engines)}, {len(bench.reasons)}"
     facts = {"variants run, refused with a reason": ran, "clocks throttled while measuring": throttled}
     share = totals["unattributed_share"].max()
     errors = {"largest share of device time not attributed": (share, verify.ATTRIBUTION_LIMIT)}
     errors |= {"error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025)}
     errors |= {"error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02)}
-    return study.write("validity", benchmark.validity(measured.latencies, bench.baseline, facts=facts, errors=errors))
+    return study.write("validity", benchmark.validity(latencies, bench.baseline, facts=facts, errors=errors))
 
 
 def variants_table(study: Study, bench: Bench, *measured: pd.DataFrame, clocks: dict | None = None) -> pd.DataFrame:

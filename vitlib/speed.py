@@ -93,18 +93,6 @@ def against_fp16(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rates(study: Study) -> pd.DataFrame:
-    """Images per second: training (median over epochs), the fastest network, and from files to predictions."""
-    best = variants(study).sort_values("throughput_img_s").iloc[-1]
-    found = {f"classification, {label(best['variant'])}, batch size {best['batch']}": best["throughput_img_s"]}
-    if study.has("finetune"):
-        found = {"training": study.read("finetune")["images_per_s"].median()} | found
-    if study.has("inference.json"):
-        made = study.read_json("inference")
-        found[f"from files to predictions, {label(made['variant'])}"] = made["images_per_s"]
-    return pd.DataFrame(found.items(), columns=["work", "images/s"])
-
-
 def headline(study: Study) -> Markdown:
     """For the smallest and the largest batch size, the fastest variant, what led to it, and the fastest quantized."""
     table, latencies, lines = variants(study), study.read("latency"), []

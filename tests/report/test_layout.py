@@ -59,22 +59,6 @@ def test_a_section_is_folded_up_to_the_next_heading_of_its_level(soup):
     assert all(soup.find(id=name) for name in links.values())
 
 
-def test_a_computed_heading_folds_and_ends_a_section(tmp_path):
-    folded = code({"text/markdown": "## Block 0 is *sensitive*\n\nEvidence."}, tags=("details",))
-    cells = [
-        folded,
-        code({"text/plain": "inside"}),
-        code({"text/markdown": "## Next\n"}),
-        code({"text/plain": "after"}),
-        code(*ANSWER, tags=("summary",)),
-    ]
-    soup = BeautifulSoup(page.page_of(new_notebook(cells=cells), tmp_path / "6_speed.html"), "html.parser")
-    fold = soup.select_one("details.fold")
-    assert fold.summary.get_text() == "Block 0 is sensitive" and fold.get_text().count("Block 0") == 1
-    assert "Evidence." in fold.get_text() and "inside" in fold.get_text()
-    assert "Next" not in fold.get_text() and soup.select_one("h2").get_text().startswith("Next")
-
-
 def test_a_notebook_without_an_answer_keeps_its_order(tmp_path):
     failed = BeautifulSoup(page.page_of(notebook(()), tmp_path / "6_speed.html"), "html.parser")
     assert not failed.select("section.answer") and "What this notebook is about" in failed.main.get_text()

@@ -17,6 +17,8 @@ from torch.profiler import ProfilerActivity, record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit import modeling_vit
 
+from vitlib.measure import timing
+
 PARTS = ("patch embedding", "attention", "mlp", "norm", "residual", "head", "quantization", "copy", "other")
 ATTENTION_FUNCTION = "scaled dot product"
 COLUMNS = ("part", "operation", "kernel", "calls", "device_time_us")
@@ -77,13 +79,11 @@ def profile(
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with annotated(model):
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # or the last kernels of this call fall into the profile
+        timing.synchronise(device)  # or the last kernels of this call fall into the profile
         with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             for _ in range(passes):
                 call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            timing.synchronise(device)
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))

@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from PIL import Image
@@ -127,7 +127,7 @@ def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]
 def _about(shown: list[dict[str, Any]]) -> dict[str, str]:
     """The main finding of a study's cards, a text for its hero figure, and the date of its last report."""
     first = sorted(shown, key=lambda card: card["stem"] != "2_evaluate")  # the main result comes first
-    drawn = [image.alt for card in first[:1] for image in card["thumbnails"] if image.drawn and image.alt]
+    drawn = [image["alt"] for card in first[:1] for image in card["thumbnails"] if image["drawn"]]
     finding = next((card["finding"] for card in first if card["finding"]), "")
     date = max((card["date"] for card in shown if card["status"] == "done"), default="")
     return {"finding": finding, "figure": (drawn or [_HERO_ALT])[0], "date": date}
@@ -164,14 +164,6 @@ def _facts(study: Study, made: Mapping[str, Any], about: Mapping[str, str]) -> M
     return {fact: text for fact, text in facts.items() if text}
 
 
-class Thumbnail(NamedTuple):
-    """A picture of a card: its `data:` address, its alternative text, and whether it is a figure (SVG)."""
-
-    src: str
-    alt: str
-    drawn: bool
-
-
 def card(folder: Path, stem: str, status: str) -> dict[str, Any]:
     """What an index shows of one report: title, finding, pictures, status, date and links."""
     good, failed = folder / f"{stem}.html", folder / f"{stem}.failed.html"
@@ -198,15 +190,18 @@ def _date(executed: Mapping[str, Any]) -> str:
     return executed.get("metadata", {}).get("vitlib", {}).get("made", "")
 
 
-def _thumbnails(executed: NotebookNode) -> list[Thumbnail]:
-    """The first figure of the answer as it is, or its first photographs, scaled down."""
-    made: list[Thumbnail] = []
+def _thumbnails(executed: NotebookNode) -> list[dict[str, Any]]:
+    """The first figure of the answer as it is, or its first photographs, scaled down.
+
+    Of each the `data:` address `src`, the alternative text `alt`, and whether it is a figure (`drawn`).
+    """
+    made: list[dict[str, Any]] = []
     for output in layout.answer_of(executed):
         data = output.get("data", {})
         if svg := data.get("image/svg+xml"):
-            return made or [Thumbnail(_figure(svg), data.get("text/plain", ""), True)]
+            return made or [{"src": _figure(svg), "alt": data.get("text/plain", ""), "drawn": True}]
         for alt, source in _PHOTOGRAPH.findall(data.get("text/html", ""))[: PHOTOGRAPHS - len(made)]:
-            made.append(Thumbnail(_small(base64.b64decode(source)), html.unescape(alt), False))
+            made.append({"src": _small(base64.b64decode(source)), "alt": html.unescape(alt), "drawn": False})
     return made
 
 

@@ -62,7 +62,7 @@ def _folded(cells: list[NotebookNode]) -> list[NotebookNode]:
     """The cells, those of sections with the tag `details` between `<details>` and `</details>`."""
     level, ids = 0, set()
     for number, cell in enumerate(cells):
-        heading = _HEADING.match(_text(cell))
+        heading = _HEADING.match(cell.source) if cell.cell_type == "markdown" else None
         if heading and level and len(heading[1]) <= level:
             cells[number - 1].metadata.around[1] += "</details>"
             level = 0
@@ -72,21 +72,10 @@ def _folded(cells: list[NotebookNode]) -> list[NotebookNode]:
             name, ids = (f"{name}-{number}" if name in ids else name), ids | {name}
             opened = f'<details class="fold level{level}" id="{name}"><summary>{html.escape(title)}</summary>'
             cell.metadata.around[0] += opened
-            rest = _text(cell).partition("\n")[2].strip()
-            if cell.cell_type == "markdown":
-                cell.source = rest
-            else:
-                cell.outputs[0].data = {"text/markdown": rest}
+            cell.source = cell.source.partition("\n")[2].strip()
     if level:
         cells[-1].metadata.around[1] += "</details>"
     return cells
-
-
-def _text(cell: NotebookNode) -> str:
-    """The Markdown of a cell: its source, or its first output, which may hold a computed heading."""
-    if cell.cell_type == "markdown":
-        return cell.source
-    return next((str(output.get("data", {}).get("text/markdown", "")) for output in cell.get("outputs", ())), "")
 
 
 def title_of(notebook: NotebookNode) -> str:
