@@ -32,7 +32,8 @@ study = speed.open(globals())
 # %%
 from vitlib.report import plots, tables
 
-tables.table(speed.ladder(study))
+ladder = speed.ladder(study)
+tables.table(ladder)
 
 # %% [markdown]
 # ## Quantized variants against FP16
@@ -50,4 +51,4 @@ tables.table(speed.against_fp16(study), none="this study has no quantized varian
 speed.headline(study)
 
 # %% tags=["summary"]
-plots.ladder(speed.steps(study))
+plots.ladder(speed.variants(study), ladder["variant"])

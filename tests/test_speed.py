@@ -138,7 +138,7 @@ def test_every_record_of_the_gallery_is_readable_today(tmp_path):
         assert len(records.read_table(path).columns)
     shutil.copytree(GALLERY / "records", tmp_path / "old" / "records", ignore=shutil.ignore_patterns("traces"))
     old = Study.at(tmp_path / "old")
-    assert len(plots.ladder(speed.steps(old)).figure.axes) == 3
+    assert len(plots.ladder(speed.variants(old), speed.ladder(old)["variant"]).figure.axes) == 3
 
 
 def test_without_records_the_notebook_to_run_is_named(tmp_path):

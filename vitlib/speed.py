@@ -30,13 +30,6 @@ def ladder(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def steps(study: Study) -> pd.DataFrame:
-    """The variants that ran in the order of the ladder, for `plots.ladder`."""
-    table = variants(study)
-    order = [name for name, *_ in _climbed(table)]
-    return table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
-
-
 def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     """(variant, technique, the variant it is added to), each after the one it is added to."""
     parts = ["weights", "attention", "execution", "gelu"]

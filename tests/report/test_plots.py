@@ -28,7 +28,7 @@ def table() -> pd.DataFrame:
 def test_figures_of_variants_name_them_in_words(table):
     kernels = records.read_table(GALLERY / "kernels.csv")
     for plot in (
-        plots.ladder(table),
+        plots.ladder(table, table["variant"].unique()),
         plots.device_time_by_part(kernels, list(dict.fromkeys(kernels["part"]))),
     ):
         texts = drawn(plot)
@@ -67,7 +67,7 @@ def test_a_ladder_has_a_panel_a_batch_size_and_a_row_a_variant():
     rows = [(name, batch, ms * batch) for batch in (1, 8) for name, ms in (("fp32-sdpa", 9.0), ("nf4-sdpa", 1.3))]
     frame = pd.DataFrame(rows, columns=["variant", "batch", "latency_p50_ms"])
     ends = {f"latency_{end}_ms": frame["latency_p50_ms"] * factor for end, factor in (("low", 0.9), ("high", 1.1))}
-    plot = plots.ladder(frame.assign(**ends))
+    plot = plots.ladder(frame.assign(**ends), ["fp32-sdpa", "nf4-sdpa"])
     assert [axis.get_title() for axis in plot.figure.axes] == ["batch size 1", "batch size 8"]
     assert {"FP32 · SDPA", "NF4 · SDPA"} <= set(drawn(plot))
     assert "batch size 8: 10.4 (NF4 · SDPA) to 72.0 (FP32 · SDPA) ms" in repr(plot)

@@ -72,13 +72,13 @@ def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Su
     for (bits, kept), values in logits.items():
         found, nothing = values.numpy(), logits[bits, NONE].numpy()
         right = stats.topk_right(found, labels)
-        test = stats.mcnemar(stats.topk_right(nothing, labels), right)
+        lost, gained, p = stats.mcnemar(stats.topk_right(nothing, labels), right)
         kl = stats.paired_bootstrap(stats.kl_divergence(logits[bits, ALL].numpy(), found), seed=study.settings.seed)
         row = {"bits": bits, "kept": kept, "top1": right.mean(), "top5": stats.topk_accuracy(found, labels, 5)}
         row["loss"] = nn.functional.cross_entropy(values, subject.labels).item()
         row |= stats.columns("logit_kl", kl) | {"flips": stats.flips(nothing.argmax(1), found.argmax(1))}
-        row["discordant_pairs"] = test.lost + test.gained
-        rows.append(row | {"mcnemar_p": np.nan if kept == NONE else test.p})
+        row["discordant_pairs"] = lost + gained
+        rows.append(row | {"mcnemar_p": np.nan if kept == NONE else p})
     frame = pd.DataFrame(rows)
     frame["holm_p"] = frame.groupby("bits")["mcnemar_p"].transform(lambda p: stats.holm(p.to_numpy()))
     return study.write("ablation", frame)

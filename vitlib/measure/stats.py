@@ -38,14 +38,6 @@ def columns(name: str, interval: Interval) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
-class McNemar(NamedTuple):
-    """Images the variant lost and gained against the baseline, and the exact two-sided p."""
-
-    lost: int
-    gained: int
-    p: float
-
-
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % bounds of a proportion `right / n` by the score interval. ValueError unless 0 <= right <= n and n > 0.
 
@@ -55,15 +47,15 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return float(bounds.low), float(bounds.high)
 
 
-def mcnemar(baseline_right: ArrayLike, variant_right: ArrayLike) -> McNemar:
-    """Exact two-sided McNemar test on the discordant pairs; both inputs bool, shape (n_images,).
+def mcnemar(baseline_right: ArrayLike, variant_right: ArrayLike) -> tuple[int, int, float]:
+    """Images lost and gained, and the p of the exact two-sided McNemar test; both inputs bool, shape (n_images,).
 
     Given their number, lost pairs are Binomial(lost + gained, 1/2) if the two models are equally accurate
     (McNemar, Psychometrika 12, 1947). Without discordant pairs p = 1. ValueError if shapes differ.
     """
     lost, gained, _ = _discordant(baseline_right, variant_right)
     p = scipy.stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    return McNemar(lost, gained, float(p))
+    return lost, gained, float(p)
 
 
 def paired_difference(baseline_right: ArrayLike, variant_right: ArrayLike) -> Interval:

@@ -16,7 +16,6 @@ import pandas as pd
 from PIL import Image
 
 from vitlib.report import columns, layout, page, tables
-from vitlib.report.tables import Column
 from vitlib.study import files, origin, provenance
 from vitlib.study.study import Study
 
@@ -116,7 +115,7 @@ def summary(folder: str | Path) -> str:
     return "\n".join([f"Study {study.folder.name}", "", note, "", f"reports: {states or 'none'}", f"open {where}"])
 
 
-def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]:
+def _variants(study: Study) -> tuple[pd.DataFrame, dict, str]:
     """`columns.overview` of the study, and a note in words if there is no row."""
     try:
         return *columns.overview(study.read("variants")), ""

@@ -248,12 +248,12 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     return Plot(figure, f"{said}; most of it in the part {sums.sum().idxmax()}.")
 
 
-def ladder(frame: pd.DataFrame) -> Plot:
-    """Median latency of each variant with its interval, a panel a batch size, a row a variant in order of appearance.
+def ladder(frame: pd.DataFrame, names: Sequence[str]) -> Plot:
+    """Median latency of each variant with its interval, a panel a batch size, a row a variant of `names`.
 
     Columns: variant, batch, latency_p50_ms, latency_low_ms, latency_high_ms.
     """
-    sizes, names = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["variant"]))
+    sizes, names = sorted(frame["batch"].unique()), list(names)
     figure = _figure(1, max(len(sizes), 1), width=3 + 2.6 * len(sizes), height=0.24 * len(names) + 1.2, sharey=True)
     said = []
     for axis, size in zip(figure.axes, sizes, strict=False):

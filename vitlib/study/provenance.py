@@ -213,17 +213,13 @@ def monitored(seconds: float) -> Iterator[dict[str, Any]]:
 
 def _git(root: Path) -> dict[str, Any]:
     """Commit of the project and whether tracked files differ from it; None outside git."""
-    commit = _git_says(root, "rev-parse", "--verify", "HEAD")
-    changes = _git_says(root, "status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _git_says(root: Path, *words: str) -> str | None:
+    words = ["git", "-C", root, "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or no commit
-        return None
-    return done.stdout.strip()
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return {"commit": None, "dirty": None}
+    first, *others = done.stdout.splitlines()  # "# branch.oid <commit>", more of the branch, then a line a change
+    return {"commit": first.split()[-1], "dirty": any(not line.startswith("#") for line in others)}
 
 
 def _without_machine_paths(value: Any) -> Any:
