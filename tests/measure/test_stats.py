@@ -46,7 +46,7 @@ def test_mcnemar_is_the_exact_binomial(lost: int, gained: int, p: float) -> None
 
 
 def test_pairs_of_different_length_are_refused() -> None:
-    for function in (stats.mcnemar, stats.flips, stats.paired_difference, stats.f1_weighted):
+    for function in (stats.mcnemar, stats.flips, stats.paired_difference):
         with pytest.raises(ValueError, match="one length"):
             function([True, False], [True])
 
@@ -246,15 +246,13 @@ def test_kl_of_equals_is_zero_and_of_nan_is_nan() -> None:
         stats.kl_divergence(logits, logits[:, :4])
 
 
-def test_topk_flips_and_f1() -> None:
+def test_topk_and_flips() -> None:
     logits = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [np.nan, 9.0, 0.0]])
     labels = np.array([0, 1, 2, 1])
     assert [stats.topk_accuracy(logits, labels, k) for k in (1, 2, 3, 5)] == [0.25, 0.5, 0.75, 0.75]
     constant = np.zeros((4, 4))
     assert stats.topk_right(constant, np.arange(4), 1).tolist() == [True, False, False, False]
     assert stats.flips([0, 1, 2], [0, 2, 2]) == 1
-    # F1 of the classes: 2/3 (3 labels), 0 (1 label, never predicted).
-    assert stats.f1_weighted([0, 0, 0, 1], [0, 0, 2, 0]) == pytest.approx(0.75 * 2 / 3)
     assert math.isnan(stats.topk_accuracy(np.zeros((0, 3)), np.zeros(0, int), 1))
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         stats.topk_right(logits, [0, 1, 2, 3])

@@ -321,14 +321,6 @@ def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
     return float(right.mean()) if (right := topk_right(logits, labels, k)).size else math.nan
 
 
-def f1_weighted(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """F1 of each class, 0 if never predicted, averaged by its share of the labels; (n,) twice in; NaN for no images."""
-    from sklearn.metrics import f1_score  # a second of import time, for this function only
-
-    truth, guess = _paired(labels, predictions)
-    return float(f1_score(truth, guess, average="weighted", zero_division=0.0)) if truth.size else math.nan
-
-
 def _paired(a: ArrayLike, b: ArrayLike, *, dtype: type | None = None) -> tuple[NDArray, NDArray]:
     """Both as one-dimensional arrays of one length; ValueError otherwise, where numpy would broadcast."""
     first, second = np.asarray(a, dtype=dtype), np.asarray(b, dtype=dtype)
