@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,38 +74,23 @@ def tidy(executed: NotebookNode) -> NotebookNode:
     """`executed` fit to publish: progress bars in their last state, no widgets, no path of this machine."""
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    executed.cells = [cell for cell in executed.cells if "papermill-error-cell-tag" not in _tags(cell)]
+    tagged = ((cell, cell.metadata.get("tags", ())) for cell in executed.cells)
+    executed.cells = [cell for cell, tags in tagged if "papermill-error-cell-tag" not in tags]
     executed.metadata.pop("widgets", None)
-    origin = executed.metadata.pop("papermill", {})
-    kept = {key: origin[key] for key in ("parameters", "start_time", "duration", "version") if key in origin}
-    executed.metadata["papermill"] = scrubbed(kept)
-    for cell in executed.cells:
-        if "injected-parameters" in _tags(cell):
-            cell.source = scrubbed(cell.source)
-        if cell.cell_type == "code":
-            widget = "application/vnd.jupyter.widget-view+json"
-            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", ())]
+    run = executed.metadata.pop("papermill", {})
+    kept = ("parameters", "start_time", "duration", "version")
+    executed.metadata["papermill"] = {key: run[key] for key in kept if key in run}
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    widget = "application/vnd.jupyter.widget-view+json"
+    for cell in code:
+        cell.outputs = [output for output in cell.outputs if widget not in output.get("data", ())]
     executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # the last state of a progress bar
-    for cell in executed.cells:
-        if cell.cell_type == "code":
-            tidied = [_tidy_output(output) for output in cell.outputs]
-            cell.outputs = [output for output in tidied if output.get("text", "-").strip()]  # no empty streams
-    return executed
-
-
-def _tags(cell: NotebookNode) -> Sequence[str]:
-    return cell.metadata.get("tags", ())
-
-
-def _tidy_output(output: NotebookNode) -> NotebookNode:
-    if output.output_type == "stream":
-        output.text = re.sub(r"\x1b\[\d*[A-DJK]", "", scrubbed(output.text))  # colours stay, cursor movements do not
-    elif output.output_type == "error":
-        output.evalue, output.traceback = scrubbed(output.evalue), scrubbed(output.traceback)
-    else:
-        for kind in output.data.keys() - {"image/png", "image/jpeg"}:
-            output.data[kind] = scrubbed(output.data[kind])
-    return output
+    for cell in code:
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                output.text = re.sub(r"\x1b\[\d*[A-DJK]", "", output.text)  # colours stay, cursor movements do not
+        cell.outputs = [output for output in cell.outputs if output.get("text", "-").strip()]  # no empty streams
+    return scrubbed(executed)
 
 
 def scrubbed(value: Any) -> Any:
@@ -118,7 +103,8 @@ def scrubbed(value: Any) -> Any:
             value = pattern.sub(short, value)
         return value
     if isinstance(value, Mapping):
-        return type(value)({key: scrubbed(item) for key, item in value.items()})
+        texts = {key: scrubbed(item) for key, item in value.items() if key not in ("image/png", "image/jpeg")}
+        return type(value)({**value, **texts})
     return [scrubbed(item) for item in value] if isinstance(value, list) else value
 
 
