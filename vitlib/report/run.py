@@ -160,8 +160,6 @@ def first_problem(executed: NotebookNode) -> Problem | None:
         for output in cell.outputs:
             if output.output_type == "error":
                 return Problem(number, output.ename, _one_line(output.evalue))
-        if cell.metadata.get("papermill", {}).get("exception"):
-            return Problem(number, "Error", "stopped without a traceback")
         if cell.execution_count != number:
             return Problem(number, "NotRun", "the kernel never ran this cell in its turn")
     return None
