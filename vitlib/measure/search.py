@@ -30,8 +30,6 @@ def choose(
     y, so it is the product of two choices. ValueError where no choice fits the limit.
     """
     goal, use = (np.asarray(values, dtype=np.float64) for values in (goal, use))
-    if goal.ndim != 2 or goal.shape != use.shape:
-        raise ValueError(f"expected (items, options) twice, got {goal.shape} and {use.shape}")
     (n, k), pairs = goal.shape, [*goal_pairs, *use_pairs]
     width = n * k + len(pairs)
     extra = np.array([pair[-1] for pair in pairs], dtype=np.float64)

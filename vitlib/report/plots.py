@@ -99,8 +99,6 @@ def _figure(rows: int = 1, columns: int = 1, *, width: float = 8.0, height: floa
 
 def _look(name: str) -> dict[str, object]:
     """Colour and marker of a variant; hollow where attention runs in FlashAttention-2."""
-    if name not in variants.VARIANTS:
-        return {"color": _GREY, "marker": "x"}
     variant = variants.VARIANTS[name]
     face = "white" if variant.own_flash else variant.format.colour
     return {"color": variant.format.colour, "marker": _MARKERS[variant.execution], "markerfacecolor": face}
