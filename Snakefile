@@ -27,7 +27,7 @@ NOTEBOOKS = {
     ),
     "4_inference": (["predictions.csv", "inference.json", "recommendation.json"], ["2_evaluate"]),
     "5_claims": (["claims.csv", "preprocessing.csv"], ["2_evaluate", "3_ablation", "4_inference"]),
-    "6_speed": ([], ["1_finetune", "2_evaluate", "4_inference"]),
+    "6_speed": ([], ["2_evaluate"]),
 }
 # One file represents each checkpoint, whose folder is put in place as a whole.
 MADE = {"1_finetune": ("merged", "nf4", "nf4-calibrated", "int8"), "3_ablation": ("mixed",)}
@@ -38,8 +38,8 @@ CHECKPOINTS = {
 FILES = {"5_claims": ["vitlib/claims/claims.yaml", "vitlib/claims/ablation.csv"]}
 
 workflow.workdir(workflow.basedir)  # also when called from notebooks/
-sys.path.insert(0, str(workflow.basedir))
-from vitlib.report.run import sources
+sys.path[:0] = [str(workflow.basedir), f"{workflow.basedir}/tools"]
+from sources import sources
 
 if not Path(SET).is_file():
     sys.exit(f"error: there is no parameter set {SET}")
@@ -71,7 +71,7 @@ rule index:
     input:
         [file for notebook in NOTEBOOKS for file in reports_of(notebook) + records_of(notebook)],
         [mark_of(notebook) for notebook in NOTEBOOKS],
-        [f"vitlib/report/{module}.py" for module in ("cards", "index", "sorting", "tables")],
+        [f"vitlib/report/{module}.py" for module in ("columns", "index", "layout", "page", "tables")],
         [f"vitlib/report/templates/{name}.html.j2" for name in ("base", "index", "studies")],
         "vitlib/report/templates/report/static/report.css",
     output:

@@ -71,8 +71,8 @@ engine(pixels).shape
 # (another attention, no quantized product, time that belongs to no part of the model) is refused with the reason.
 
 # %%
-profiled = evaluate.device_time(study, bench)
-bench = bench.without(profiled.refused)
+kernels, totals, refused = evaluate.device_time(study, bench)
+bench = bench.without(refused)
 
 # %% [markdown]
 # ## Accuracy
@@ -90,7 +90,7 @@ quality = evaluate.accuracy(study, bench, logits)
 tables.table(quality, columns.ACCURACY)
 
 # %%
-evaluate.base(study)
+tables.base(study)
 
 # %% [markdown]
 # ## Speed
@@ -99,8 +99,8 @@ evaluate.base(study)
 # changing inputs. *Times faster* is the ratio of the baseline's median latency to the variant's.
 
 # %%
-measured = evaluate.measure(study, bench)
-tables.table(*columns.speed(measured.speed))
+latencies, speed, clocks = evaluate.measure(study, bench)
+tables.table(*columns.speed(speed))
 
 # %% [markdown]
 # ## Size
@@ -131,10 +131,7 @@ tables.table(quality, columns.OF_VARIANTS)
 # rounds. P95 needs 130 samples and P99 needs 662; with fewer the cell is empty.
 
 # %%
-plots.throughput_by_batch(measured.speed)
-
-# %%
-tables.table(measured.speed, columns.OF_VARIANTS)
+tables.table(speed, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
 # ### Size: peaks, reserved memory and preparation
@@ -145,23 +142,17 @@ tables.table(measured.speed, columns.OF_VARIANTS)
 tables.table(memories, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
-# ### All measurements in one table
+# ### The CPU, and all measurements in one record
 #
-# A row for each variant and batch size, with the reason where a variant did not run, is `records/variants.csv`. The
-# columns that one compares, with the latency of one picture on the CPU:
+# `records/variants.csv` has a row for each variant and batch size, with all measurements or the reason why it did not
+# run. The latency of one picture on the CPU:
 
 # %%
 references = evaluate.against_reference(study, bench, logits)
-cpu = evaluate.cpu_latency(study, bench, measured.latencies)
-found = (measured.speed, memories, quality, references, profiled.totals, cpu)
-table = evaluate.variants_table(study, bench, *found, clocks=measured.clocks)
-tables.table(table, columns.SUMMARY)
-
-# %% [markdown]
-# Up and to the left is better. The shaded band is the margin; non-inferior variants are shown without their interval.
-
-# %%
-plots.accuracy_against_latency(table, study.settings.batch_sizes[0], study.settings.margin)
+cpu = evaluate.cpu_latency(study, bench, latencies)
+found = (speed, memories, quality, references, totals, cpu)
+table = evaluate.variants_table(study, bench, *found, clocks=clocks)
+tables.table(cpu, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
 # ### Device time by part of the model
@@ -170,29 +161,21 @@ plots.accuracy_against_latency(table, study.settings.batch_sizes[0], study.setti
 # that launched it. Conversion between number formats is a part of its own: it is the price of small weights.
 
 # %%
-plots.device_time_by_part(profiled.kernels, evaluate.PARTS)
+plots.device_time_by_part(kernels, evaluate.PARTS)
 
 # %%
-tables.table(profiled.totals, columns.OF_VARIANTS)
+tables.table(totals, columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
 # ### Achieved rates and the limits of the hardware
 #
 # A part can run no faster than its arithmetic at the peak rate, nor than its bytes at the peak bandwidth. Both peaks
-# are measured here, with a large linear layer and a large copy. The lines are these ceilings; a point's distance below
-# its line is what is lost. Variants that multiply in 8 bits are compared with the rate of 8-bit products, where this
-# machine has them.
+# are measured here, with a large linear layer and a large copy. Variants that multiply in 8 bits are compared with the
+# rate of 8-bit products, where this machine has them. Parts with less than a twentieth of their variant's time are left
+# out. A part that reads from the cache can exceed the bandwidth of the copy; its ceiling was then not measured.
 
 # %%
-limits = evaluate.against_the_roofline(study, bench, profiled.kernels)
-plots.roofline(limits)
-
-# %% [markdown]
-# The same data as a table, including memory-bound parts such as norms. Parts with less than a twentieth of their
-# variant's time are left out. A part that reads from the cache can exceed the bandwidth of the copy; its ceiling was
-# then not measured.
-
-# %%
+limits = evaluate.against_the_roofline(study, bench, kernels)
 tables.table(limits[limits["share_of_time"] >= 0.05], columns.OF_VARIANTS)
 
 # %% [markdown] tags=["details"]
@@ -229,7 +212,7 @@ tables.table(evaluate.tuning(study, bench), none="this study has no fused varian
 # samples: two halves of the same calls must be called the same, and a half made slower by a fiftieth must be found.
 
 # %%
-checks = evaluate.validity(study, bench, measured, profiled.totals)
+checks = evaluate.validity(study, bench, latencies, totals, clocks)
 tables.table(checks)
 
 # %% [markdown] tags=["summary"]

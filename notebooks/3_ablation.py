@@ -147,7 +147,7 @@ tables.table(
 # ## The base
 
 # %%
-ablation.introduce(study)
+tables.base(study)
 
 # %% [markdown] tags=["details"]
 # ## Whole blocks in plain NF4 and LLM.int8()
@@ -160,13 +160,6 @@ logits, share = ablation.blocks.measure(study, subject)
 print(f"{share:.0%} of the block evaluations of a full pass for each configuration were needed")
 
 # %% [markdown]
-# The share of the error that is removed when one block is kept in FP16:
-
-# %%
-frame = ablation.blocks.table(study, logits, subject)
-plots.sensitivity_bars(ablation.blocks.sensitivity(frame))
-
-# %% [markdown]
 # ### Table of all configurations
 #
 # Here the classifier is quantized too, unless it is kept. Flips are pictures whose class differs from that of the fully
@@ -175,6 +168,7 @@ plots.sensitivity_bars(ablation.blocks.sensitivity(frame))
 # configurations.
 
 # %%
+frame = ablation.blocks.table(study, logits, subject)
 tables.table(frame, ablation.blocks.TABLE)
 
 # %% [markdown]

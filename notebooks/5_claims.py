@@ -41,7 +41,7 @@ from vitlib import claims
 from vitlib.report import plots, tables
 
 study = claims.open(globals())
-claims.introduce(study)
+tables.base(study)
 
 # %% [markdown]
 # The claims are data in `vitlib/claims/claims.yaml`, a file without verdicts. Each claim has a quantity that is
@@ -114,9 +114,6 @@ plots.picture_grid(*claims.looks(study, dataset, 3), columns=4)
 # %%
 costs = claims.mistake(study, dataset)
 tables.table(costs, claims.MISTAKE)
-
-# %%
-claims.mistake_in_words(costs)
 
 # %% [markdown]
 # #### Significance of its ablation

@@ -12,8 +12,8 @@
 # Quantized weights need more and smaller kernels, and on a GPU the CPU issues kernels more slowly than they run. A CUDA
 # graph removes the launches; fused kernels remove passes over the memory.
 #
-# Nothing is measured here. All numbers are from the records of notebooks 1, 2 and 4, and variants compare with each
-# other because they were measured in the same run, in turns. Page 2 has their outputs, sizes and chosen kernels.
+# Nothing is measured here. All numbers are from the records of notebook 2, and variants compare with each other because
+# they were measured in the same run, in turns. Page 2 has their outputs, sizes and chosen kernels.
 
 # %% tags=["parameters"]
 study: str = "lab"  # results go to outputs/<study>/
@@ -32,7 +32,8 @@ study = speed.open(globals())
 # %%
 from vitlib.report import plots, tables
 
-tables.table(speed.ladder(study))
+ladder = speed.ladder(study)
+tables.table(ladder)
 
 # %% [markdown]
 # ## Quantized variants against FP16
@@ -43,12 +44,6 @@ tables.table(speed.ladder(study))
 # %%
 tables.table(speed.against_fp16(study), none="this study has no quantized variant beside its FP16 counterpart")
 
-# %% [markdown]
-# ## Images per second, from training to predictions
-
-# %%
-tables.table(speed.rates(study), digits=0)
-
 # %% [markdown] tags=["summary"]
 # ## Summary
 
@@ -56,4 +51,4 @@ tables.table(speed.rates(study), digits=0)
 speed.headline(study)
 
 # %% tags=["summary"]
-plots.ladder(speed.steps(study))
+plots.ladder(speed.variants(study), ladder["variant"])

@@ -9,7 +9,7 @@ import pytest
 import shots
 from bs4 import BeautifulSoup
 
-from vitlib.report import sorting
+from vitlib.report import page as pages_of
 
 HEIGHT, FIRST = 6000, 900  # pixels at 1280: of a page with details closed, and within which its answer ends or is seen
 WORDS = 60  # characters of the answer that the first screen shows at least
@@ -40,7 +40,7 @@ def in_text(page: Path) -> list[str]:
             found.append(f"a figure that is no SVG: {image['src'][:40]}")
     policy = soup.select_one('meta[http-equiv="Content-Security-Policy"]')["content"]
     scripts = [script.get_text() for script in soup("script")]
-    if any(sorting.checksum_of(script) not in policy for script in scripts) or len(scripts) > 1:
+    if any(pages_of.checksum_of(script) not in policy for script in scripts) or len(scripts) > 1:
         found.append("a script that is not ours")
     return found + _lost_rows(page, soup)
 

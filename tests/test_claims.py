@@ -84,6 +84,8 @@ def test_the_claims_are_few_and_valid_and_carry_no_verdict():
     assert 40 <= len(loaded) <= 60 and len(loaded) == len(quantities.content()["claims"])  # no id occurs twice
     assert not re.search(r"(?i)does not hold|cannot be tested|verdict:", quantities.CLAIMS.read_text(encoding="utf-8"))
     for one in loaded.values():  # a figure for each variant of a column, and no other
+        assert isinstance(one.original, tuple) == (one.criterion == "between"), one.id
+        assert (one.tolerance > 0) == (one.criterion == "about"), one.id
         cases = getattr(one.quantity, "variants", None) or getattr(one.quantity, "pairs", None)
         assert not isinstance(one.original, dict) or set(one.original) == set(cases), one.id
 

@@ -78,7 +78,7 @@ def measured(study, bench):
 
 @pytest.fixture(scope="module")
 def checks(study, bench, measured, profiled):
-    return evaluate.validity(study, bench, measured, profiled.totals)
+    return evaluate.validity(study, bench, measured[0], profiled[1], measured[2])
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +87,17 @@ def table(study, bench, measured, profiled):
     peak = roofline.Ceilings({"float32": 0.1, "float16": 0.1}, gb_s=10.0)  # measuring them takes most of a minute
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "ceilings", lambda device: peak)
-        evaluate.against_the_roofline(study, bench, profiled.kernels)
+        evaluate.against_the_roofline(study, bench, profiled[0])
     return evaluate.variants_table(
         study,
         bench,
-        measured.speed,
+        measured[1],
         evaluate.memory(study, bench),
         evaluate.against_reference(study, bench, logits),
         evaluate.accuracy(study, bench, logits),
-        evaluate.cpu_latency(study, bench, measured.latencies),
-        profiled.totals,
-        clocks=measured.clocks,
+        evaluate.cpu_latency(study, bench, measured[0]),
+        profiled[1],
+        clocks=measured[2],
     )
 
 
@@ -124,10 +124,10 @@ def test_every_measured_column_is_filled(table):
 
 def test_the_latency_of_one_picture_on_the_cpu_is_measured_once(study, bench, measured):
     """Where the device is the CPU, the benchmark has it; without batch size 1 it is measured apart."""
-    one = measured.latencies.query("batch == 1").groupby("variant")["latency_ms"].median()
-    found = evaluate.cpu_latency(study, bench, measured.latencies).set_index("variant")["cpu_latency_ms"]
+    one = measured[0].query("batch == 1").groupby("variant")["latency_ms"].median()
+    found = evaluate.cpu_latency(study, bench, measured[0]).set_index("variant")["cpu_latency_ms"]
     assert found.to_dict() == one.to_dict()
-    apart = evaluate.cpu_latency(study, bench, measured.latencies.query("batch == 4")).set_index("variant")
+    apart = evaluate.cpu_latency(study, bench, measured[0].query("batch == 4")).set_index("variant")
     assert set(apart.index) == set(NAMES[:3]) and (apart["cpu_latency_ms"] > 0).all()
 
 

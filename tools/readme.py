@@ -7,7 +7,7 @@ import pandas as pd
 
 from vitlib import speed
 from vitlib.measure import benchmark
-from vitlib.report import cards, columns, page, plots, tables
+from vitlib.report import columns, index, page, plots, tables
 from vitlib.study import files
 from vitlib.study.study import Study
 
@@ -33,7 +33,7 @@ def results_table(study: Study) -> str:
 
 def findings(study: Study) -> str:
     """The finding of each of the study's pages as a Markdown list with links."""
-    found = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
+    found = [index.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
     said = (card for card in found if card["finding"] and "href" in card)
     return "\n".join(f"- {_escaped(c['finding'])} ([{c['title']}]({GALLERY}/{c['href']}))" for c in said)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,10 +18,10 @@ from vitlib.network.testbench import prepare as prepare
 from vitlib.network.tuning import relative_error
 from vitlib.report import plots
 from vitlib.report.tables import Markdown, number
-from vitlib.study import files, origin, provenance
+from vitlib.study import files, provenance
 from vitlib.study.params import used_by
 from vitlib.study.study import Study
-from vitlib.study.variants import FORMATS, Variant, find, label
+from vitlib.study.variants import FORMATS, Variant, label
 
 open = Study.open
 
@@ -43,11 +42,6 @@ def tuning(study: Study, bench: Bench) -> pd.DataFrame:
     """The kernels of fused variants, all that were timed in `records/tuning.csv`; empty, without record, if none."""
     frame = engine.tunings(bench.engines, "variant")
     return benchmark.chosen(frame if frame.empty else study.write("tuning", frame))
-
-
-def base(study: Study) -> Markdown:
-    """What the base of this study is, and what that means for its accuracies."""
-    return Markdown(origin.sentence(study.folder))
 
 
 def outputs(study: Study, bench: Bench) -> dict[str, torch.Tensor]:
@@ -90,20 +84,15 @@ def against_reference(study: Study, bench: Bench, logits: Mapping[str, torch.Ten
     return pd.DataFrame(rows, columns=["variant", "batch", "reference", "relative_error", "agreement_with_reference"])
 
 
-class Measured(NamedTuple):
-    """Raw latency samples (as `records/latency.csv`), the table of `benchmark.speed`, and the GPU's clocks."""
+def measure(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, object]]:
+    """Measure latency and throughput of all variants and batch sizes, in turns in random order.
 
-    latencies: pd.DataFrame
-    speed: pd.DataFrame
-    clocks: dict[str, object]
-
-
-def measure(study: Study, bench: Bench) -> Measured:
-    """Latency and throughput of all variants and batch sizes, in turns in random order; the samples go to records."""
+    Returns the latency samples (as `records/latency.csv`), the table of `benchmark.speed`, and the GPU's clocks.
+    """
     settings = study.settings
     budget = timing.Budget(settings.rounds, settings.samples, settings.round_seconds)
     calls = {(n, size): bench.calls(run, size) for n, run in bench.engines.items() for size in settings.batch_sizes}
-    with provenance.Monitor(seconds=2.0) as clocks:
+    with provenance.monitored(seconds=2.0) as clocks:
         latencies = timing.latency(calls, bench.device, budget, settings.seed)
         # Queued calls are averages already: a third of the time is enough.
         shorter = dataclasses.replace(budget, seconds=budget.seconds / 3)
@@ -113,7 +102,7 @@ def measure(study: Study, bench: Bench) -> Measured:
     study.write("throughput", rates)
     table = benchmark.speed(latencies, rates, bench.baseline)
     table.attrs = latencies.attrs
-    return Measured(latencies, table, clocks.summary())
+    return latencies, table, clocks
 
 
 def _in_order(frame: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
@@ -153,8 +142,9 @@ def memory(study: Study, bench: Bench) -> pd.DataFrame:
         own = {"variant": name, "model_mb": weights, "held_mb": weights + runner.buffers_mb}
         own |= {"disk_mb": checkpoint.disk_mb(runner.loaded.folder), "prepare_s": runner.prepare_s}
         for size in study.settings.batch_sizes:
-            used, pool = timing.peak_memory_mb(bench.calls(runner, size), bench.device), runner.pool_mb.get(size, 0.0)
-            peak, reserved = used.allocated + pool, used.reserved + pool
+            allocated, reserved = timing.peak_memory_mb(bench.calls(runner, size), bench.device)
+            pool = runner.pool_mb.get(size, 0.0)
+            peak, reserved = allocated + pool, reserved + pool
             row = own | {"batch": size, "peak_above_weights_mb": peak, "peak_memory_mb": weights + peak}
             # What other engines left free in their blocks may have served this pass too.
             row["reserved_mb"] = weights + max(reserved, peak) if cuda else np.nan
@@ -162,18 +152,11 @@ def memory(study: Study, bench: Bench) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-class Profiled(NamedTuple):
-    """Kernels by part of the model (as `records/kernels.csv`), their totals, and who is not what its name says."""
-
-    kernels: pd.DataFrame
-    totals: pd.DataFrame
-    refused: dict[str, str]
-
-
-def device_time(study: Study, bench: Bench) -> Profiled:
+def device_time(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     """Profile a pass of every variant, for `records/kernels.csv` and `records/traces/`; refuse by `verify`.
 
-    A CUDA graph has no module ranges, so its network is profiled launched kernel by kernel.
+    Returns kernels by part of the model (as in the record), their totals a row a variant, and why variants that are not
+    what their name says are refused. A CUDA graph has no module ranges, so its network is profiled kernel by kernel.
     """
     size, frames, rows, refused = study.settings.profile_batch_size, [], [], {}
     for variant in bench.ran():
@@ -191,7 +174,7 @@ def device_time(study: Study, bench: Bench) -> Profiled:
         row |= {"attention_kernel": profile.attention_kernel(frame)}
         rows.append(row | {"unattributed_share": frame.attrs["unattributed_share"]})
         frames.append(frame.assign(variant=variant.name, batch=size))
-    return Profiled(study.write("kernels", pd.concat(frames, ignore_index=True)), pd.DataFrame(rows), refused)
+    return study.write("kernels", pd.concat(frames, ignore_index=True)), pd.DataFrame(rows), refused
 
 
 def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> pd.DataFrame:
@@ -209,16 +192,18 @@ def against_the_roofline(study: Study, bench: Bench, kernels: pd.DataFrame) -> p
     return study.write("roofline", pd.concat(frames, ignore_index=True))
 
 
-def validity(study: Study, bench: Bench, measured: Measured, totals: pd.DataFrame) -> pd.DataFrame:
+def validity(
+    study: Study, bench: Bench, latencies: pd.DataFrame, totals: pd.DataFrame, clocks: dict[str, object]
+) -> pd.DataFrame:
     """`benchmark.validity` of this run; written to `records/validity.csv`."""
-    throttled = "; ".join(measured.clocks.get("throttle_reasons") or []) or "no"
+    throttled = "; ".join(clocks.get("throttle_reasons", [])) or "no"
     ran = f"{len(bench.engines)}, {len(bench.reasons)}"
     facts = {"variants run, refused with a reason": ran, "clocks throttled while measuring": throttled}
     share = totals["unattributed_share"].max()
     errors = {"largest share of device time not attributed": (share, verify.ATTRIBUTION_LIMIT)}
     errors |= {"error for a call of 5 ms": (timing.known_duration_error(5.0), 0.025)}
     errors |= {"error for a tensor of 64 MB": (timing.known_tensor_error(64.0), 0.02)}
-    return study.write("validity", benchmark.validity(measured.latencies, bench.baseline, facts=facts, errors=errors))
+    return study.write("validity", benchmark.validity(latencies, bench.baseline, facts=facts, errors=errors))
 
 
 def variants_table(study: Study, bench: Bench, *measured: pd.DataFrame, clocks: dict | None = None) -> pd.DataFrame:
@@ -247,9 +232,9 @@ def hero(study: Study, table: pd.DataFrame) -> plots.Plot:
 
 def headline(table: pd.DataFrame, checks: pd.DataFrame) -> Markdown:
     """What the table of variants and the checks of `validity` say, in three or four sentences."""
-    ran, baseline = table[table["status"] == "ok"], str(table["variant"].iloc[0])
-    others = ran[ran["variant"] != baseline].drop_duplicates("variant").set_index("variant")
-    lines = [_finding(benchmark.points(table)), _speed(ran, baseline)]
+    ran = table[table["status"] == "ok"]
+    others = ran[ran["variant"] != table["variant"].iloc[0]].drop_duplicates("variant").set_index("variant")
+    lines = [_finding(benchmark.points(table)), _out_of_the_box(ran)]
     if len(others):
         lines.append(_quality(others))
     missing = table[table["status"] != "ok"].groupby("reason", sort=False)["variant"]
@@ -290,35 +275,13 @@ def _compared(row: pd.Series) -> str:
     return benchmark.in_words(times, row["against_baseline"], int(row["rounds"]))
 
 
-def _speed(ran: pd.DataFrame, baseline: str) -> str:
-    """What quantization out of the box does to latency, and the fastest variants."""
-    said, first = [], ran[ran["batch"] == ran["batch"].min()].set_index("variant")
+def _out_of_the_box(ran: pd.DataFrame) -> str:
+    """What quantization out of the box does to latency at the smallest batch size; '' where it did not run."""
+    first = ran[ran["batch"] == ran["batch"].min()].set_index("variant")
     plain = (Variant(name).name for name, row in FORMATS.items() if row.bits < 16 and not row.fused_only)
-    if found := [f"{label(name)} {_compared(first.loc[name])}" for name in plain if name in first.index[1:]]:
-        said.append(f"**Quantized out of the box**, batch size {first['batch'].iloc[0]:.0f}: {', '.join(found)}.")
-    for batch in sorted({ran["batch"].min(), ran["batch"].max()} if ran["variant"].nunique() > 1 else ()):
-        rows = ran[ran["batch"] == batch].set_index("variant")
-        name = str(rows["latency_p50_ms"].idxmin())
-        how = "the baseline" if name == baseline else _compared(rows.loc[name])
-        said.append(
-            f"**Fastest at batch size {batch:.0f}**: {label(name)}, {number(rows['latency_p50_ms'].min())} ms, {how}."
-        )
-    return " ".join(said) + _kernels_or_bits(first)
-
-
-def _kernels_or_bits(first: pd.DataFrame) -> str:
-    """Whether the speed of the fastest quantized variant is that of FP16 with the same execution; '' without both."""
-    quantized = [name for name in first.index if find(name).quantized]
-    name = first.loc[quantized, "latency_p50_ms"].idxmin() if quantized else ""
-    twin = f"fp16-{name.partition('-')[2]}"
-    if twin not in first.index or first["latency_p50_ms"].idxmin() == name:
-        return ""
-    times = first["latency_p50_ms"]
-    return (
-        f" {label(name)}, the fastest quantized variant at batch size {first['batch'].iloc[0]:.0f}, takes "
-        f"{times[name] / times[twin]:.2f} times as long as {label(twin)}: kernels make it fast, fewer bits make it "
-        "small."
-    )
+    found = [f"{label(name)} {_compared(first.loc[name])}" for name in plain if name in first.index[1:]]
+    said = f"**Quantized out of the box**, batch size {first['batch'].iloc[0]:.0f}: {', '.join(found)}."
+    return said if found else ""
 
 
 def _quality(rows: pd.DataFrame) -> str:

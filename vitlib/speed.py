@@ -30,13 +30,6 @@ def ladder(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def steps(study: Study) -> pd.DataFrame:
-    """The variants that ran in the order of the ladder, for `plots.ladder`."""
-    table = variants(study)
-    order = [name for name, *_ in _climbed(table)]
-    return table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
-
-
 def _climbed(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     """(variant, technique, the variant it is added to), each after the one it is added to."""
     parts = ["weights", "attention", "execution", "gelu"]
@@ -91,18 +84,6 @@ def against_fp16(study: Study) -> pd.DataFrame:
             found = {f"batch size {batch}": _factor(latencies, other, name, batch) for batch in batches}
             rows.append({"variant": name, "compared with": other, **found})
     return pd.DataFrame(rows)
-
-
-def rates(study: Study) -> pd.DataFrame:
-    """Images per second: training (median over epochs), the fastest network, and from files to predictions."""
-    best = variants(study).sort_values("throughput_img_s").iloc[-1]
-    found = {f"classification, {label(best['variant'])}, batch size {best['batch']}": best["throughput_img_s"]}
-    if study.has("finetune"):
-        found = {"training": study.read("finetune")["images_per_s"].median()} | found
-    if study.has("inference.json"):
-        made = study.read_json("inference")
-        found[f"from files to predictions, {label(made['variant'])}"] = made["images_per_s"]
-    return pd.DataFrame(found.items(), columns=["work", "images/s"])
 
 
 def headline(study: Study) -> Markdown:

@@ -2,7 +2,6 @@
 
 import copy
 
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +13,6 @@ from vitlib.ablation.exchange import Subject, prepare
 from vitlib.network import checkpoint, quantize
 from vitlib.pictures import sources
 from vitlib.pictures.decode import Picture
-from vitlib.report import plots
 from vitlib.study import files, params
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
@@ -127,22 +125,7 @@ def test_the_records_have_every_configuration_and_both_rankings(subject, tmp_pat
     assert frame.loc[frame["kept"] == ablation.ALL, "logit_kl"].abs().max() < 1e-12
     nothing = frame[frame["kept"] == ablation.NONE].set_index("bits")["logit_kl"]
     assert (nothing > 0).all()
-    blocks = ablation.sensitivity(frame)
-    assert blocks["block"].tolist() == [0, 1, 2, 3] * 2
-    by_name = frame.set_index(["bits", "kept"])["logit_kl"]
-    last = blocks.iloc[-1]
-    assert last["kl_removed"] == pytest.approx(1 - by_name[8, "block 3"] / nothing[8])
     table = ablation.reliability(study(), logits, subject)
     assert table["bits"].tolist() == [4] * 3 + [8] * 3 and table["ranking"].nunique() == 3
     by_kl = table[table["ranking"].str.startswith("KL")]
     assert by_kl["correlation"].between(-1, 1).all() and (by_kl["low"] <= by_kl["high"]).all()
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 12, 24])
-def test_the_figure_names_the_most_sensitive_block_of_any_network(count):
-    removed = [0.01 * (k % 3 - 1) for k in range(count)]
-    removed[count // 2] = 0.4
-    blocks = pd.DataFrame({"bits": 4, "block": range(count), "kl_removed": removed})
-    plot = plots.sensitivity_bars(blocks)
-    assert f"4 bits, block {count // 2}: 40 %" in repr(plot)
-    assert "<svg" in plot._repr_svg_() and "nan" not in repr(plot)

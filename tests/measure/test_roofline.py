@@ -61,9 +61,9 @@ def test_eight_bit_products_have_their_own_ceiling_and_conversions_only_their_ti
     assert without["ceiling_tflop_s"]["mlp"] == 100.0  # where no 8-bit product runs
 
 
-@pytest.mark.parametrize("product", [roofline.int8_product, roofline.fp8_product])
-def test_products_in_8_bit_run_as_the_ceiling_measures_them(product):
-    assert product(64, torch.device("cpu"))().shape == (64, 64)  # a CPU's are slow, and no ceiling of anything
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_products_in_8_bit_run_as_the_ceiling_measures_them(dtype):
+    assert roofline.product(dtype, 64, torch.device("cpu"))().shape == (64, 64)  # slow: no ceiling of anything
 
 
 def test_the_ceiling_is_the_product_that_a_linear_layer_makes(monkeypatch):

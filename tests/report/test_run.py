@@ -12,6 +12,7 @@ import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.translators import PythonTranslator
+from sources import sources
 
 from vitlib.report import page, run
 from vitlib.study import files, params
@@ -71,8 +72,8 @@ def test_a_failure_keeps_the_last_good_report_and_success_clears_the_mark(projec
     (project / "pictures").mkdir()
 
     (folder / "records").mkdir()
-    (folder / "records" / "base.json").write_text("of the last good run")
-    record = "for name in 'base', 'new': open(f'outputs/demo/records/{name}.json', 'w').write('of this run')"
+    (folder / "records" / "other.json").write_text("of the last good run")
+    record = "for name in 'other', 'new': open(f'outputs/demo/records/{name}.json', 'w').write('of this run')"
     bad = write(project, f"print('second')\n{record}", "raise ValueError('<b>no</b>')", "print('third')")
     assert run.main(["run", str(bad), "--study", "demo"]) == 1
     printed = capfd.readouterr().err
@@ -139,7 +140,7 @@ def test_cells_must_have_run_in_order(counts, cell):
 def test_a_full_disk_leaves_records_and_page_as_they_were(project, folder, monkeypatch, capfd, room):
     """Every cell has run; with `room` there is some for the page of the failure and the index."""
     (project / "params" / "demo.yaml").touch()
-    good, record, flush = folder / "2_evaluate.html", folder / "records" / "base.json", files._flush
+    good, record, flush = folder / "2_evaluate.html", folder / "records" / "other.json", files._flush
     for path in (good, record):
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the last good run")
@@ -257,5 +258,5 @@ def test_sources_follow_imports_through_packages_and_functions(tmp_path, monkeyp
     script = tmp_path / "notebook.py"
     script.write_text("# %%\nfrom house import door\nimport numpy\n")
     expected = ["house/__init__.py", "house/door.py", "house/other.py", "house/room/__init__.py", "house/room/thing.py"]
-    assert run.sources(script, package="house") == expected
+    assert sources(script, package="house") == expected
     assert "house" not in sys.modules

@@ -11,17 +11,11 @@ import pandas as pd
 from vitlib.ablation import blocks, formats, linears, plans, repair
 from vitlib.ablation.exchange import prepare
 from vitlib.report.tables import NO_BREAK, Markdown, estimate, number
-from vitlib.study import origin
 from vitlib.study.study import Study
 
 __all__ = ["blocks", "formats", "linears", "plans", "prepare", "repair"]
 open = Study.open
 LARGER = 2.0  # times the predicted KL on validation pictures from which training pictures are said to rank plans only
-
-
-def introduce(study: Study) -> Markdown:
-    """What the base is, and what follows for the accuracies of this page."""
-    return Markdown(origin.sentence(study.folder))
 
 
 def headline(

@@ -19,7 +19,8 @@ NONE, ENDS, HEADS, ALL = "none", "first+last blocks", "embeddings+classifier", "
 TABLE = {
     **{"bits": "bits", "kept": "kept in FP16"},
     **{"top1": Column("Top-1 (%)", ".2f", 100), "top5": Column("Top-5 (%)", ".2f", 100)},
-    **{"logit_kl": Column("KL (nats)", nats), ("logit_kl_low", "logit_kl_high"): Column("95 % interval", nats)},
+    "logit_kl": Column("KL (nats)", nats, bar=True),
+    ("logit_kl_low", "logit_kl_high"): Column("95 % interval", nats),
     **{"flips": "flips", "discordant_pairs": "discordant"},
     **{"mcnemar_p": Column("McNemar p", ".3f"), "holm_p": Column("Holm p", ".3f")},
 }
@@ -71,24 +72,16 @@ def table(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Su
     for (bits, kept), values in logits.items():
         found, nothing = values.numpy(), logits[bits, NONE].numpy()
         right = stats.topk_right(found, labels)
-        test = stats.mcnemar(stats.topk_right(nothing, labels), right)
+        lost, gained, p = stats.mcnemar(stats.topk_right(nothing, labels), right)
         kl = stats.paired_bootstrap(stats.kl_divergence(logits[bits, ALL].numpy(), found), seed=study.settings.seed)
         row = {"bits": bits, "kept": kept, "top1": right.mean(), "top5": stats.topk_accuracy(found, labels, 5)}
         row["loss"] = nn.functional.cross_entropy(values, subject.labels).item()
         row |= stats.columns("logit_kl", kl) | {"flips": stats.flips(nothing.argmax(1), found.argmax(1))}
-        row["discordant_pairs"] = test.lost + test.gained
-        rows.append(row | {"mcnemar_p": np.nan if kept == NONE else test.p})
+        row["discordant_pairs"] = lost + gained
+        rows.append(row | {"mcnemar_p": np.nan if kept == NONE else p})
     frame = pd.DataFrame(rows)
     frame["holm_p"] = frame.groupby("bits")["mcnemar_p"].transform(lambda p: stats.holm(p.to_numpy()))
     return study.write("ablation", frame)
-
-
-def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
-    """By bits and block: the share of the KL that is removed when it alone is kept."""
-    kept = frame[frame["kept"].str.startswith("block ")]
-    nothing = frame[frame["kept"] == NONE].set_index("bits")["logit_kl"]
-    removed = 1 - kept["logit_kl"] / kept["bits"].map(nothing)
-    return pd.DataFrame({"bits": kept["bits"], "block": kept["kept"].str[6:].astype(int), "kl_removed": removed})
 
 
 def reliability(study: Study, logits: dict[tuple[int, str], torch.Tensor], subject: Subject) -> pd.DataFrame:

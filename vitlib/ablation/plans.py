@@ -65,11 +65,11 @@ class Prediction:
 
         ValueError where NF4 in all linears takes more.
         """
-        return search.choose(self.cost[:, : FOUR + 1], self.size[:, : FOUR + 1], bits, self.excess)
+        return search.choose(self.cost[:, : FOUR + 1], self.size[:, : FOUR + 1], bits, goal_pairs=self.excess)
 
     def smallest(self, kl: float) -> Mixture:
         """The smallest such mixture whose predicted KL is at most `kl`."""
-        return search.smallest(self.cost[:, : FOUR + 1], self.size[:, : FOUR + 1], kl, self.excess)
+        return search.choose(self.size[:, : FOUR + 1], self.cost[:, : FOUR + 1], kl, use_pairs=self.excess)
 
 
 def predict(study: Study, linears: Linears, kl: np.ndarray) -> tuple[Prediction, pd.DataFrame]:

@@ -12,16 +12,15 @@ from pathlib import Path
 import pandas as pd
 
 from vitlib.claims.claim import FAILS, HOLDS, HOLDS_ONLY, UNTESTED, VERDICTS, kind_of, load
-from vitlib.claims.mismatch import MISTAKE, baselines, looks, mistake, mistake_in_words
+from vitlib.claims.mismatch import MISTAKE, baselines, looks, mistake
 from vitlib.claims.quantities import OTHER_NETWORK, Missing, content
 from vitlib.measure import stats
 from vitlib.pictures import sources
 from vitlib.report.tables import Column, Markdown, Table, table
-from vitlib.study import origin
 from vitlib.study.records import MissingRecord
 from vitlib.study.study import Study
 
-__all__ = ["FAILS", "HOLDS", "HOLDS_ONLY", "MISTAKE", "UNTESTED", "looks", "mistake", "mistake_in_words"]
+__all__ = ["FAILS", "HOLDS", "HOLDS_ONLY", "MISTAKE", "UNTESTED", "looks", "mistake"]
 open = Study.open
 
 MAIN = ("objectives", "recommendations", "speed and accuracy", "sensitivity")  # subjects that the answer names first
@@ -149,8 +148,3 @@ def _examples(frame: pd.DataFrame, count: int = 3) -> list[str]:
 
 def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def introduce(study: Study) -> Markdown:
-    """What the base is, and what follows for the accuracies of this page."""
-    return Markdown(origin.sentence(study.folder))

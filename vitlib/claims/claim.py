@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
 from vitlib.claims.quantities import Figure, Measurement, Quantity, content
 from vitlib.study.variants import label
@@ -15,7 +15,10 @@ VERDICTS = (HOLDS, HOLDS_ONLY, FAILS, UNTESTED)
 
 
 class Claim(BaseModel, extra="forbid", frozen=True):
-    """One claim: its quantity, and the original's figure, or one by case (`shown` is its own wording)."""
+    """One claim: its quantity, and the original's figure, or one by case (`shown` is its own wording).
+
+    "between" has two figures, and "about" a tolerance.
+    """
 
     id: str = Field(pattern=r"^[a-z0-9-]+$")
     subject: str
@@ -28,14 +31,6 @@ class Claim(BaseModel, extra="forbid", frozen=True):
     criterion: Literal["about", "at least", "at most", "more than", "between"]
     tolerance: float = Field(0.0, ge=0, le=1)
     cause: str = ""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Claim:
-        if isinstance(self.original, tuple) != (self.criterion == "between"):
-            raise ValueError("'between', and nothing else, needs a lower and an upper value")
-        if (self.criterion == "about") != (self.tolerance > 0):
-            raise ValueError("'about', and nothing else, needs a tolerance")
-        return self
 
     def accepts(self, case: str = "") -> tuple[float, float]:
         """The range of figures with which the claim holds, bounds included. 'about' is a factor in either direction."""

@@ -90,13 +90,10 @@ def _row(weights: str, name: str, labels: np.ndarray, found: dict[tuple[str, str
     logits, own = found[weights, name], found[weights, OWN]
     right, right_own, right_fp32 = (stats.topk_right(v, labels) for v in (logits, own, found[WEIGHTS[0], name]))
     difference, quantized = stats.paired_difference(right_own, right), stats.paired_difference(right_fp32, right)
-    low, high = stats.wilson(int(right.sum()), len(right))
     row = {"preprocessing": name, "weights": weights, "n": len(right), "right": int(right.sum())}
-    row |= {"top1": right.mean(), "top1_low": low, "top1_high": high, "top5": stats.topk_accuracy(logits, labels, 5)}
+    row |= stats.columns("top1", stats.proportion(right)) | {"top5": stats.topk_right(logits, labels, 5).mean()}
     row["agreement"] = (logits.argmax(axis=1) == own.argmax(axis=1)).mean()
-    for column, change in (("difference", difference), ("from_fp32", quantized)):
-        row |= {column: change.estimate, f"{column}_low": change.low, f"{column}_high": change.high}
-    return row
+    return row | stats.columns("difference", difference) | stats.columns("from_fp32", quantized)
 
 
 def looks(study: Study, dataset: Dataset, count: int = 1) -> tuple[list[np.ndarray], list[str]]:
@@ -115,43 +112,17 @@ def looks(study: Study, dataset: Dataset, count: int = 1) -> tuple[list[np.ndarr
     return images, titles
 
 
-def mistake_in_words(frame: pd.DataFrame) -> Markdown:
-    """The cost of the wrong preprocessing for this checkpoint, with the original's figures."""
-    slides = load()["slides-top1"].original
-    rows = frame[frame["weights"] == WEIGHTS[0]].set_index("preprocessing")
-    lines = [
-        f"- With **{name}**, Top-1 is {100 * row['top1']:.1f} % instead of {100 * rows.loc[OWN, 'top1']:.1f} %; "
-        f"{100 * row['agreement']:.0f} % of the pictures keep their class."
-        for name, row in rows.drop(index=OWN).iterrows()
-    ]
-    for weights in WEIGHTS[1:]:
-        quantized = frame[frame["weights"] == weights].set_index("preprocessing")
-        if not quantized.empty:
-            own, wrong = (_points(quantized.loc[name], "from_fp32") for name in (OWN, ORIGINAL))
-            said = slides[f"{weights}-sdpa"] - slides["fp32-sdpa"]
-            lines.append(
-                f"- **{weights.upper()}** against FP32: {own} with its own preprocessing, {wrong} with the original's. "
-                f"The slides report {said:+.1f} points, with the wrong preprocessing."
-            )
-    return Markdown("\n".join(lines))
-
-
 def baselines(frame: pd.DataFrame) -> Markdown:
     """The difference between the original's two baselines, and what the mistake costs the network of this study."""
     claims = load()
     readme, slides = (claims[f"{where}-top1"].original["fp32-sdpa"] for where in ("readme", "slides"))
     change = frame[frame["weights"] == WEIGHTS[0]].set_index("preprocessing").loc[ORIGINAL]
-    cost = f"changes this network's by {_points(change, 'difference')}, which is **no significant loss**"
-    if change["difference_high"] < 0:
-        low, points, high = (-100 * change[f"difference{end}"] for end in ("_high", "", "_low"))
-        cost = f"costs this network **{points:.1f} points** ({low:.1f} … {high:.1f})"
+    low, points, high = (100 * change[f"difference{end}"] for end in ("_low", "", "_high"))
+    cost = f"changes this network's by {points:+.1f} points ({low:+.1f} … {high:+.1f}): **no significant loss**"
+    if high < 0:
+        cost = f"costs this network **{-points:.1f} points** ({-high:.1f} … {-low:.1f})"
     return Markdown(
         f"The original's README and its slides give Top-1 of {readme:.1f} % and {slides:.1f} % for the same FP32 "
         f"network: **{readme - slides:.0f} points apart**. The slides' pictures were not prepared as in training; the "
         f"same mistake {cost}."
     )
-
-
-def _points(row: pd.Series, column: str) -> str:
-    low, points, high = (100 * row[f"{column}{end}"] for end in ("_low", "", "_high"))
-    return f"{points:+.1f} points ({low:+.1f} … {high:+.1f})"

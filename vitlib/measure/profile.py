@@ -1,10 +1,11 @@
 """Device time of a forward pass by part of the model and by operation, from raw profiler events. Level 1.
 
 Times are sums over kernels, never averages. A kernel belongs to a part of the model because of the module that
-launched it (ranges are opened by hooks while profiling), not because of what its name contains. On a CPU the
+launched it (ranges are opened around `forward` while profiling), not because of what its name contains. On a CPU the
 "kernels" are the operators, with the time spent in each but not in those it calls.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit import modeling_vit
+
+from vitlib.measure import timing
 
 PARTS = ("patch embedding", "attention", "mlp", "norm", "residual", "head", "quantization", "copy", "other")
 ATTENTION_FUNCTION = "scaled dot product"
@@ -41,42 +44,28 @@ _COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone", "Memcpy")
 @contextmanager
 def annotated(model: nn.Module) -> Iterator[None]:
     """While open, every module of `model` and its attention function run inside a named profiler range."""
+    name_of_attention = model.config._attn_implementation
+    attention = ALL_ATTENTION_FUNCTIONS.get(name_of_attention, modeling_vit.eager_attention_forward)
     with ExitStack() as stack:
         for name, module in model.named_modules():
             part = "head" if name == "classifier" else getattr(module, "part", _RANGES.get(type(module)))
             if part is not None:
-                _open_range(stack, module, part)
-        stack.enter_context(_annotated_attention(model.config._attn_implementation))
+                module.forward = _in_range(part, module.forward)
+                stack.callback(delattr, module, "forward")
+        ALL_ATTENTION_FUNCTIONS[name_of_attention] = _in_range(ATTENTION_FUNCTION, attention)
+        stack.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, name_of_attention)
         yield
 
 
-def _open_range(stack: ExitStack, module: nn.Module, part: str) -> None:
-    open_ranges: list[record_function] = []
+def _in_range(part: str, function: Callable) -> Callable:
+    """`function`, called inside the profiler range of `part`."""
 
-    def enter(*_: object) -> None:
-        open_ranges.append(record_function(f"part:{part}"))
-        open_ranges[-1].__enter__()
+    @functools.wraps(function)
+    def called(*args: object, **kwargs: object) -> object:
+        with record_function(f"part:{part}"):
+            return function(*args, **kwargs)
 
-    def leave(*_: object) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
-    stack.callback(module.register_forward_pre_hook(enter).remove)
-    stack.callback(module.register_forward_hook(leave).remove)
-
-
-@contextmanager
-def _annotated_attention(implementation: str) -> Iterator[None]:
-    original = ALL_ATTENTION_FUNCTIONS.get(implementation, modeling_vit.eager_attention_forward)
-
-    def in_range(*args: object, **kwargs: object) -> object:
-        with record_function(f"part:{ATTENTION_FUNCTION}"):
-            return original(*args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[implementation] = in_range
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[implementation]
+    return called
 
 
 def profile(
@@ -90,13 +79,11 @@ def profile(
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with annotated(model):
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # or the last kernels of this call fall into the profile
+        timing.synchronise(device)  # or the last kernels of this call fall into the profile
         with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             for _ in range(passes):
                 call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            timing.synchronise(device)
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))

@@ -5,7 +5,6 @@ at the measured peak rate, nor than its bytes at the measured memory bandwidth. 
 products, as PyTorch's counter has them; bytes are those that must move if every tensor is read and written once.
 """
 
-import functools
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -17,8 +16,6 @@ from transformers import PretrainedConfig
 
 from vitlib.measure import timing
 from vitlib.measure.timing import Budget
-
-Product = Callable[[int, torch.device], Callable[[], torch.Tensor]]  # (side, device) -> what multiplies
 
 LINEARS = ("attention", "mlp")  # parts whose products are 8-bit where a variant multiplies in 8 bits
 NOT_MEASURED = "ceiling not measured"
@@ -39,39 +36,33 @@ def ceilings(device: torch.device) -> Ceilings:
     """
     cuda = device.type == "cuda"
     sides, numbers = ((8192,), 2**30) if cuda else ((128, 256, 512, 1024), 2**25)
-    tflops = {}
-    for name in ("float32", "float16", "bfloat16"):
-        product = functools.partial(linear_product, dtype=getattr(torch, name))
-        tflops[name] = max(_tflops(product, side, device) for side in sides)
-    for name, product in (("int8", int8_product), ("fp8", fp8_product)) if cuda else ():
+    tflops = {name: max(_tflops(name, side, device) for side in sides) for name in ("float32", "float16", "bfloat16")}
+    for name in ("int8", "fp8") if cuda else ():
         with suppress(RuntimeError, ValueError):  # not on this card
-            tflops[name] = _tflops(product, sides[-1], device)
+            tflops[name] = _tflops(name, sides[-1], device)
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     return Ceilings(tflops, 2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e9)
 
 
-def _tflops(product: Product, side: int, device: torch.device) -> float:
-    return 2 * side**3 / _seconds(product(side, device), device) / 1e12
+def _tflops(dtype: str, side: int, device: torch.device) -> float:
+    return 2 * side**3 / _seconds(product(dtype, side, device), device) / 1e12
 
 
-def linear_product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    """A call that computes x wᵀ as a linear layer does; x w in FP16 has another, far slower kernel on a CPU."""
-    x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+def product(dtype: str, side: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    """A call that computes x wᵀ of two square matrices, as a linear layer does, in a dtype of torch, "int8" or "fp8".
+
+    x w in FP16 has another, far slower kernel on a CPU. "fp8" is float8_e4m3fn with one scale a matrix, into BF16.
+    """
+    if dtype == "int8":
+        a, b = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+        return lambda: torch._int_mm(a, b.t())
+    x, weight = (torch.randn(side, side, device=device) for _ in range(2))
+    if dtype == "fp8":
+        x, weight, one = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        return lambda: torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    x, weight = x.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
     return lambda: F.linear(x, weight)
-
-
-def int8_product(side: int, device: torch.device) -> Callable[[], torch.Tensor]:
-    """The same in int8."""
-    a, b = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
-    return lambda: torch._int_mm(a, b.t())
-
-
-def fp8_product(side: int, device: torch.device) -> Callable[[], torch.Tensor]:
-    """The same for float8_e4m3fn with one scale a matrix; the result is in BF16."""
-    a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
-    one = torch.ones((), device=device)
-    return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

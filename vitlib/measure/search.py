@@ -21,37 +21,19 @@ def total(cost: ArrayLike, options: ArrayLike, pairs: Sequence[Pair] = ()) -> fl
     return float(cost[np.arange(len(options)), options].sum() + excess)
 
 
-def choose(cost: ArrayLike, size: ArrayLike, budget: float, pairs: Sequence[Pair] = ()) -> NDArray[np.intp]:
-    """The options (n,) of least total cost whose sizes add up to at most `budget`; `cost` and `size` (n, k).
-
-    ValueError where no choice fits the budget.
-    """
-    return _solve(cost, size, budget, cost_pairs=pairs)
-
-
-def smallest(cost: ArrayLike, size: ArrayLike, limit: float, pairs: Sequence[Pair] = ()) -> NDArray[np.intp]:
-    """The options (n,) of least total size whose cost, with that of pairs, is at most `limit`; see `choose`."""
-    return _solve(size, cost, limit, limit_pairs=pairs)
-
-
-def _solve(
-    goal: ArrayLike,
-    use: ArrayLike,
-    limit: float,
-    cost_pairs: Sequence[Pair] = (),
-    limit_pairs: Sequence[Pair] = (),
+def choose(
+    goal: ArrayLike, use: ArrayLike, limit: float, *, goal_pairs: Sequence[Pair] = (), use_pairs: Sequence[Pair] = ()
 ) -> NDArray[np.intp]:
-    """Least sum of `goal` with the sum of `use` at most `limit`, both (n, k); pairs add to the one or the other.
+    """The options (n,) of least total `goal` whose `use` adds up to at most `limit`; both (n, k).
 
-    A pair has a variable of its own: between x + y - 1 and the smaller of x and y, so it is the product of two choices.
+    Pairs add to the one or to the other. A pair has a variable of its own: between x + y - 1 and the smaller of x and
+    y, so it is the product of two choices. ValueError where no choice fits the limit.
     """
     goal, use = (np.asarray(values, dtype=np.float64) for values in (goal, use))
-    if goal.ndim != 2 or goal.shape != use.shape:
-        raise ValueError(f"expected (items, options) twice, got {goal.shape} and {use.shape}")
-    (n, k), pairs = goal.shape, [*cost_pairs, *limit_pairs]
+    (n, k), pairs = goal.shape, [*goal_pairs, *use_pairs]
     width = n * k + len(pairs)
     extra = np.array([pair[-1] for pair in pairs], dtype=np.float64)
-    in_goal, in_use = (extra, 0 * extra) if cost_pairs else (0 * extra, extra)
+    in_goal, in_use = (extra, 0 * extra) if goal_pairs else (0 * extra, extra)
     one_each = np.zeros((n, width))
     for item in range(n):
         one_each[item, item * k : (item + 1) * k] = 1

@@ -38,48 +38,33 @@ def columns(name: str, interval: Interval) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
-class McNemar(NamedTuple):
-    """Images the variant lost and gained against the baseline, and the exact two-sided p."""
-
-    lost: int
-    gained: int
-    p: float
-
-
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % bounds of a proportion `right / n` by the score interval; NaN for n = 0. ValueError unless 0 <= right <= n.
+    """95 % bounds of a proportion `right / n` by the score interval. ValueError unless 0 <= right <= n and n > 0.
 
     It keeps its coverage near 100 % accuracy (Wilson, JASA 22, 1927; method 3 of Newcombe, Statist. Med. 17, 1998).
     """
-    if not 0 <= right <= n:
-        raise ValueError(f"wilson needs 0 <= right <= n, got right={right}, n={n}")
-    if n == 0:
-        return math.nan, math.nan
     bounds = scipy.stats.binomtest(int(right), int(n)).proportion_ci(method="wilson")
     return float(bounds.low), float(bounds.high)
 
 
-def mcnemar(baseline_right: ArrayLike, variant_right: ArrayLike) -> McNemar:
-    """Exact two-sided McNemar test on the discordant pairs; both inputs bool, shape (n_images,).
+def mcnemar(baseline_right: ArrayLike, variant_right: ArrayLike) -> tuple[int, int, float]:
+    """Images lost and gained, and the p of the exact two-sided McNemar test; both inputs bool, shape (n_images,).
 
     Given their number, lost pairs are Binomial(lost + gained, 1/2) if the two models are equally accurate
     (McNemar, Psychometrika 12, 1947). Without discordant pairs p = 1. ValueError if shapes differ.
     """
     lost, gained, _ = _discordant(baseline_right, variant_right)
     p = scipy.stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    return McNemar(lost, gained, float(p))
+    return lost, gained, float(p)
 
 
 def paired_difference(baseline_right: ArrayLike, variant_right: ArrayLike) -> Interval:
     """Difference of accuracy, variant minus baseline, as a fraction, with the paired 95 % score interval.
 
     Both inputs bool, shape (n_images,). Where no pair is discordant the bootstrap of this difference has width zero;
-    here the bounds are then +-z^2 / (n + z^2). Source: Tango, Statist. Med. 17, 1998. NaN for no images; ValueError if
-    shapes differ.
+    here the bounds are then +-z^2 / (n + z^2). Source: Tango, Statist. Med. 17, 1998. ValueError if shapes differ.
     """
     lost, gained, n = _discordant(baseline_right, variant_right)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan)
     z = float(scipy.stats.norm.ppf(0.975))
 
     def upper(gained: int, lost: int) -> float:
@@ -135,17 +120,15 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 def verdict(*, difference: Interval, p_adjusted: float, margin: float) -> str:
     """What a row of the accuracy table may claim: "different", "non-inferior" or "not shown".
 
-    `difference` is variant minus baseline, in the unit of `margin`, the largest loss that would be accepted.
+    `difference` is variant minus baseline, in the unit of `margin` > 0, the largest loss that would be accepted.
 
     1. "different" if the Holm-adjusted p is below SIGNIFICANCE, also for a gain and for a loss inside the margin.
     2. "non-inferior" if the interval's lower bound is above -margin.
     3. "not shown" otherwise: no difference was found, nor was a relevant loss excluded. NaN ends here.
 
     An interval of width zero is no evidence. A 95 % interval makes rule 2 a one-sided test at 2.5 %, not adjusted for
-    the number of rows. ValueError unless margin > 0.
+    the number of rows.
     """
-    if not margin > 0:
-        raise ValueError(f"margin must be a positive number in the unit of the difference, got {margin}")
     if p_adjusted < SIGNIFICANCE:  # False for NaN
         return "different"
     informative = difference.high > difference.low  # False for NaN
@@ -157,12 +140,10 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval (95 %) of `statistic(*paired, axis=)` of per-image values, each (n_images,).
 
-    All arrays are resampled together. Bounds are NaN for one value, and all for no value or a NaN. ValueError unless
-    one-dimensional. Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    All arrays are resampled together. Bounds are NaN for one value, and all for no value or a NaN. Source: Efron &
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     arrays = tuple(np.asarray(values, dtype=np.float64) for values in paired)
-    if any(values.ndim != 1 for values in arrays):
-        raise ValueError(f"expected per-image values of shape (n_images,), got {[v.shape for v in arrays]}")
     n = len(arrays[0])
     estimate = float(np.asarray(statistic(*arrays, axis=0))) if n else math.nan
     if n < 2 or np.isnan(arrays).any():
@@ -242,13 +223,14 @@ def times_faster(baseline_by_round: Sequence[ArrayLike], variant_by_round: Seque
     """How many times faster a variant is than the baseline: the ratio of their median latencies, above 1 if faster.
 
     Both inputs hold the latencies of each round; round i of both was measured side by side. The 95 % interval resamples
-    rounds, both sides together; NaN for one round. ValueError for unequal rounds or latencies not positive and finite.
+    rounds, both sides together; NaN for one round. ValueError unless both have as many rounds.
     """
 
     def ratio(before: NDArray, after: NDArray, axis: int) -> NDArray:
         return np.median(before, axis=axis) / np.median(after, axis=axis)
 
-    return paired_bootstrap(*_latencies(baseline_by_round, variant_by_round), statistic=ratio)
+    medians = _paired(_round_medians(baseline_by_round), _round_medians(variant_by_round))
+    return paired_bootstrap(*medians, statistic=ratio)
 
 
 def hodges_lehmann(values: ArrayLike) -> Interval:
@@ -282,7 +264,7 @@ def same_or_slower(baseline_rounds: Sequence[ArrayLike], variant_rounds: Sequenc
     With 1 % jitter of each round, 1 % of each sample and 5 % of the samples outlying, 20 rounds of 10 samples call A/A
     the same and a 2 % slowdown slower in 99 of 100 runs (12 rounds: in 87). ValueError as in `times_faster`.
     """
-    before, after = _latencies(baseline_rounds, variant_rounds)
+    before, after = _paired(_round_medians(baseline_rounds), _round_medians(variant_rounds))
     if len(before) < MINIMUM_ROUNDS:
         return TOO_FEW_ROUNDS
     log_ratio = np.log(after / before)
@@ -298,28 +280,17 @@ def _round_medians(samples_by_round: Sequence[ArrayLike]) -> NDArray[np.float64]
     return np.array([np.median(samples) for samples in samples_by_round], dtype=np.float64)
 
 
-def _latencies(baseline: Sequence[ArrayLike], variant: Sequence[ArrayLike]) -> tuple[NDArray, NDArray]:
-    """Medians of both sides' rounds; ValueError unless they are as many, positive and finite."""
-    before, after = _paired(_round_medians(baseline), _round_medians(variant))
-    if not (np.isfinite([before, after]).all() and min(before.min(initial=1), after.min(initial=1)) > 0):
-        raise ValueError("latencies must be positive and finite")
-    return before, after
-
-
 def kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDArray[np.float64]:
     """KL(softmax(baseline) || softmax(variant)) of each image in nats; (n, classes) twice in, (n,) out.
 
-    Computed in float64 from log-softmax, so that large logits neither overflow nor turn into log(0). A logit that is
-    NaN or +inf makes its image NaN. ValueError if shapes differ.
+    Computed in float64. A logit that is NaN or +inf makes its image NaN. ValueError if shapes differ.
     """
     before, after = (np.asarray(logits, dtype=np.float64) for logits in (baseline_logits, variant_logits))
     if before.shape != after.shape or before.ndim != 2:
         raise ValueError(f"expected (n, classes) twice, got {before.shape} and {after.shape}")
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, and is meant to be
-        log_p, log_q = (scipy.special.log_softmax(logits, axis=1) for logits in (before, after))
-        p = np.exp(log_p)
-        terms = np.where(p == 0, 0.0, p * (log_p - log_q))
-    return np.maximum(terms.sum(axis=1), 0.0)  # a rounding error may leave -1e-17; NaN passes
+        p, q = (scipy.special.softmax(logits, axis=1) for logits in (before, after))
+    return np.maximum(scipy.special.rel_entr(p, q).sum(axis=1), 0.0)  # rounding may leave -1e-17; NaN passes
 
 
 def flips(baseline_pred: ArrayLike, variant_pred: ArrayLike) -> int:
@@ -339,23 +310,13 @@ def topk_right(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> NDArray[np.b
         raise ValueError(f"expected (n, classes), (n,) and k >= 1, got {scores.shape}, {labels.shape}, {k}")
     if labels.size and (labels.min() < 0 or labels.max() >= scores.shape[1]):
         raise ValueError(f"labels must be in [0, {scores.shape[1]}), got {labels.min()} to {labels.max()}")
-    own = np.take_along_axis(scores, labels[:, None].astype(np.intp), axis=1)
-    earlier = np.arange(scores.shape[1]) < labels[:, None]
-    rank = ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
-    return (rank < k) & ~np.isnan(scores).any(axis=1)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return (best == labels[:, None]).any(axis=1) & ~np.isnan(scores).any(axis=1)
 
 
 def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
     """Share of images whose label is among the k largest logits (see `topk_right`); NaN for no images."""
     return float(right.mean()) if (right := topk_right(logits, labels, k)).size else math.nan
-
-
-def f1_weighted(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """F1 of each class, 0 if never predicted, averaged by its share of the labels; (n,) twice in; NaN for no images."""
-    from sklearn.metrics import f1_score  # a second of import time, for this function only
-
-    truth, guess = _paired(labels, predictions)
-    return float(f1_score(truth, guess, average="weighted", zero_division=0.0)) if truth.size else math.nan
 
 
 def _paired(a: ArrayLike, b: ArrayLike, *, dtype: type | None = None) -> tuple[NDArray, NDArray]:

@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -139,15 +138,11 @@ def replay_us(graph: "torch.cuda.CUDAGraph", repeats: int = 10) -> float:
     return 1e3 * sorted(before.elapsed_time(after) for before, after in pairs)[repeats // 2]
 
 
-class Used(NamedTuple):
-    """Megabytes (2**20) that a call needed at its peak above what was there before it."""
+def peak_memory_mb(call: Call, device: torch.device) -> tuple[float, float]:
+    """MB (2**20) that a call allocates at its peak above what was there, and that it reserves from the driver.
 
-    allocated: float
-    reserved: float  # by the caching allocator from the driver; NaN on a CPU
-
-
-def peak_memory_mb(call: Call, device: torch.device) -> Used:
-    """What one call allocates at its peak: on CUDA by the caching allocator, on a CPU by the profiler's events."""
+    On CUDA by the caching allocator; on a CPU by the profiler's events, where nothing is reserved (NaN).
+    """
     call(0)  # first-call workspaces stay allocated and are not the call's own
     synchronise(device)
     if device.type == "cuda":
@@ -157,13 +152,13 @@ def peak_memory_mb(call: Call, device: torch.device) -> Used:
         call(1)
         synchronise(device)
         peak = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return Used((peak[0] - before[0]) / 2**20, (peak[1] - before[1]) / 2**20)
+        return (peak[0] - before[0]) / 2**20, (peak[1] - before[1]) / 2**20
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         call(1)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return Used(max(held, default=0) / 2**20, float("nan"))
+    return max(held, default=0) / 2**20, float("nan")
 
 
 def known_duration_error(milliseconds: float = 5.0) -> float:
@@ -176,5 +171,5 @@ def known_duration_error(milliseconds: float = 5.0) -> float:
 def known_tensor_error(megabytes: float = 64.0) -> float:
     """Relative error of `peak_memory_mb` for a tensor of known size on the CPU."""
     size = int(megabytes * 2**20)
-    used = peak_memory_mb(lambda _: torch.empty(size, dtype=torch.uint8).fill_(1), torch.device("cpu"))
-    return abs(used.allocated / megabytes - 1)
+    allocated, _ = peak_memory_mb(lambda _: torch.empty(size, dtype=torch.uint8).fill_(1), torch.device("cpu"))
+    return abs(allocated / megabytes - 1)

@@ -56,13 +56,7 @@ OF_VARIANTS: dict[str | tuple[str, str], str | Column] = {
     "ceiling_gb_s": Column("peak GB/s", number),
     "bound": "limited by",
     "share_of_floor": Column("of the possible (%)", ".0f", 100),
-    "reason": "not run because",
 }
-
-_COMPARED = (
-    "variant batch model_mb latency_p50_ms times_baseline throughput_img_s peak_memory_mb cpu_latency_ms top1 flips"
-)
-SUMMARY = {name: OF_VARIANTS[name] for name in (*_COMPARED.split(), "reason")}
 ACCURACY: dict[str | tuple[str, ...], str | Column] = {
     "variant": "variant",
     ("top1", "top1_low", "top1_high"): Column("Top-1 (%)", ",", 100),
@@ -83,6 +77,13 @@ _SIZE = {
     "disk_mb": Column("on disk (MB)", ",.1f"),
 }
 _PEAK = {"peak_memory_mb": Column("weights + pass (MB), batch {:g}", ",.0f", best="low")}
+_OVERVIEW = {
+    "variant": "variant",
+    "top1": Column("Top-1 (%)", ".1f", 100),
+    "agreement_with_baseline": Column("same class (%)", ".1f", 100),
+    "model_mb": Column("MB", ",.1f", best="low", bar=True),
+}
+_LATENCY = {"latency_p50_ms": Column("ms, batch {:g}", number, best="low", bar=True)}
 
 
 def speed(frame: pd.DataFrame, *more: str) -> tuple[pd.DataFrame, dict]:
@@ -96,10 +97,16 @@ def size(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
     return _by_batch(frame, _SIZE, _PEAK)
 
 
+def overview(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
+    """A row a variant, and its columns: what an index shows of it, or why it did not run. For `tables.table(*…)`."""
+    wide, columns = _by_batch(frame.fillna({"reason": ""}), _OVERVIEW, _LATENCY)
+    return wide, columns | {"reason": "not run because"}
+
+
 def _by_batch(frame: pd.DataFrame, once: dict, each: dict) -> tuple[pd.DataFrame, dict]:
     """`frame` with a row a variant: columns `once`, and those of `each` for every batch size."""
     wide, columns = frame.drop_duplicates("variant").set_index("variant"), dict(once)
-    for batch in sorted(frame["batch"].unique()):
+    for batch in sorted(frame["batch"].dropna().unique()):
         own = frame[frame["batch"] == batch].set_index("variant")
         for key, about in each.items():
             names = key if isinstance(key, tuple) else (key,)

@@ -1,20 +1,26 @@
-"""The front page of a study (its hero figure, reports, variants, records), and that of all studies. No torch."""
+"""The front page of a study (its hero figure, cards of its reports, variants, records), and that of all studies."""
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import re
+import urllib.parse
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from PIL import Image
 
-from vitlib.report import cards, page, sorting, tables
-from vitlib.report.tables import Column
+from vitlib.report import columns, layout, page, tables
 from vitlib.study import files, origin, provenance
 from vitlib.study.study import Study
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 HERO = "hero.svg"  # notebook 2 writes it into the study's folder
 _META = r'<meta name="(\w+)" content="([^"]*)" />'
@@ -27,16 +33,20 @@ _BASES = {  # kind of base, see `origin`
     "hub": "fine-tuned from {base}",
     "folder": "fine-tuned from {base}",
 }
+_PHOTOGRAPH = re.compile(r'alt="([^"]*)" src="data:image/(?:png|jpeg|webp);base64,([^"]*)"')  # of `plots.Pictures`
+_UNQUOTED = " ='/:;,()-.{}*!?+@$"  # characters that may stay in an address inside double quotes
+PHOTOGRAPHS, SIDE = 4, 160  # photographs in a card, and the side in pixels that they are scaled down to
 
 
 def write(folder: str | Path) -> Path:
     """Write the study's `index.html`, and that of all studies beside it (`overview`); returns the study's."""
     study = Study.at(folder)
     page.relink(study.folder)
-    frame, columns, note = _variants(study)
-    made = _environment(study)
-    name, all_studies = _name(study, made), overview(study.folder)
-    shown = [cards.card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
+    frame, shown_as, note = _variants(study)
+    made = study.read_json("environment") if study.has("environment.json") else {}
+    name = made.get("parameters", {}).get("study", study.folder.name)  # a copy may be in a folder of another name
+    all_studies = overview(study.folder)
+    shown = [card(study.folder, stem, status) for stem, status in page.reports(study.folder)]
     about = {"study": name, "sentence": _sentence(study, made, frame), **_about(shown)}
     # A published study is found through its repository: there, no page of all studies is beside it.
     beside = all_studies and all_studies.parent == study.folder.absolute().parent
@@ -46,13 +56,13 @@ def write(folder: str | Path) -> Path:
         title=f"Study {name}: how small and how fast a Vision Transformer can be made",
         description=about["finding"] or about["sentence"],
         about=about,
-        hero=cards.drawing(study.folder / HERO),
+        hero=_drawing(study.folder / HERO),
         overview="../index.html" if beside else "",
         readme=(study.folder / "README.md").is_file(),
         cards=shown,
         facts=_facts(study, made, about),
-        advice=_advice(study),
-        table="" if frame.empty else page.linked(tables.table(frame, columns).to_html()),
+        advice=study.read_json("recommendation")["sentence"] if study.has("recommendation.json") else "",
+        table="" if frame.empty else page.linked(tables.table(frame, shown_as).to_html()),
         note=note,
         files=_files(study, "."),
         traces=_files(study, "traces"),
@@ -75,7 +85,7 @@ def _write_overview(target: Path) -> None:
         with suppress(FileNotFoundError):  # a study may be removed meanwhile
             head = own.read_text(encoding="utf-8").partition("</head>")[0]
             said = {name: html.unescape(text) for name, text in re.findall(_META, head)}
-            about = {"href": own.relative_to(target.parent).as_posix(), "hero": cards.drawing(own.with_name(HERO))}
+            about = {"href": own.relative_to(target.parent).as_posix(), "hero": _drawing(own.with_name(HERO))}
             shown += [said | about] if said.get("date") else []
     shown.sort(key=lambda study: study["date"], reverse=True)
     _written(target, "studies.html.j2", title="Studies: vitlib", description=_ABOUT, about={}, studies=shown)
@@ -90,85 +100,50 @@ def _written(target: Path, template: str, **values: Any) -> Path:
     css = (page.TEMPLATES / "report" / "static" / "report.css").read_text(encoding="utf-8")
     text = environment.get_template(template).render(css=css, **values)
     with files.atomic_path(target) as temporary:
-        temporary.write_text(sorting.with_script(text), encoding="utf-8")
+        temporary.write_text(page.with_script(text), encoding="utf-8")
     return target
 
 
 def summary(folder: str | Path) -> str:
     """The table of variants as text for a terminal, the status of each report, and the path of the index."""
     study = Study.at(folder)
-    frame, columns, note = _variants(study)
+    frame, shown_as, note = _variants(study)
     if not frame.empty:
-        note = repr(tables.table(frame, columns))
+        note = repr(tables.table(frame, shown_as))
     states = ", ".join(f"{stem} {status}" for stem, status in page.reports(study.folder))
     where = page.display(study.folder / "index.html")
     return "\n".join([f"Study {study.folder.name}", "", note, "", f"reports: {states or 'none'}", f"open {where}"])
 
 
-def _variants(study: Study) -> tuple[pd.DataFrame, dict[str, str | Column], str]:
-    """A row a variant with batch sizes as columns, how to show them, and a note in words if there is no row."""
+def _variants(study: Study) -> tuple[pd.DataFrame, dict, str]:
+    """`columns.overview` of the study, and a note in words if there is no row."""
     try:
-        measured = study.read("variants")
+        return *columns.overview(study.read("variants")), ""
     except (OSError, ValueError) as error:  # not yet measured, or by an older version
         return pd.DataFrame(), {}, files.first_line(error)
-    frame = measured.drop_duplicates("variant").set_index("variant").fillna({"reason": ""})
-    speed = measured.dropna(subset="batch").pivot(index="variant", columns="batch", values="latency_p50_ms")
-    columns: dict[str, str | Column] = {
-        "variant": "variant",
-        "top1": Column("Top-1 (%)", ".1f", 100),
-        "agreement_with_baseline": Column("same class (%)", ".1f", 100),
-        "model_mb": Column("MB", ",.1f", best="low", bar=True),
-    }
-    for batch in speed:
-        frame[batch] = speed[batch]
-        columns[batch] = Column(f"ms, batch {batch:g}", tables.number, best="low", bar=True)
-    frame.attrs["record"] = measured.attrs["record"]
-    return frame.reset_index(), {**columns, "reason": "not run because"}, ""
-
-
-def _environment(study: Study) -> Any:
-    try:
-        return study.read_json("environment")
-    except (OSError, ValueError):  # no record yet: the index is still of use
-        return {}
-
-
-def _name(study: Study, made: Any) -> str:
-    """The study's name by its record, as a copy may be in a folder of another name."""
-    name = str(provenance.part(made, "parameters").get("study", ""))
-    return name if re.fullmatch(files.STUDY_NAME, name) else study.folder.name
 
 
 def _about(shown: list[dict[str, Any]]) -> dict[str, str]:
     """The main finding of a study's cards, a text for its hero figure, and the date of its last report."""
     first = sorted(shown, key=lambda card: card["stem"] != "2_evaluate")  # the main result comes first
-    drawn = [image.alt for card in first[:1] for image in card["thumbnails"] if image.drawn and image.alt]
+    drawn = [image["alt"] for card in first[:1] for image in card["thumbnails"] if image["drawn"]]
     finding = next((card["finding"] for card in first if card["finding"]), "")
     date = max((card["date"] for card in shown if card["status"] == "done"), default="")
     return {"finding": finding, "figure": (drawn or [_HERO_ALT])[0], "date": date}
 
 
-def _sentence(study: Study, made: Any, frame: pd.DataFrame) -> str:
+def _sentence(study: Study, made: Mapping[str, Any], frame: pd.DataFrame) -> str:
     """Base, data and hardware of the study in one sentence; `frame` has a row a variant."""
-    base, parameters = origin.of_study(study.folder), provenance.part(made, "parameters")
-    kind, source = str(base.get("kind", "")), str(parameters.get("data_source", ""))
-    count, hardware = 0 if frame.empty else (frame["status"] == "ok").sum(), provenance.part(made, "hardware")
+    base, source = origin.of_study(study.folder), made.get("parameters", {}).get("data_source", "")
+    count, hardware = 0 if frame.empty else (frame["status"] == "ok").sum(), made.get("hardware", {})
     machine = provenance.facts(made)["hardware"].split(", ")[0] if hardware.get("gpus") else hardware.get("cpu")
     words = [
         f"{count} variants of a Vision Transformer" if count > 1 else "A Vision Transformer",
-        _BASES.get(kind, "").format(base=Path(base.get("base", "")).name),
+        _BASES.get(base.get("kind"), "").format(base=Path(base.get("base", "")).name),
         f"evaluated on {'synthetic flowers' if source == 'synthetic' else source}" if source else "",
         f"measured on {machine}" if machine else "",
     ]
     return ", ".join(filter(None, words)) + "."
-
-
-def _advice(study: Study) -> str:
-    """Which variant notebook 4 says to deploy, '' before it has run."""
-    try:
-        return study.read_json("recommendation")["sentence"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _files(study: Study, below: str) -> list[str]:
@@ -176,17 +151,74 @@ def _files(study: Study, below: str) -> list[str]:
     return sorted(path.relative_to(study.folder).as_posix() for path in found)
 
 
-def _facts(study: Study, made: Any, about: Mapping[str, str]) -> Mapping[str, str]:
+def _facts(study: Study, made: Mapping[str, Any], about: Mapping[str, str]) -> Mapping[str, str]:
     """What the index folds: parameter set, base, date, hardware, versions; unknown ones are left out."""
-    parameters = dict(provenance.part(made, "parameters"))
-    if parameters.get("data_source", "synthetic") != "synthetic":  # they only apply to synthetic pictures
-        for unused in ("image_size", "pictures_per_class"):
-            parameters.pop(unused, None)
     facts = {
         "parameter set": f"params/{about['study']}.yaml",
         "base": re.sub("[*`]", "", origin.sentence(study.folder)),
         "last report": about["date"],
         **provenance.facts(made),
-        "parameters": ", ".join(f"{key} = {value}" for key, value in parameters.items()),
+        "parameters": ", ".join(f"{key} = {value}" for key, value in made.get("parameters", {}).items()),
     }
     return {fact: text for fact, text in facts.items() if text}
+
+
+def card(folder: Path, stem: str, status: str) -> dict[str, Any]:
+    """What an index shows of one report: title, finding, pictures, status, date and links."""
+    good, failed = folder / f"{stem}.html", folder / f"{stem}.failed.html"
+    shown, (number, _, name) = failed if status == "failed" else good, stem.partition("_")
+    made: dict[str, Any] = {"stem": stem, "status": status, "title": f"{number} · {name.replace('_', ' ')}"}
+    made |= {"finding": "", "date": "", "thumbnails": []} | ({"href": shown.name} if shown.is_file() else {})
+    if executed := _executed(shown):
+        made |= {"notebook": f"{shown.stem}.ipynb", "date": _date(executed), "finding": layout.finding_of(executed)}
+        made |= {"thumbnails": _thumbnails(executed)}
+        made |= {"title": f"{number} · {title}"} if (title := layout.title_of(executed)) else {}
+    if shown == failed and good.is_file():
+        made |= {"last_good": good.name, "last_good_date": _date(_executed(good) or {})}
+    return made
+
+
+def _executed(report: Path) -> NotebookNode | None:
+    """The notebook that a page was made of; None where there is none (another process may have removed it)."""
+    with suppress(page.PageError):
+        return page.read(report.with_suffix(".ipynb"))
+
+
+def _date(executed: Mapping[str, Any]) -> str:
+    """When the notebook ran, to the minute."""
+    return executed.get("metadata", {}).get("vitlib", {}).get("made", "")
+
+
+def _thumbnails(executed: NotebookNode) -> list[dict[str, Any]]:
+    """The first figure of the answer as it is, or its first photographs, scaled down.
+
+    Of each the `data:` address `src`, the alternative text `alt`, and whether it is a figure (`drawn`).
+    """
+    made: list[dict[str, Any]] = []
+    for output in layout.answer_of(executed):
+        data = output.get("data", {})
+        if svg := data.get("image/svg+xml"):
+            return made or [{"src": _figure(svg), "alt": data.get("text/plain", ""), "drawn": True}]
+        for alt, source in _PHOTOGRAPH.findall(data.get("text/html", ""))[: PHOTOGRAPHS - len(made)]:
+            made.append({"src": _small(base64.b64decode(source)), "alt": html.unescape(alt), "drawn": False})
+    return made
+
+
+def _small(picture: bytes) -> str:
+    with Image.open(io.BytesIO(picture)) as opened:
+        opened.thumbnail((SIDE, SIDE))
+        opened.convert("RGB").save(file := io.BytesIO(), "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _drawing(path: Path) -> str:
+    """The `data:` address of an SVG file; '' where there is none."""
+    return _figure(path.read_text(encoding="utf-8")) if path.is_file() else ""
+
+
+def _figure(svg: str) -> str:
+    """The `data:` address of a figure, coordinates to 0.01 pt; none of its characters ends an attribute in quotes."""
+    svg = re.sub(r"scale\([^)]*\)|(?<=\d\.\d\d)\d+", lambda found: found[0] if "s" in found[0] else "", svg)
+    svg = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", svg[max(svg.find("<svg"), 0) :]))
+    svg = svg if "'" in svg else svg.replace('"', "'")
+    return f"data:image/svg+xml,{urllib.parse.quote(svg, safe=_UNQUOTED)}"

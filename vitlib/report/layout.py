@@ -31,10 +31,10 @@ def arrange(notebook: NotebookNode) -> NotebookNode:
     for cell in cells:
         tags = list(cell.metadata.get("tags", ()))
         cell.metadata = type(cell.metadata)(tags=tags, around=["", ""])  # nothing that a notebook's file may hold
-    answer = [cell for cell in cells if _is(cell, SUMMARY) and cell.get("outputs")]
+    answer = [cell for cell in cells if SUMMARY in cell.metadata.tags and cell.get("outputs")]
     faults = [output for cell in answer for output in cell.outputs if output.output_type == "error"]
     if answer and not faults:  # a notebook that failed is shown as it is
-        rest = _folded([cell for cell in cells if not _is(cell, SUMMARY)])
+        rest = _folded([cell for cell in cells if SUMMARY not in cell.metadata.tags])
         answer[0].metadata.around[0] = '<section class="answer">'
         answer[-1].metadata.around[1] = "</section>\n<!--contents-->"
         at = next((number for number, cell in enumerate(rest) if cell.source.startswith("# ")), None)
@@ -44,10 +44,6 @@ def arrange(notebook: NotebookNode) -> NotebookNode:
         cells = [*rest[:before], *answer, *rest[before:]]
     notebook.cells = cells
     return notebook
-
-
-def _is(cell: NotebookNode, tag: str) -> bool:
-    return tag in cell.metadata.tags
 
 
 def _title_apart(cell: NotebookNode) -> tuple[NotebookNode, NotebookNode]:
@@ -62,31 +58,20 @@ def _folded(cells: list[NotebookNode]) -> list[NotebookNode]:
     """The cells, those of sections with the tag `details` between `<details>` and `</details>`."""
     level, ids = 0, set()
     for number, cell in enumerate(cells):
-        heading = _HEADING.match(_text(cell))
+        heading = _HEADING.match(cell.source) if cell.cell_type == "markdown" else None
         if heading and level and len(heading[1]) <= level:
             cells[number - 1].metadata.around[1] += "</details>"
             level = 0
-        if heading and _is(cell, DETAILS) and not level:
+        if heading and DETAILS in cell.metadata.tags and not level:
             level, title = len(heading[1]), plain(heading[2])
             name = re.sub(r"\W+", "-", title.lower()).strip("-")
             name, ids = (f"{name}-{number}" if name in ids else name), ids | {name}
             opened = f'<details class="fold level{level}" id="{name}"><summary>{html.escape(title)}</summary>'
             cell.metadata.around[0] += opened
-            rest = _text(cell).partition("\n")[2].strip()
-            if cell.cell_type == "markdown":
-                cell.source = rest
-            else:
-                cell.outputs[0].data = {"text/markdown": rest}
+            cell.source = cell.source.partition("\n")[2].strip()
     if level:
         cells[-1].metadata.around[1] += "</details>"
     return cells
-
-
-def _text(cell: NotebookNode) -> str:
-    """The Markdown of a cell: its source, or its first output, which may hold a computed heading."""
-    if cell.cell_type == "markdown":
-        return cell.source
-    return next((str(output.get("data", {}).get("text/markdown", "")) for output in cell.get("outputs", ())), "")
 
 
 def title_of(notebook: NotebookNode) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import html
+import importlib.util
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitlib.report import layout, sorting
+from vitlib.report import layout
 from vitlib.study import files
 from vitlib.study.study import Study
 
@@ -24,6 +27,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Kinds of output that a page shows; widgets and scripts would not work in it.
 SHOWN = ("text/html", "text/markdown", "text/latex", "text/plain", "image/png", "image/jpeg", "image/svg+xml")
 _PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[a-z0-9+/=]*", re.IGNORECASE)
+# The last defence: a browser runs no script but the one of `with_script`, and fetches nothing.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SORTED_ROWS = 8  # a page whose longest table has fewer rows needs no script to sort and filter them
+_ACTIVATE = """
+const last = (sign) => (a, b) => a === b ? 0 : a === -Infinity ? 1 : b === -Infinity ? -1 : sign * (a - b);
+Object.assign(jQuery.fn.dataTable.ext.type.order, {"num-asc": last(1), "num-desc": last(-1)});
+for (const table of document.querySelectorAll("table")) {
+  if (table.rows.length <= ROWS || !table.tHead) continue;
+  const filtered = table.rows.length > 2 * ROWS;
+  jQuery(table).DataTable({paging: false, info: false, order: [], searching: filtered, autoWidth: false});
+}
+"""
 
 
 class PageError(RuntimeError):
@@ -59,38 +74,23 @@ def tidy(executed: NotebookNode) -> NotebookNode:
     """`executed` fit to publish: progress bars in their last state, no widgets, no path of this machine."""
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    executed.cells = [cell for cell in executed.cells if "papermill-error-cell-tag" not in _tags(cell)]
+    tagged = ((cell, cell.metadata.get("tags", ())) for cell in executed.cells)
+    executed.cells = [cell for cell, tags in tagged if "papermill-error-cell-tag" not in tags]
     executed.metadata.pop("widgets", None)
-    origin = executed.metadata.pop("papermill", {})
-    kept = {key: origin[key] for key in ("parameters", "start_time", "duration", "version") if key in origin}
-    executed.metadata["papermill"] = scrubbed(kept)
-    for cell in executed.cells:
-        if "injected-parameters" in _tags(cell):
-            cell.source = scrubbed(cell.source)
-        if cell.cell_type == "code":
-            widget = "application/vnd.jupyter.widget-view+json"
-            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", ())]
+    run = executed.metadata.pop("papermill", {})
+    kept = ("parameters", "start_time", "duration", "version")
+    executed.metadata["papermill"] = {key: run[key] for key in kept if key in run}
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    widget = "application/vnd.jupyter.widget-view+json"
+    for cell in code:
+        cell.outputs = [output for output in cell.outputs if widget not in output.get("data", ())]
     executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # the last state of a progress bar
-    for cell in executed.cells:
-        if cell.cell_type == "code":
-            tidied = [_tidy_output(output) for output in cell.outputs]
-            cell.outputs = [output for output in tidied if output.get("text", "-").strip()]  # no empty streams
-    return executed
-
-
-def _tags(cell: NotebookNode) -> Sequence[str]:
-    return cell.metadata.get("tags", ())
-
-
-def _tidy_output(output: NotebookNode) -> NotebookNode:
-    if output.output_type == "stream":
-        output.text = re.sub(r"\x1b\[\d*[A-DJK]", "", scrubbed(output.text))  # colours stay, cursor movements do not
-    elif output.output_type == "error":
-        output.evalue, output.traceback = scrubbed(output.evalue), scrubbed(output.traceback)
-    else:
-        for kind in output.data.keys() - {"image/png", "image/jpeg"}:
-            output.data[kind] = scrubbed(output.data[kind])
-    return output
+    for cell in code:
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                output.text = re.sub(r"\x1b\[\d*[A-DJK]", "", output.text)  # colours stay, cursor movements do not
+        cell.outputs = [output for output in cell.outputs if output.get("text", "-").strip()]  # no empty streams
+    return scrubbed(executed)
 
 
 def scrubbed(value: Any) -> Any:
@@ -103,7 +103,8 @@ def scrubbed(value: Any) -> Any:
             value = pattern.sub(short, value)
         return value
     if isinstance(value, Mapping):
-        return type(value)({key: scrubbed(item) for key, item in value.items()})
+        texts = {key: scrubbed(item) for key, item in value.items() if key not in ("image/png", "image/jpeg")}
+        return type(value)({**value, **texts})
     return [scrubbed(item) for item in value] if isinstance(value, list) else value
 
 
@@ -198,13 +199,15 @@ def page_of(executed: NotebookNode, page: Path) -> str:
     )
     exporter.log.setLevel(logging.ERROR)
     # A copied study may be in a folder of any name; the notebook's parameters say which study it is.
-    study, name = _study_of(executed) or page.absolute().parent.name, page.stem.removesuffix(".failed")
+    study = executed.metadata.get("papermill", {}).get("parameters", {}).get("study") or page.absolute().parent.name
+    name, run = page.stem.removesuffix(".failed"), executed.metadata.get("vitlib", {})
     about = {"study": study, "navigation": _navigation(page), "description": layout.finding_of(executed)}
-    about |= {"made": _made(executed), "date": executed.metadata.get("vitlib", {}).get("made", "")}
+    facts = (run.get(key) for key in ("hardware", "software", "commit", "made"))
+    about |= {"made": " · ".join(filter(None, facts)), "date": run.get("made", "")}
     about |= {"notebook": f"{page.stem}.ipynb", "failed": page.stem.endswith(".failed")}
     resources = {"metadata": {"name": f"{layout.title_of(executed) or name} – {study}"}, "report": about}
     text, _ = exporter.from_notebook_node(layout.arrange(_shown(executed)), resources)
-    return sorting.with_script(layout.with_contents(linked(text)))
+    return with_script(layout.with_contents(linked(text)))
 
 
 def _navigation(page: Path) -> str:
@@ -234,23 +237,7 @@ def relink(folder: Path) -> None:
 
 def linked(text: str) -> str:
     """Captions that name a record of the study become links to it."""
-    return re.sub(
-        r"<caption>(records/[\w.-]+)</caption>",
-        lambda found: f'<caption><a href="{found[1]}">{found[1]}</a></caption>',
-        text,
-    )
-
-
-def _made(executed: NotebookNode) -> str:
-    """Hardware, software, commit and date of the run, for the page's footer; '' for a run of an older version."""
-    facts = executed.metadata.get("vitlib", {})
-    return " · ".join(str(facts[key]) for key in ("hardware", "software", "commit", "made") if facts.get(key))
-
-
-def _study_of(executed: NotebookNode) -> str:
-    """The study that an executed notebook was given, as papermill records it; '' without one that can name a study."""
-    name = str(executed.metadata.get("papermill", {}).get("parameters", {}).get("study", ""))
-    return name if re.fullmatch(files.STUDY_NAME, name) else ""
+    return re.sub(r"<caption>(records/[\w.-]+)</caption>", r'<caption><a href="\1">\1</a></caption>', text)
 
 
 def _shown(executed: NotebookNode) -> NotebookNode:
@@ -267,3 +254,35 @@ def _shown(executed: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("data", output.get("text", "-").strip())]
     return copy
+
+
+def with_script(text: str) -> str:
+    """`text` with its policy and, if a table has at least `SORTED_ROWS` rows, with the script that sorts and filters.
+
+    Whatever the direction, what was not measured is sorted last.
+    """
+    rows = max((table.count("<tr") for table in re.findall(r"<table.*?</table>", text, re.DOTALL)), default=0) - 1
+    policy = POLICY
+    if rows >= SORTED_ROWS:
+        script = _script()
+        policy += f"; script-src '{checksum_of(script)}'"
+        before, _, after = text.rpartition("</body>")
+        text = f'{before}<script type="module">{script}</script>\n</body>{after}'
+    return text.replace("<!--policy-->", f'<meta http-equiv="Content-Security-Policy" content="{policy}" />')
+
+
+def checksum_of(script: str) -> str:
+    """The source expression with which a content security policy allows the script with this text, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+@functools.cache
+def _script() -> str:
+    """DataTables as itables ships it and the lines that apply it, as the text of a module script."""
+    (folder,) = importlib.util.find_spec("itables").submodule_search_locations  # importing it would take a second
+    source = Path(folder, "html", "dt_bundle.js").read_text(encoding="utf-8")
+    # Neither may stand in a <script>: after both, HTML would look for a second end of it. All are in strings.
+    source = re.sub(r"<(?=!--|/?script)", r"\\x3c", source)
+    jquery = re.search(r"(\w+) as jQuery", source)
+    source = re.sub(r"\bexport\s*\{[^}]*\};?", "", source)
+    return f"{source}\nconst jQuery = {jquery[1]};{_ACTIVATE.replace('ROWS', str(SORTED_ROWS))}"

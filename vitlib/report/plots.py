@@ -1,7 +1,7 @@
 """The figures of the reports, each made from a record's table. No torch.
 
 Every function returns a `Plot` or, of photographs, `Pictures`; a notebook's last expression shows it. Colour is the
-weight format, the same in every figure; marker and line style are the execution.
+weight format, the same in every figure; the marker is the execution.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
 
@@ -28,7 +26,6 @@ from vitlib.study import files, variants
 
 COLOURS = {name: row.colour for name, row in variants.FORMATS.items()}
 _MARKERS = {"eager": "o", "graph": "s", "fused": "^", "fused-graph": "D"}
-_LINES = {"eager": "-", "graph": "--", "fused": ":", "fused-graph": "-."}
 _BLUE, _ORANGE, _PALE, _GREY = "#0072B2", "#D55E00", "#b8c9d9", "#8a8f98"
 _PARTS = ("#56B4E9", "#0072B2", "#E69F00", "#000000", "#F0E442", "#8a8f98", "#D55E00", "#CC79A7", "#009E73")
 _SMALL = 160  # pixels: narrower pictures are enlarged to it
@@ -102,8 +99,6 @@ def _figure(rows: int = 1, columns: int = 1, *, width: float = 8.0, height: floa
 
 def _look(name: str) -> dict[str, object]:
     """Colour and marker of a variant; hollow where attention runs in FlashAttention-2."""
-    if name not in variants.VARIANTS:
-        return {"color": _GREY, "marker": "x"}
     variant = variants.VARIANTS[name]
     face = "white" if variant.own_flash else variant.format.colour
     return {"color": variant.format.colour, "marker": _MARKERS[variant.execution], "markerfacecolor": face}
@@ -225,59 +220,6 @@ def _range(values: pd.Series, form: Callable[[float], str]) -> str:
     return " to ".join(f"{form(value)} ({variants.label(name)})" for value, name in ends)
 
 
-def accuracy_against_latency(table: pd.DataFrame, batch: int, margin: float) -> Plot:
-    """Top-1 minus the baseline's against median latency, with its interval unless that is inside the margin.
-
-    Up and left is better. `margin`, a fraction of the pictures, is drawn as a band.
-    """
-    rows = table[(table["status"] == "ok") & (table["batch"] == batch)].set_index("variant")
-    (axis,) = _figure(width=9).axes
-    points, errors = 100 * rows["difference"], _around(rows, "difference", 100)
-    for at, (name, ms) in enumerate(rows["latency_p50_ms"].items()):
-        bars = errors[:, [at]] if rows["verdict"].iloc[at] in ("different", "not shown") else None
-        style = {"linestyle": "", "capsize": 3, "markersize": 8, **_look(name)}
-        axis.errorbar(ms, points.iloc[at], yerr=bars, label=variants.label(name), **style)
-    _log(axis, "x")
-    _legend(axis)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.15, zorder=0)
-    axis.set(xlabel="median latency (ms, log scale)", ylabel="Top-1 minus the baseline's (points)")
-    axis.set(title=f"Accuracy against latency, batch size {batch}")
-    across, up = _range(rows["latency_p50_ms"], number), _range(points, "{:+.1f}".format)
-    return Plot(axis.figure, f"Top-1 changes by {up} points; latency at batch size {batch} is {across} ms.")
-
-
-def throughput_by_batch(table: pd.DataFrame) -> Plot:
-    """Measured images per second by batch size, a line a variant, labelled at its end."""
-    rows = table.dropna(subset="throughput_img_s").sort_values("batch", kind="stable")
-    (axis,) = _figure(width=9, height=max(4.5, 0.3 * rows["variant"].nunique() + 1)).axes
-    for name, own in rows.groupby("variant", sort=False):
-        line = _LINES[variants.VARIANTS[name].execution] if name in variants.VARIANTS else "-"
-        axis.plot(own["batch"], own["throughput_img_s"], linestyle=line, **_look(name))
-    _log(axis, "y")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="batch size (log scale)", ylabel="images per second (log scale)", title="Throughput, measured")
-    for name, height in _apart(rows.groupby("variant")["throughput_img_s"].last(), axis).items():
-        axis.annotate(
-            variants.label(name), (1.0, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
-            va="center", fontsize=8.5, color=_look(name)["color"],
-        )  # fmt: skip
-    last = rows[rows["batch"] == rows["batch"].max()].set_index("variant")["throughput_img_s"]
-    said = f"Throughput at batch size {rows['batch'].max():.0f}: {_range(last, '{:,.0f}'.format)} images per second."
-    return Plot(axis.figure, said)
-
-
-def _apart(ends: Mapping[str, float], axis: Axes, gap: float = 0.045) -> dict[str, float]:
-    """Heights (fractions of the axis) of labels for lines that end at `ends`, in order and at least `gap` apart."""
-    low, high = np.log(axis.get_ylim())
-    names = sorted(ends.keys(), key=ends.__getitem__)
-    heights = {name: float((np.log(ends[name]) - low) / (high - low)) for name in names}
-    for below, name in itertools.pairwise(names):
-        heights[name] = max(heights[name], heights[below] + gap)
-    return heights
-
-
 def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     """Device time of one pass in milliseconds, stacked by part of the model, a bar a variant.
 
@@ -304,12 +246,12 @@ def device_time_by_part(kernels: pd.DataFrame, parts: Sequence[str]) -> Plot:
     return Plot(figure, f"{said}; most of it in the part {sums.sum().idxmax()}.")
 
 
-def ladder(frame: pd.DataFrame) -> Plot:
-    """Median latency of each variant with its interval, a panel a batch size, a row a variant in order of appearance.
+def ladder(frame: pd.DataFrame, names: Sequence[str]) -> Plot:
+    """Median latency of each variant with its interval, a panel a batch size, a row a variant of `names`.
 
     Columns: variant, batch, latency_p50_ms, latency_low_ms, latency_high_ms.
     """
-    sizes, names = sorted(frame["batch"].unique()), list(dict.fromkeys(frame["variant"]))
+    sizes, names = sorted(frame["batch"].unique()), list(names)
     figure = _figure(1, max(len(sizes), 1), width=3 + 2.6 * len(sizes), height=0.24 * len(names) + 1.2, sharey=True)
     said = []
     for axis, size in zip(figure.axes, sizes, strict=False):
@@ -323,51 +265,6 @@ def ladder(frame: pd.DataFrame) -> Plot:
     figure.axes[0].set_yticks(range(len(names)), map(variants.label, names), fontsize=10)
     figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
     return Plot(figure, " ".join(said))
-
-
-def roofline(table: pd.DataFrame) -> Plot:
-    """Achieved TFLOP/s of each variant's computing parts against operations per byte, under the measured ceilings."""
-    rows = table[table["gflop"] > 0].assign(intensity=lambda t: 1e3 * t["gflop"] / t["mb"])
-    (axis,) = _figure(width=9, height=5).axes
-    markers, formats = dict(zip(sorted(rows["part"].unique()), "osD^vP", strict=False)), []
-    for row in rows.to_dict("records"):
-        variant, colour = variants.VARIANTS.get(row["variant"]), _look(row["variant"])["color"]
-        formats += [variant.format] if variant else []
-        face = colour if variant and variant.fused else "white"
-        style = {"marker": markers[row["part"]], "markersize": 7, "color": colour, "markerfacecolor": face}
-        axis.plot(row["intensity"], row["tflop_s"], linestyle="", zorder=3, **style)
-    span = np.geomspace(rows["intensity"].min() / 2, rows["intensity"].max() * 2, 100)
-    for ceiling, shown in rows.groupby("ceiling_tflop_s"):
-        axis.plot(span, np.minimum(ceiling, span * shown["ceiling_gb_s"].iloc[0] / 1e3), color="black", linewidth=1)
-    ceilings = np.sort(rows["ceiling_tflop_s"].dropna().unique())
-    for near in np.split(ceilings, 1 + np.flatnonzero(ceilings[1:] > 1.5 * ceilings[:-1])):  # one label: no overlap
-        ends = dict.fromkeys(number(value) for value in (near[0], near[-1]))
-        axis.annotate(f"{' – '.join(ends)} TFLOP/s", (span[-1], near[-1]), ha="right", va="bottom", fontsize=8)
-    axis.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="achieved TFLOP/s")
-    axis.set_title("Achieved rate and the measured ceilings")
-    entries = [{"marker": "s", "color": row.colour, "label": row.name.upper()} for row in dict.fromkeys(formats)]
-    entries += [{"marker": marker, "color": _GREY, "label": part} for part, marker in markers.items()]
-    entries += [{"marker": "o", "color": _GREY, "markerfacecolor": "white", "label": "hollow: not fused"}]
-    _legend(axis, handles=[Line2D([], [], linestyle="", **entry) for entry in entries])
-    top, peak = rows.loc[rows["tflop_s"].idxmax()], rows["ceiling_tflop_s"].max()
-    said = f"Achieved rates reach {number(top['tflop_s'])} TFLOP/s ({top['part']}, {variants.label(top['variant'])})"
-    return Plot(axis.figure, f"{said}; the measured ceilings reach {number(peak)} TFLOP/s.")
-
-
-def sensitivity_bars(blocks: pd.DataFrame) -> Plot:
-    """By block: the share of the quantization error (KL) that is removed when it alone stays in FP16."""
-    panels, said = list(blocks.groupby("bits")), []
-    figure = _figure(1, len(panels), width=5.2 * len(panels), height=3.4)
-    for axis, (bits, rows) in zip(figure.axes, panels, strict=True):
-        shares = 100 * rows.set_index("block")["kl_removed"]
-        axis.bar(shares.index, shares, color=[_BLUE if block == shares.idxmax() else _PALE for block in shares.index])
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.axhline(100 / len(shares), color="black", linestyle=":", linewidth=1)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(axis="x", visible=False)
-        axis.set(title=f"{bits} bits", xlabel="block kept in FP16 (dotted: equal share)", ylabel="error removed (%)")
-        said.append(f"{bits} bits, block {shares.idxmax()}: {shares.max():.0f} %")
-    return Plot(figure, f"Error (KL) removed when one block is kept in FP16, the most: {'; '.join(said)}.")
 
 
 def verdict_bars(counts: pd.Series) -> Plot:

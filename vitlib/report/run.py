@@ -161,8 +161,6 @@ def first_problem(executed: NotebookNode) -> Problem | None:
         for output in cell.outputs:
             if output.output_type == "error":
                 return Problem(number, output.ename, _one_line(output.evalue))
-        if cell.metadata.get("papermill", {}).get("exception"):
-            return Problem(number, "Error", "stopped without a traceback")
         if cell.execution_count != number:
             return Problem(number, "NotRun", "the kernel never ran this cell in its turn")
     return None
@@ -193,25 +191,6 @@ def _one_line(error: object) -> str:
     """The first line of a message without colour codes, at most 300 characters."""
     lines = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", str(error)).strip().splitlines()
     return page.scrubbed(lines[0])[:300] if lines else ""
-
-
-def sources(script: str | Path, package: str = "vitlib") -> list[str]:
-    """The files of `package` that `script` imports, directly or through each other, relative to the package's parent.
-
-    A change in one of them makes a report out of date; a change in another module does not. Nothing is imported.
-    """
-    import grimp
-
-    graph = grimp.build_graph(package, cache_dir=None)
-    lines = re.findall(
-        rf"^from ({package}\b[\w.]*) import (.+)", Path(script).read_text(encoding="utf-8"), re.MULTILINE
-    )
-    named = {f"{parent}.{name.strip()}" for parent, names in lines for name in names.split(",")}
-    modules = graph.modules & {*named, *(parent for parent, _ in lines)}
-    modules = modules.union(*map(graph.find_upstream_modules, modules))
-    modules |= {module.rsplit(".", up)[0] for module in modules for up in range(1, module.count(".") + 1)}
-    ends = {module: "/__init__.py" if graph.find_children(module) else ".py" for module in modules}
-    return sorted(module.replace(".", "/") + end for module, end in ends.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from vitlib.study import variants
+from vitlib.study import origin, variants
+from vitlib.study.study import Study
 
 NO_BREAK = "\u00a0"  # keeps a figure and its interval on one line
 MISSING = "–"
@@ -27,6 +28,11 @@ class Markdown(str):
 
     def _repr_markdown_(self) -> str:
         return str(self)
+
+
+def base(study: Study) -> Markdown:
+    """What the base of the study is, and what follows for its accuracies."""
+    return Markdown(origin.sentence(study.folder))
 
 
 def text(name: object) -> str:
@@ -113,7 +119,6 @@ def table(
     frame: pd.DataFrame,
     columns: Mapping[str | tuple[str, str], str | Column] | None = None,
     *,
-    digits: int = 2,
     index: bool = False,
     none: str = "none",
 ) -> Table | Markdown:
@@ -135,7 +140,7 @@ def table(
         if len(names) == 3:
             each = zip(*(about.scale * frame[name] for name in names), strict=True)
             text[about.title] = [estimate(*bounds, form=about.format) for bounds in each]
-        elif any((parts := [_cells(frame[name], about, digits) for name in names])[0]):
+        elif any((parts := [_cells(frame[name], about) for name in names])[0]):
             text[about.title] = [_interval(bounds) for bounds in zip(*parts, strict=True)] if about.format else parts[0]
         if about.format or frame[names[0]].dtype.kind in "iuf":
             values[about.title], shown_as[about.title] = pd.to_numeric(frame[names[0]], errors="coerce"), about
@@ -158,12 +163,12 @@ def estimate(value: float, low: float, high: float, *, form: str = ",") -> str:
     return f"{text} ({' … '.join(bounds)})".replace(" ", NO_BREAK) if half > 0 else text
 
 
-def _cells(values: pd.Series, about: Column, digits: int) -> list[str]:
+def _cells(values: pd.Series, about: Column) -> list[str]:
     """The values as text: names of variants in words, numbers grouped, whole ones without digits."""
     if about.title in ("variant", "compared with"):
         return [variants.label(str(value)) for value in values]
     whole = values.dtype.kind in "iuf" and (values.dropna() % 1 == 0).all()
-    form = about.format or f",.{0 if whole else digits}f"
+    form = about.format or (",.0f" if whole else ",.2f")
     return [_cell(value, form, about.scale) for value in values]
 
 

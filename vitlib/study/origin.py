@@ -102,9 +102,4 @@ def sentence(about: Mapping[str, Any] | Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON mapping; {} where the file is missing or holds none: an unknown base must not stop a page."""
-    try:
-        found = records.read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return records.read_json(path) if path.is_file() else {}

@@ -66,7 +66,7 @@ class Parameters(BaseModel):
     base_revision: str = _field("", "commit of a base from the Hub; required there", 1)
     epochs: int = _field(6, "epochs of fine-tuning", 1, ge=1, le=10000)
     method: Literal["lora", "qlora", "full", "head"] = _field("lora", "what is trained in addition to the head", 1)
-    recipes: list[str] = _field([], f"compared with one another: any of {', '.join(RECIPES)}", 1)
+    recipes: list[Literal[*RECIPES]] = _field([], f"compared with one another: any of {', '.join(RECIPES)}", 1)
     pictures: str = _field("", "folder of pictures, flat or in class folders; empty: the test split", 4)
     checkpoints_of: str = _field("", "study whose checkpoints are used; empty: this one", 4)
     variant: str = _field("auto", "name of a variant; auto is the best measured within the limits", 4)
@@ -81,7 +81,7 @@ class Parameters(BaseModel):
     follow_links: bool = _field(False, "read pictures that a link leads to outside the folder")
     workers: int = _field(2, "threads that decode pictures", ge=1, le=64)
 
-    architecture: str = _field("vit-micro", "architecture of a base that is not loaded", 1)
+    architecture: Literal[*PATCHES] = _field("vit-micro", "if no base is loaded", 1)
     image_size: int = _field(
         48, "side in pixels of synthetic pictures and of a base that is not loaded", ge=16, le=1024
     )
@@ -123,7 +123,7 @@ class Parameters(BaseModel):
     latency_limit_ms: float = _field(0.0, "highest latency of a call in ms; 0: no limit", 4, ge=0)
 
     repair_epochs: int = _field(0, "epochs of training after quantization, for each of three ways; 0: none", 3, ge=0)
-    ablation_bits: list[int] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
+    ablation_bits: list[Literal[4, 8]] = _field([4, 8], "4 is NF4, 8 is int8", 3, min_length=1)
     ablation_pictures: int = _field(0, "validation pictures used, spread over the classes; 0: all", 3, ge=0)
     plan_bits: float = _field(4.5, "bits a weight, at most, of the plan saved as checkpoint `mixed`", 3, ge=4.2, le=16)
 
@@ -156,23 +156,11 @@ class Parameters(BaseModel):
             raise ValueError("batch sizes are positive, rising and different, and at most 4,096")
         return sizes
 
-    @field_validator("architecture")
-    def _known_architecture(cls, name: str) -> str:
-        if name not in PATCHES:
-            raise ValueError(f"{name!r}: {nearest(name, list(PATCHES))}")
-        return name
-
-    @field_validator("ablation_bits")
-    def _bits(cls, bits: list[int]) -> list[int]:
-        if not set(bits) <= {4, 8} or len(set(bits)) < len(bits):
-            raise ValueError("allowed are 4 and 8, each once")
-        return bits
-
-    @field_validator("recipes")
-    def _known_recipes(cls, names: list[str]) -> list[str]:
-        if unknown := [name for name in names if name not in RECIPES]:
-            raise ValueError(f"{unknown[0]!r}: {nearest(unknown[0], list(RECIPES))}")
-        return list(dict.fromkeys(names))
+    @field_validator("recipes", "ablation_bits")
+    def _once(cls, values: list) -> list:
+        if len(set(values)) < len(values):
+            raise ValueError("a value is named twice")
+        return values
 
     @model_validator(mode="after")
     def _pinned(self) -> "Parameters":
@@ -261,15 +249,6 @@ def given(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
         raise ParameterError(f"-p NAME VALUE: {error}") from None
 
 
-_OPENING = (
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-)
-_CLOSING = yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken
-
-
 class _Loader(yaml.SafeLoader):
     """Values as in YAML 1.2 (10.3.2, core schema): 1e-3 is a number; yes, 1:30 and 2024-01-01 are text."""
 
@@ -292,12 +271,12 @@ _Loader.add_constructor(
 def _plain_yaml(text: str) -> dict[str, Any]:
     """The mapping in a YAML text: no tags, anchors or aliases, and each key is a name that occurs once."""
     depth = 0
-    for token in yaml.scan(text):
-        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 9:  # the scanner takes the square of the depth in time
-            raise _fault(token, "nested too deeply, write `name: value` lines")
-        if isinstance(token, yaml.TagToken | yaml.AnchorToken | yaml.AliasToken | yaml.DirectiveToken):
-            raise _fault(token, f"{token.id} is not allowed, write a plain value")
+            raise _fault(event, "nested too deeply, write `name: value` lines")
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise _fault(event, "a tag, an anchor or an alias is not allowed, write a plain value")
     root, values, seen = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader), set()
     if values is None:
         return {}
@@ -379,10 +358,17 @@ def cell(notebook: str) -> str:
     for name, field in _declared(notebook).items():
         kind, meaning = field.annotation, field.description
         if get_origin(kind) is Literal:
-            kind, meaning = str, f"{', '.join(get_args(kind))}; {meaning}"
+            meaning = f"{', '.join(get_args(kind))}; {meaning}"
         written = json.dumps(field.default) if isinstance(field.default, str | list) else repr(field.default)
-        lines.append(f"{name}: {kind if get_origin(kind) else kind.__name__} = {written}  # {meaning}")
+        lines.append(f"{name}: {_type_name(kind)} = {written}  # {meaning}")
     return "\n".join(lines)
+
+
+def _type_name(kind: Any) -> str:
+    """A type as an annotation; a choice of values as their type."""
+    if get_origin(kind) is Literal:
+        return type(get_args(kind)[0]).__name__
+    return f"list[{_type_name(get_args(kind)[0])}]" if get_origin(kind) is list else kind.__name__
 
 
 def _declared(notebook: str) -> dict[str, FieldInfo]:

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,7 @@ _CLOCK_REASONS = (
     *("gpu idle", "application clocks setting", "software power cap", "hardware slowdown", "sync boost"),
     *("software thermal slowdown", "hardware thermal slowdown", "hardware power brake", "display clock setting"),
 )
+_WATCHED = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w")  # while something is measured
 
 
 def environment(
@@ -68,9 +69,9 @@ def environment(
     }
 
 
-def facts(made: Any) -> dict[str, str]:
+def facts(made: Mapping[str, Any]) -> dict[str, str]:
     """Hardware, software and commit of an `environment` record, a line of text each; unknown ones are left out."""
-    hardware, versions, git = (part(made, key) for key in ("hardware", "versions", "git"))
+    hardware, versions, git = (made.get(key, {}) for key in ("hardware", "versions", "git"))
     gpus = [gpu["name"] for gpu in hardware.get("gpus") or ()]
     parts = [
         f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else "".join(gpus) or hardware.get("gpus_reason"),
@@ -86,12 +87,6 @@ def facts(made: Any) -> dict[str, str]:
         "commit": (git.get("commit") or "")[:10] + (" with changes" if git.get("dirty") else ""),
     }
     return {name: text for name, text in found.items() if text}
-
-
-def part(record: Any, key: str) -> Mapping[str, Any]:
-    """The mapping under `key`, empty if there is none: a record of another version must not stop a page."""
-    part = record.get(key) if isinstance(record, Mapping) else None
-    return part if isinstance(part, Mapping) else {}
 
 
 def _hardware() -> dict[str, Any]:
@@ -183,60 +178,48 @@ def _card(nvml: ModuleType, card: Any) -> dict[str, Any]:
     }
 
 
-class Monitor:
-    """Samples `gpu_state` every `seconds` in a thread, between entering and leaving a `with` block.
+@contextmanager
+def monitored(seconds: float) -> Iterator[dict[str, Any]]:
+    """Sample `gpu_state` every `seconds` in a thread; after the block, the mapping sums up what was seen.
 
-    Without NVML it samples nothing and `summary` gives the reason.
+    It has the number of samples; minimum, median and maximum of each field over all cards; and every throttle reason.
+    Without NVML it has no sample and the reason.
     """
+    found, states, ended = {"samples": 0}, [], threading.Event()
 
-    FIELDS = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w")
-
-    def __init__(self, seconds: float = 1.0) -> None:
-        self.seconds, self.samples, self.reason = seconds, [], "nothing was sampled"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> Monitor:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stop.is_set():
-            states, reason = gpu_state()
-            if states is None:
-                self.reason = reason
+    def sample() -> None:
+        while not ended.is_set():
+            now, reason = gpu_state()
+            if now is None:
+                found["reason"] = reason
                 return
-            self.samples.append(states)
-            self._stop.wait(self.seconds)
+            states.extend(now)
+            found["samples"] += 1
+            ended.wait(seconds)
 
-    def summary(self) -> dict[str, Any]:
-        """Number of samples; minimum, median and maximum of each field over all cards; every throttle reason seen."""
-        rows = pd.DataFrame([state for states in self.samples for state in states])
-        if rows.empty:
-            return {"samples": 0, "reason": self.reason}
-        measured = rows[list(self.FIELDS)].dropna(axis="columns", how="all").astype(float)
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+    if states:
+        rows = pd.DataFrame(states)
+        measured = rows[list(_WATCHED)].dropna(axis="columns", how="all").astype(float)
         reasons = sorted(rows["throttle_reasons"].explode().dropna().unique())
-        fields = measured.agg(["min", "median", "max"]).to_dict()
-        return {"samples": len(self.samples), **fields, "throttle_reasons": reasons}
+        found |= measured.agg(["min", "median", "max"]).to_dict() | {"throttle_reasons": reasons}
 
 
 def _git(root: Path) -> dict[str, Any]:
     """Commit of the project and whether tracked files differ from it; None outside git."""
-    commit = _git_says(root, "rev-parse", "--verify", "HEAD")
-    changes = _git_says(root, "status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _git_says(root: Path, *words: str) -> str | None:
+    words = ["git", "-C", root, "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or no commit
-        return None
-    return done.stdout.strip()
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return {"commit": None, "dirty": None}
+    first, *others = done.stdout.splitlines()  # "# branch.oid <commit>", more of the branch, then a line a change
+    return {"commit": first.split()[-1], "dirty": any(not line.startswith("#") for line in others)}
 
 
 def _without_machine_paths(value: Any) -> Any:

@@ -18,22 +18,13 @@ import pandas as pd
 
 from vitlib.study.files import atomic_path, short_path
 
+pd.options.mode.string_storage = "python"  # a file name may be any bytes, which Arrow's text refuses
+
 COLUMNS: dict[str, tuple[str, ...]] = {
     "finetune": ("epoch", "train_loss", "valid_loss", "top1", "top5", "epoch_s", "images_per_s", "peak_vram_mb"),
     "recipes": (
-        *(
-            "recipe",
-            "way",
-            "learning_rate",
-            "n",
-            "top1",
-            "top1_low",
-            "top1_high",
-            "train_loss",
-            "trainable",
-            "images_per_s",
-        ),
-        *("weights_mb", "gradients_mb", "optimizer_mb", "activations_mb", "peak_mb"),
+        *("recipe", "way", "learning_rate", "n", "top1", "top1_low", "top1_high", "train_loss", "trainable"),
+        *("images_per_s", "weights_mb", "gradients_mb", "optimizer_mb", "activations_mb", "peak_mb"),
     ),
     "variants": (
         *("variant", "weights", "attention", "execution", "status", "reason", "model_mb", "disk_mb", "batch"),
@@ -47,26 +38,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("bootstrap_low", "bootstrap_high", "logit_kl", "logit_kl_low", "logit_kl_high", "verdict"),
     ),
     "latency": ("variant", "batch", "round", "sample", "latency_ms", "device_ms"),
-    "throughput": ("variant", "batch", "round", "throughput_img_s"),
-    "roofline": ("variant", "part", "gflop", "mb", "device_time_us", "tflop_s", "gb_s", "floor_us", "share_of_floor"),
-    "validity": ("check", "found", "required", "reached"),
     "kernels": ("variant", "batch", "part", "operation", "kernel", "calls", "device_time_us"),
     "ablation": (
         *("bits", "kept", "top1", "top5", "loss", "logit_kl", "logit_kl_low", "logit_kl_high"),
         *("flips", "discordant_pairs", "mcnemar_p", "holm_p"),
     ),
-    "sensitivity": (
-        *("format", "name", "bits", "block", "linear", "parameters", "kl", "kl_low", "kl_high"),
-        *("fisher", "fisher_by_type", "weight_error"),
-    ),
-    "correlations": ("format", "name", "first", "second", "correlation", "low", "high"),
-    "additivity": ("plan", "bits", "predicted", "predicted_pairs", "kl", "kl_low", "kl_high"),
-    "plans": (
-        *("name", "kind", "format", "bits", "megabytes", "predicted_kl", "kl", "kl_low", "kl_high"),
-        *("top1", "top1_low", "top1_high", "difference", "difference_low", "difference_high"),
-        *("flips", "rival", "more", "more_low", "more_high"),
-    ),
-    "formats": ("name", "bits", "reason", "kl", "kl_low", "kl_high", "top1", "top1_low", "top1_high", "flips"),
     "repair": (
         *("start", "method", "seed", "epochs", "bits", "train_loss", "n", "top1", "top1_low", "top1_high"),
         *("difference", "difference_low", "difference_high", "logit_kl", "logit_kl_low", "logit_kl_high", "flips"),
@@ -77,7 +53,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "claims": ("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
 }
-"""Columns that each record has at least, in this order; units are in the names."""
+"""Columns, in this order, of the records that another notebook reads or that may have no row; units are in the names.
+
+A record may have more. Others have the columns that their writer's docstring names.
+"""
 
 NOTEBOOKS: dict[str, str] = {
     **dict.fromkeys(("finetune", "recipes", "base"), "1_finetune"),
