@@ -128,9 +128,8 @@ def write_table(frame: pd.DataFrame, path: Path | str) -> Path:
 
 def as_csv(frame: pd.DataFrame, header: bool = True) -> bytes:
     """The bytes of a table as `write_table` writes it, with the columns as they are; without `header`, of more rows."""
-    text = _each_text(frame.infer_objects(), _guarded)
-    text = text.to_csv(index=False, header=header, float_format="%.9g", lineterminator="\n")
-    return text.encode("utf-8", "backslashreplace")
+    guarded = _each_text(frame, _guarded).infer_objects()
+    return guarded.to_csv(index=False, header=header, float_format="%.9g", lineterminator="\n").encode("utf-8")
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
@@ -147,7 +146,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     return _each_text(frame, _unguarded)
 
 
-def read_parts(path: Path, rows: int = 20_000) -> Iterator[pd.DataFrame]:
+def read_parts(path: Path, rows: int = 5_000) -> Iterator[pd.DataFrame]:
     """A table as `read_table` reads it, in parts of at most so many rows; no schema is asked for."""
     with pd.read_csv(path, chunksize=rows, **_READING) as parts:
         for part in parts:
@@ -163,6 +162,7 @@ def _each_text(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFram
 
 def _guarded(cell: str) -> str:
     """Text that no program takes for a formula or for the end of a row."""
+    cell = cell.encode("utf-8", "backslashreplace").decode()  # Arrow, which pandas may use, takes Unicode alone
     # The csv module leaves a carriage return unquoted, and readers end the row there.
     cell = re.sub(r"(\\*)(r|\r)", lambda found: found[1] * 2 + ("r" if found[2] == "r" else r"\r"), cell)
     return f"'{cell}" if _FORMULA.match(cell) else cell
