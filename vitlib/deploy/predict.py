@@ -77,17 +77,16 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--output {str(options.output)!r}: the name must end in .csv or .parquet")
     if options.output.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
         raise ImportError("a .parquet output needs the package pyarrow: pip install 'vitlib[parquet]'")
-    listed = _listed(options.folder, settings, options.output)
-    weights, device = predictor.find(options.checkpoint), checkpoint.pick_device(settings.device)
-    variant, _ = predictor.choose(weights, settings.variant, device, options.batch_size)
-    about = {"checkpoint_sha256": files.checksum(weights.folder(variant)), "variant": variant.name}
-    about |= {"device": device.type, "decoder": settings.decoder, "batch_size": options.batch_size}
-    about |= {"max_megapixels": settings.max_megapixels, "folder_sha256": _digest([str(options.folder.resolve())])}
-    about["list_of_files_sha256"] = _digest(name for name, _ in listed)
-    output = Output(options.output, about, listed, options.folder)
-    known = output.known(options.overwrite)
     try:
-        if not known.get("finished"):
+        listed = _listed(options.folder, settings, options.output)
+        weights, device = predictor.find(options.checkpoint), checkpoint.pick_device(settings.device)
+        variant, _ = predictor.choose(weights, settings.variant, device, options.batch_size)
+        about = {"checkpoint_sha256": files.checksum(weights.folder(variant)), "variant": variant.name}
+        about |= {"device": device.type, "decoder": settings.decoder, "batch_size": options.batch_size}
+        about |= {"max_megapixels": settings.max_megapixels, "folder_sha256": _digest([str(options.folder.resolve())])}
+        about["list_of_files_sha256"] = _digest(name for name, _ in listed)
+        output = Output(options.output, about, listed, options.folder)
+        if not (known := output.known(options.overwrite)).get("finished"):
             chosen = predictor.load(weights, settings.variant, device=device.type, batch_size=options.batch_size)
             print(f"{variant.label} ({variant.name}) {chosen.said}", file=sys.stderr)
             known = output.complete(chosen, settings, fresh=not known)
@@ -246,7 +245,8 @@ def rows(named: list[tuple[str, str | None, str]], logits: torch.Tensor, labels:
 
     `logits` (n, classes) has a row for each file without a reason, in order.
     """
-    frame = pd.DataFrame(named, columns=["file", "label", "reason"]).fillna({"label": ""})
+    frame = pd.DataFrame(named, columns=["file", "label", "reason"])
+    frame["label"] = frame["label"].where(frame["reason"] == "").fillna("")
     frame["status"] = frame["reason"].map(lambda reason: "skipped" if reason else "ok")
     frame["label_name"] = frame["label"].map(dict(zip(labels.folders, labels.names, strict=True))).fillna("")
     best, read = logits.softmax(dim=1).topk(min(TOP, len(labels.names)), dim=1), frame.index[frame["reason"] == ""]

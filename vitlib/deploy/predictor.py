@@ -153,7 +153,10 @@ def recommended(
     """
     if measured.empty:
         return measured
-    measured = measured[measured["peak_vram_mb"].notna() == (device.type == "cuda")]
-    known = (variants.VARIANTS.get(name) for name in measured["variant"])
-    rows = measured[[bool(found) and not attention.not_runnable(found, device) for found in known]]
+    known = [variants.VARIANTS.get(name) for name in measured["variant"]]
+    alike = measured["peak_vram_mb"].notna() == (device.type == "cuda")
+    runs = [
+        bool(one) and like and not attention.not_runnable(one, device) for one, like in zip(known, alike, strict=True)
+    ]
+    rows = measured[runs]
     return recommend.ranked(rows, batch_size, **({"margin": MARGIN} | dict(limits or {})))

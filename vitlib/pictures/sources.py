@@ -224,7 +224,7 @@ def each(
         path = folder / name
         file = path.relative_to(root or folder).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
         opening = (partial(function, path, max_megapixels) for function in (open_picture, plain_jpeg))
-        label = None if reason or path.parent == folder else path.parent.name
+        label = None if path.parent == folder else path.parent.name
         yield Picture(file, label, *([partial(_refuse, reason)] if reason else opening))
 
 
