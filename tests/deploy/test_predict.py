@@ -125,6 +125,9 @@ def test_a_torn_row_is_cut_wherever_it_is_torn(command, tmp_path):
         records.write_json(known | {"finished": False}, side)
         assert command(output) == 2
         assert output.read_bytes() == whole and json.loads(side.read_text()) == known
+    output.write_bytes(whole.replace(b"picture 3", b"picture x"))  # as by hand
+    records.write_json(known | {"finished": False}, side)
+    assert command(output) == 1 and not json.loads(side.read_text())["finished"]
 
 
 def test_another_run_is_refused_and_a_finished_one_is_not_repeated(command, checkpoints, folder, tmp_path, capsys):

@@ -31,7 +31,7 @@ from vitlib.study import files, params, records
 
 TOP = 5
 ROWS, SECONDS = 1024, 1.0  # rows are written when there are so many, or after so long
-LINE_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
+LINE, LINE_SECONDS = "{n_fmt} of {total_fmt} files, {rate_fmt}, {remaining} left\n", 10.0  # without a terminal
 COLUMNS = records.COLUMNS["predictions"]
 PARAMETERS = ("workers", "device", "decoder", "max_megapixels", "follow_links")
 EPILOG = """\
@@ -186,11 +186,7 @@ class Output:
         loaded, sizes = chosen.engine.loaded, {"batch_size": settings.eval_batch_size, "workers": settings.workers}
         source = decoders.pick(settings.decoder, loaded.preprocess, loaded.device)
         pictures = sources.each(self.folder, islice(self.listed, done, None), settings.max_megapixels)
-        line = {
-            "mininterval": LINE_SECONDS,
-            "bar_format": "{n_fmt} of {total_fmt} files, {rate_fmt}, {remaining} left\n",
-        }
-        shown = {} if sys.stderr.isatty() else line
+        shown = {} if sys.stderr.isatty() else {"mininterval": LINE_SECONDS, "bar_format": LINE}
         bar = tqdm(desc="files", unit=" files", initial=done, total=len(self.listed), **shown)
         with bar, closing(stream.batches(pictures, chosen.engine, source, **sizes)) as passed:
             for together in _together(passed):
@@ -206,13 +202,14 @@ class Output:
 
     def _finished(self) -> int:
         """Check that every file has its row, make a Parquet file of them, and count the skipped ones."""
-        names, skipped = (picture.file for picture in sources.each(self.folder, self.listed, 1.0)), 0
+        names, skipped, whole = (picture.file for picture in sources.each(self.folder, self.listed, 1.0)), 0, True
         with _parquet(self.path) if self.rows != self.path else nullcontext(lambda frame: None) as write:
             for frame in records.read_parts(self.rows):
-                if frame["file"].tolist() != list(islice(names, len(frame))):
-                    raise ValueError(f"another program changed {self.rows}: remove it and run again")
+                whole &= frame["file"].tolist() == list(islice(names, len(frame)))
                 skipped += int((frame["status"] == "skipped").sum())
                 write(frame)
+            if not whole or next(names, None) is not None:
+                raise ValueError(f"another program changed {self.rows}: remove it and run again")
         return skipped
 
 

@@ -73,9 +73,9 @@ def _measured(places: list[Path], kinds: Mapping[str, Path] | set[str]) -> tuple
     rows, environment = records.read_table(file), file.with_name("environment.json")
     found = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
     hardware = provenance.part(records.read_json(environment), "hardware") if environment.is_file() else {}
-    gpus = [gpu["name"] for gpu in hardware.get("gpus") or ()]
     rows = rows[[variant is not None and variant.checkpoint in kinds for variant in found]]
-    return rows, gpus[0] if gpus else hardware.get("cpu") or ""
+    gpus = (hardware.get("gpus") or ()) if rows["peak_vram_mb"].notna().any() else ()
+    return rows, gpus[0]["name"] if gpus else hardware.get("cpu") or ""
 
 
 @dataclass
@@ -153,10 +153,7 @@ def recommended(
     """
     if measured.empty:
         return measured
-    known = [variants.VARIANTS.get(name) for name in measured["variant"]]
-    alike = measured["peak_vram_mb"].notna() == (device.type == "cuda")
-    runs = [
-        bool(one) and like and not attention.not_runnable(one, device) for one, like in zip(known, alike, strict=True)
-    ]
-    rows = measured[runs]
+    known = (variants.VARIANTS.get(name) for name in measured["variant"])
+    runs = pd.Series([bool(found) and not attention.not_runnable(found, device) for found in known], measured.index)
+    rows = measured[runs & (measured["peak_vram_mb"].notna() == (device.type == "cuda"))]
     return recommend.ranked(rows, batch_size, **({"margin": MARGIN} | dict(limits or {})))

@@ -198,9 +198,7 @@ def walk(folder: Path, inside: Iterable[Path] | None = None) -> list[tuple[str, 
                 continue
             for entry in (os.path.join(here, name) for name in entries):
                 path = folder / entry
-                if (link := path.is_symlink()) and not any(
-                    Path(os.path.realpath(path)).is_relative_to(h) for h in homes
-                ):
+                if (link := path.is_symlink()) and not _is_in(homes, path):
                     found.append((entry, "a link out of the folder: set `follow_links` to read it"))
                 elif os.path.isdir(path):  # False, not an error, where it is forbidden
                     (links if link else folders).append(entry)
