@@ -1,6 +1,8 @@
 """`python -m vitlib predict`: a row a file, whatever ends it in between, in memory that does not grow."""
 
+import csv
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -22,7 +24,7 @@ from vitlib.pictures import sources
 from vitlib.study import files, params, provenance, records
 from vitlib.study.study import Study
 
-ODD = ('=cmd|calc "1".png', "line\nbreak.png", "07.png", "7.png")
+ODD = ('=cmd|calc "1".png', "0/line\nbreak.png", "07.png", "7.png")
 COUNT = 27  # files: seven batches of 4, the last of 3
 
 
@@ -63,7 +65,7 @@ def test_every_file_has_the_row_that_notebook_4_writes(command, folder, checkpoi
     table = records.read_table(tmp_path / "new" / "x.csv")
     assert tuple(table.columns) == records.COLUMNS["predictions"]
     assert table["file"].tolist()[:3] == ["0/picture 0.png", "0/picture 3.png", "0/picture 6.png"]
-    assert table["file"].tolist()[-6:] == ["07.png", "7.png", "10.txt", ".hidden", ODD[0], ODD[1]]
+    assert table["file"].tolist()[-5:] == ["07.png", "7.png", "10.txt", ".hidden", ODD[0]]
     (tmp_path / "outputs" / "unit").mkdir(parents=True)
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     settings = {"study": "unit", "device": "cpu", "pictures": str(folder), "eval_batch_size": 4}
@@ -120,6 +122,11 @@ def test_a_torn_row_is_cut_wherever_it_is_torn(command, tmp_path):
     command(output)
     whole, known = output.read_bytes(), json.loads(side.read_text())
     in_quotes = whole.index(b"line\nbreak") + len(b"line\n")
+    for size in range(0, len(whole) + 1, 17):
+        output.write_bytes(whole[:size])
+        kept, left = predict.Output(output, {}, [], tmp_path)._kept(4), output.read_text()
+        assert kept % 4 == 0 and whole.startswith(left.encode()) and kept > whole[:size].count(b"\n") - 7
+        assert len(list(csv.reader(io.StringIO(left, newline="")))) == kept + bool(left)
     for size in (1, 60, whole.index(b"\n") + 1, len(whole) // 2, in_quotes, len(whole) - 1, len(whole)):
         output.write_bytes(whole[:size])
         records.write_json(known | {"finished": False}, side)
