@@ -64,7 +64,7 @@ def test_every_file_has_the_row_that_notebook_4_writes(command, folder, checkpoi
     assert command(tmp_path / "new" / "x.csv") == 2
     table = records.read_table(tmp_path / "new" / "x.csv")
     assert tuple(table.columns) == records.COLUMNS["predictions"]
-    assert table["file"].tolist()[:3] == ["0/picture 0.png", "0/picture 3.png", "0/picture 6.png"]
+    assert table["file"].tolist()[:3] == ["0/line\nbreak.png", "0/picture 0.png", "0/picture 3.png"]
     assert table["file"].tolist()[-5:] == ["07.png", "7.png", "10.txt", ".hidden", ODD[0]]
     (tmp_path / "outputs" / "unit").mkdir(parents=True)
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
