@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from vitlib.deploy import predictor
+from vitlib.deploy.predict import TOP, rows
 from vitlib.deploy.predictor import Predictor
 from vitlib.measure import stats
 from vitlib.network import stream
@@ -21,7 +22,6 @@ from vitlib.study import files, origin, records, variants
 from vitlib.study.params import Parameters
 from vitlib.study.study import Study
 
-TOP = 5
 LIMITED = 1.5  # times the rate from file to class that the network alone does where decoding is said to limit it
 PREDICTIONS = {"file": "file", "label_name": "class", "name_1": "prediction"}
 PREDICTIONS |= {"probability_1": Column("probability (%)", ".1f", 100), "name_2": "second", "name_3": "third"}
@@ -76,8 +76,7 @@ def limits(settings: Parameters) -> dict[str, float]:
 
 def reason(chosen: Predictor) -> Markdown:
     """Which variant is used, and why."""
-    unknown = " Its checkpoint is unverified (no checksums)." * ("files" not in chosen.engine.loaded.about)
-    return Markdown(f"**{chosen.variant.label}** is used: {chosen.why}.{unknown}")
+    return Markdown(f"**{chosen.variant.label}** {chosen.said}")
 
 
 def recommendation(study: Study, chosen: Predictor) -> Markdown:
@@ -142,25 +141,14 @@ def predict(
     options = {"batch_size": settings.eval_batch_size, "workers": settings.workers, "decoder": settings.decoder}
     passed = stream.classify(pictures, chosen.engine, **options)
     rate = len(passed.pictures) / (time.perf_counter() - start) or np.nan
-    faults = pd.DataFrame([*skipped, *passed.skipped], columns=["file", "reason"]).assign(status="skipped")
-    frame = pd.concat([_rows(passed, chosen.engine.loaded.labels), faults], ignore_index=True)
-    frame = frame.fillna({"label": "", "label_name": "", "reason": ""}).reindex(columns=records.COLUMNS["predictions"])
+    named = [(picture.file, picture.label, "") for picture in passed.pictures]
+    named += [(file, None, reason) for file, reason in [*skipped, *passed.skipped]]
+    frame = rows(named, passed.logits, chosen.engine.loaded.labels)
     about = {"variant": chosen.variant.name, "device": chosen.engine.loaded.device.type}
     about |= {"decoder": passed.decoder, "decoded_on_device": passed.on_device, "batch": settings.eval_batch_size}
     about |= {"workers": settings.workers, "pictures": len(passed.pictures), "images_per_s": rate}
     study.write_json("inference", about | {"source": _source(settings.pictures)})
     return study.write("predictions", frame), passed, rate
-
-
-def _rows(passed: stream.Passed, labels: sources.Labels) -> pd.DataFrame:
-    best = passed.logits.softmax(dim=1).topk(min(TOP, len(labels.names)), dim=1)
-    frame = pd.DataFrame({"file": [one.file for one in passed.pictures], "status": "ok"})
-    frame["label"] = pd.Series([one.label for one in passed.pictures], dtype=object)
-    frame["label_name"] = frame["label"].map(dict(zip(labels.folders, labels.names, strict=True)))
-    for rank, (ids, probabilities) in enumerate(zip(best.indices.T.tolist(), best.values.T.numpy(), strict=True), 1):
-        frame[f"id_{rank}"], frame[f"name_{rank}"] = ids, [labels.names[number] for number in ids]
-        frame[f"probability_{rank}"] = probabilities
-    return frame
 
 
 def sample(frame: pd.DataFrame, rows: int = 8) -> pd.DataFrame:

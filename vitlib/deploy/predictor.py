@@ -12,7 +12,7 @@ import torch
 from vitlib.measure import recommend
 from vitlib.network import attention, checkpoint, verify
 from vitlib.network.engine import Engine
-from vitlib.study import records, variants
+from vitlib.study import provenance, records, variants
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS, Variant
 
@@ -26,6 +26,7 @@ class Weights:
 
     folders: Mapping[str, Path]
     measured: pd.DataFrame  # columns of the record `variants`; empty without it
+    hardware: str = ""  # name of the GPU or CPU that was measured; '' where it is not known
 
     def folder(self, variant: Variant) -> Path:
         """The checkpoint that holds the weights of `variant`. CheckpointError where it is missing."""
@@ -56,22 +57,25 @@ def find(path: Path) -> Weights:
             f"there is no checkpoint in {str(path)!r}: name a study's folder (outputs/<study>) or one of its "
             "checkpoints"
         )
-    return Weights(folders, _measured(places, folders))
+    return Weights(folders, *_measured(places, folders))
 
 
 def weights_of(study: Study) -> Weights:
     """The weights of a study; variants of checkpoints that it lacks are named when they are loaded."""
     kinds = {row.checkpoint for row in FORMATS.values()}
-    return Weights({kind: study.checkpoint(kind) for kind in kinds}, _measured([study.record(MEASURED).parent], kinds))
+    return Weights({kind: study.checkpoint(kind) for kind in kinds}, *_measured([study.record(MEASURED).parent], kinds))
 
 
-def _measured(places: list[Path], kinds: Mapping[str, Path] | set[str]) -> pd.DataFrame:
+def _measured(places: list[Path], kinds: Mapping[str, Path] | set[str]) -> tuple[pd.DataFrame, str]:
     file = next((place / MEASURED for place in places if (place / MEASURED).is_file()), None)
     if file is None:
-        return pd.DataFrame(columns=["variant", "why"])
-    rows = records.read_table(file)
+        return pd.DataFrame(columns=["variant", "why"]), ""
+    rows, environment = records.read_table(file), file.with_name("environment.json")
     found = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
-    return rows[[variant is not None and variant.checkpoint in kinds for variant in found]]
+    hardware = provenance.part(records.read_json(environment), "hardware") if environment.is_file() else {}
+    rows = rows[[variant is not None and variant.checkpoint in kinds for variant in found]]
+    gpus = (hardware.get("gpus") or ()) if rows["peak_vram_mb"].notna().any() else ()
+    return rows, gpus[0]["name"] if gpus else hardware.get("cpu") or ""
 
 
 @dataclass
@@ -81,6 +85,12 @@ class Predictor:
     variant: Variant
     engine: Engine
     why: str
+
+    @property
+    def said(self) -> str:
+        """What follows its name in a sentence: that it is used, and why."""
+        unknown = " Its checkpoint is unverified (no checksums)." * ("files" not in self.engine.loaded.about)
+        return f"is used: {self.why}.{unknown}"
 
     def describe(self) -> pd.DataFrame:
         """What was loaded: variant, device, classes, size of the pictures, and the weights."""
@@ -113,28 +123,37 @@ def choose(
 ) -> tuple[Variant, str]:
     """The variant to use, and why.
 
-    `auto` is the first of `recommended` that runs here; without a record it is FP16 with SDPA on a GPU and FP32 with
-    SDPA on a CPU, or the plain network of the only checkpoint.
+    `auto` is the first of `recommended`; without one it is FP16 with SDPA on a GPU and FP32 with SDPA on a CPU, or the
+    plain network of the only checkpoint. It is said where another device was measured.
     """
     if name != "auto":
         return variants.find(name), "the parameter `variant` names it"
+    own = torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.cpu_model()
+    other = weights.hardware not in ("", own) and len(weights.measured)
+    elsewhere = f" (measured on {weights.hardware}, not on this device)" if other else ""
     rows = recommended(weights.measured, device, batch_size, limits)
     if rows.empty:
         plain = [row.name for row in FORMATS.values() if row.checkpoint in weights.folders and not row.fused_only]
         default = "fp16" if device.type == "cuda" else "fp32"
         chosen = Variant(default if default in plain else plain[0])
-        return chosen, f"notebook 2 has measured no variant that runs here, and it is the default on {device.type}"
+        none = f"notebook 2 has measured no variant that runs here{elsewhere}"
+        return chosen, f"{none}, and it is the default on {device.type}"
     if limit := rows["why"].iloc[0]:
-        return variants.find(rows["variant"].iloc[0]), f"no variant is within the limits, and it {limit}"
-    return variants.find(rows["variant"].iloc[0]), "of those measured that run here it is the best within the limits"
+        return variants.find(rows["variant"].iloc[0]), f"no variant is within the limits, and it {limit}{elsewhere}"
+    why = f"of those measured that run here it is the best within the limits{elsewhere}"
+    return variants.find(rows["variant"].iloc[0]), why
 
 
 def recommended(
     measured: pd.DataFrame, device: torch.device, batch_size: int, limits: Mapping[str, float] | None = None
 ) -> pd.DataFrame:
-    """`recommend.ranked` of the measured variants that run here, within the limits; empty where none was measured."""
+    """`recommend.ranked` of the measured variants that run here, within the limits; empty where none was measured.
+
+    Measurements on a GPU say nothing of a CPU, nor those on a CPU of a GPU.
+    """
     if measured.empty:
         return measured
     known = (variants.VARIANTS.get(name) for name in measured["variant"])
-    rows = measured[[bool(found) and not attention.not_runnable(found, device) for found in known]]
+    runs = pd.Series([bool(found) and not attention.not_runnable(found, device) for found in known], measured.index)
+    rows = measured[runs & (measured["peak_vram_mb"].notna() == (device.type == "cuda"))]
     return recommend.ranked(rows, batch_size, **({"margin": MARGIN} | dict(limits or {})))

@@ -3,9 +3,10 @@
 import io
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -49,30 +50,35 @@ class PilDecoder:
         """The batch (n, 3, h, w) uint8 on the device; queued, not waited for."""
         return buffer.to(self.device, non_blocking=True)
 
-    def batches(self, pictures: list[Picture], *, batch_size: int, workers: int) -> Iterator[Batch]:
+    def batches(self, pictures: Iterable[Picture], *, batch_size: int, workers: int) -> Iterator[Batch]:
         """All pictures in batches on the device, in order; close the iterator to stop the threads.
 
         Threads fill every free buffer; one is free again when the caller asks for the second batch after its own.
+        Pictures are asked for when a buffer is free for them.
         """
-        groups = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-        # A batch in the network and two pictures a thread ahead of it, but no more than there are.
-        count = min(max(LEAST_BUFFERS, 2 + math.ceil(2 * workers / batch_size)), len(groups))
-        shape = (min(batch_size, len(pictures)), 3, *self.preprocess.side)
-        pinned = self.device.type == "cuda"  # only from pinned memory does a copy run while the host goes on
-        buffers = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
+        remaining, filling, before = iter(pictures), deque(), None
+        groups = iter(lambda: list(islice(remaining, batch_size)), [])
         pool = ThreadPoolExecutor(workers)
 
-        def fill(number: int) -> list[Future[Read]]:
-            return [pool.submit(self.read, *one) for one in zip(groups[number], buffers[number % count], strict=False)]
+        def fill(buffer: torch.Tensor | None) -> None:
+            if (group := next(groups, None)) is not None:
+                if buffer is None:  # only from pinned memory does a copy run while the host goes on
+                    shape, pinned = (len(group), 3, *self.preprocess.side), self.device.type == "cuda"
+                    buffer = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
+                futures = [pool.submit(self.read, *one) for one in zip(group, buffer, strict=False)]
+                filling.append((group, buffer, futures))
 
         try:
-            filling = deque(map(fill, range(count)))
-            for number, group in enumerate(groups):
-                results = [future.result() for future in filling.popleft()]
-                pixels = self.on_device(group, buffers[number % count][: len(group)], results)
-                yield group, pixels, [result.reason for result in results]
-                if number and (following := number - 1 + count) < len(groups):
-                    filling.append(fill(following))
+            # A batch in the network and two pictures a thread ahead of it.
+            for _ in range(max(LEAST_BUFFERS, 2 + math.ceil(2 * workers / batch_size))):
+                fill(None)
+            while filling:
+                group, buffer, futures = filling.popleft()
+                results = [future.result() for future in futures]
+                yield group, self.on_device(group, buffer[: len(group)], results), [one.reason for one in results]
+                if before is not None:
+                    fill(before)
+                before = buffer
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -105,7 +111,7 @@ class NvJpegDecoder(PilDecoder):
         except BadPicture as odd:
             return Read(read_picture(picture, self.preprocess, row), by_pil=str(odd))
 
-    def batches(self, pictures: list[Picture], *, batch_size: int, workers: int) -> Iterator[Batch]:
+    def batches(self, pictures: Iterable[Picture], *, batch_size: int, workers: int) -> Iterator[Batch]:
         """As Pillow's, each in a thread while the network computes the one before: nvJPEG blocks its caller."""
         batches = super().batches(pictures, batch_size=batch_size, workers=workers)
         with closing(batches), ThreadPoolExecutor(1) as pool:  # leaving it waits for the batch in the making

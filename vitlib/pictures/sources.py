@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -175,58 +175,68 @@ def from_folder(folder: Path, max_megapixels: float, follow_links: bool = False)
     return Dataset(splits, _read_names(folder), skipped)
 
 
-def walk(folder: Path, inside: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
-    """Every file below a folder, in natural order, with the reason why it is not worth opening ('' if it is).
+def walk(folder: Path, inside: Iterable[Path] | None = None) -> list[tuple[str, str]]:
+    """Every file below a folder by its name from there, in natural order, with the reason not to open it ('' if none).
 
     So are folders that are left out, and links that lead out of the folders `inside` (None: anywhere). Links are
     followed last, so that a folder reached twice keeps its own name.
     """
-    found, seen, folders, links = [], set(), [folder], []
+    found, seen, folders, links = [], set(), [""], []
     homes = [os.path.realpath(one) for one in inside or ["/"]]
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
-        if here != folder and here.name.startswith("."):  # .ipynb_checkpoints is no class
+        if os.path.basename(here).startswith("."):  # .ipynb_checkpoints is no class
             found.append((here, "hidden folder"))
-        elif (real := os.path.realpath(here)) in seen:  # following a link upwards would never end
+        elif (real := os.path.realpath(folder / here)) in seen:  # following a link upwards would never end
             found.append((here, "a link to a folder that is listed already"))
         else:
             seen.add(real)
             try:
-                entries = sorted(here.iterdir())
+                entries = sorted(os.listdir(folder / here))
             except OSError as error:
                 found.append((here, f"cannot be read: {error.strerror}"))
                 continue
-            away = [entry for entry in entries if entry.is_symlink() and not _is_in(homes, entry)]
-            found += [(entry, "a link out of the folder: set `follow_links` to read it") for entry in away]
-            entries = [entry for entry in entries if entry not in away]
-            below = [entry for entry in entries if os.path.isdir(entry)]  # False, not an error, where it is forbidden
-            folders += [entry for entry in below if not entry.is_symlink()]
-            links += [entry for entry in below if entry.is_symlink()]
-            found += [(entry, not_a_picture(entry)) for entry in entries if entry not in below]
-    return sorted(found, key=lambda pair: [_natural(part) for part in pair[0].relative_to(folder).parts])
+            for entry in (os.path.join(here, name) for name in entries):
+                path = folder / entry
+                if (link := path.is_symlink()) and not _is_in(homes, path):
+                    found.append((entry, "a link out of the folder: set `follow_links` to read it"))
+                elif os.path.isdir(path):  # False, not an error, where it is forbidden
+                    (links if link else folders).append(entry)
+                else:
+                    found.append((entry, not_a_picture(path)))
+    return sorted(found, key=lambda pair: [_natural(part) for part in pair[0].split("/")])
 
 
 def _is_in(homes: list[str], link: Path) -> bool:
     return any(Path(os.path.realpath(link)).is_relative_to(home) for home in homes)
 
 
-def pictures_below(
-    folder: Path, max_megapixels: float, root: Path | None = None, follow_links: bool = False
-) -> tuple[list[Picture], list[tuple]]:
-    """All pictures below a folder, flat or in class folders, and what is none (file, reason).
+def each(
+    folder: Path, listed: Iterable[tuple[str, str]], max_megapixels: float, root: Path | None = None
+) -> Iterator[Picture]:
+    """A `Picture` for each file that `walk` listed, made when it is asked for; one with a reason only says that.
 
     The label is the folder's name, None directly in `folder`. Files are named from `root` on (by default `folder`).
     """
-    pictures, skipped = [], []
-    for path, reason in walk(folder, None if follow_links else [folder, root or folder]):
+    for name, reason in listed:
+        path = folder / name
         file = path.relative_to(root or folder).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
-        label = None if path.parent == folder else path.parent.name
         opening = (partial(function, path, max_megapixels) for function in (open_picture, plain_jpeg))
-        if reason:
-            skipped.append((file, reason))
-        else:
-            pictures.append(Picture(file, label, *opening))
-    return pictures, skipped
+        label = None if path.parent == folder else path.parent.name
+        yield Picture(file, label, *([partial(_refuse, reason)] if reason else opening))
+
+
+def _refuse(reason: str) -> Image.Image:
+    raise BadPicture(reason)
+
+
+def pictures_below(
+    folder: Path, max_megapixels: float, root: Path | None = None, follow_links: bool = False
+) -> tuple[list[Picture], list[tuple[str, str]]]:
+    """All pictures below a folder, flat or in class folders, as `each` makes them, and what is none (file, reason)."""
+    listed = walk(folder, None if follow_links else [folder, root or folder])
+    found = [(one, reason) for one, (_, reason) in zip(each(folder, listed, max_megapixels, root), listed, strict=True)]
+    return [one for one, reason in found if not reason], [(one.file, reason) for one, reason in found if reason]
 
 
 def from_hub(name: str, max_megapixels: float) -> Dataset:
@@ -319,9 +329,10 @@ def one_of_each(decoded: Decoded, labels: Labels, count: int) -> tuple[list[np.n
     return images, [named[folder] for folder in folders]
 
 
-def _natural(text: str) -> list:
-    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
-    return [*parts, (-1, 0, text)]  # '07' and '7' have an order too
+def _natural(text: str) -> str:
+    """A sort key in which numbers have their value and come before letters: 2, 10, a2, a10; 07 and 7 differ too."""
+    number = re.compile(r"\d+")  # written with its length first; no file name has a \0
+    return number.sub(lambda found: f"\0{chr(len(str(int(found[0]))))}{int(found[0])}", text) + f"\0\0{text}"
 
 
 def _without(folders: Iterable[str], others: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ _TEXT_COLUMNS = (
     *("name_1", "name_2", "name_3", "name_4", "name_5"),
     *("id", "subject", "claim", "source", "original", "counts_as", "measured", "verdict", "cause"),
 )
+_READING = {"keep_default_na": False, "na_values": [""], "dtype": dict.fromkeys(_TEXT_COLUMNS, "str")}
 
 _FORMULA = re.compile(r"'*[=+\-@\t\n＝＋－＠]")  # after apostrophes too, so that they can be told from ours
 
@@ -99,11 +100,15 @@ def write_table(frame: pd.DataFrame, path: Path | str) -> Path:
     _require(path, frame, "give NaN for what was not measured")
     if twice := sorted(set(frame.columns[frame.columns.duplicated()])):
         raise ValueError(f"{path.name} has columns twice: {', '.join(map(str, twice))}")
-    ordered = frame[[*schema, *(column for column in frame.columns if column not in schema)]]
-    ordered = _each_text(ordered, _guarded).infer_objects()
     with atomic_path(path) as temporary:
-        ordered.to_csv(temporary, index=False, encoding="utf-8", float_format="%.9g", lineterminator="\n")
+        temporary.write_bytes(as_csv(frame[[*schema, *(column for column in frame if column not in schema)]]))
     return path
+
+
+def as_csv(frame: pd.DataFrame, header: bool = True) -> bytes:
+    """The bytes of a table as `write_table` writes it, with the columns as they are; without `header`, of more rows."""
+    guarded = _each_text(frame, _guarded).infer_objects()
+    return guarded.to_csv(index=False, header=header, float_format="%.9g", lineterminator="\n").encode("utf-8")
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
@@ -112,13 +117,19 @@ def read_table(path: Path | str) -> pd.DataFrame:
     Raises MissingRecord with the notebook to run, and ValueError for a file that is empty or of another version.
     """
     path = _existing(path)
-    text = dict.fromkeys(_TEXT_COLUMNS, "str")
     try:
-        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=text, encoding="utf-8")
+        frame = pd.read_csv(path, **_READING)
     except pd.errors.EmptyDataError:
         raise ValueError(f"{short_path(path)} is empty: {_advice(path, 'again')}") from None
     _require(path, frame, _advice(path, "again"))
     return _each_text(frame, _unguarded)
+
+
+def read_parts(path: Path, rows: int = 5_000) -> Iterator[pd.DataFrame]:
+    """A table as `read_table` reads it, in parts of at most so many rows; no schema is asked for."""
+    with pd.read_csv(path, chunksize=rows, **_READING) as parts:
+        for part in parts:
+            yield _each_text(part, _unguarded)
 
 
 def _each_text(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
