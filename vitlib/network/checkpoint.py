@@ -1,7 +1,8 @@
 """Build, load and save a network; the one place where a variant becomes a module.
 
 A checkpoint is a folder that plain transformers can load, complete in itself: weights (safetensors), config with
-id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json` with the SHA-256 of each.
+id→label names, preprocessing, `labels.json` (class folders by id), twelve pictures with its logits for them (`samples`), and `provenance.json` with the
+SHA-256 of each.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from vitlib.network import attention, calibrate, dinov2, plan, quantize, verify
+from vitlib.network import attention, calibrate, dinov2, plan, quantize, samples, verify
 from vitlib.pictures import preprocess
 from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Labels
@@ -182,7 +183,10 @@ def save(
     model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: Mapping[str, object],
     more: Mapping[str, object] | None = None,
 ) -> Path:  # fmt: skip
-    """Write a self-sufficient checkpoint to `folder`, complete or not at all; `more` are JSON files by name."""
+    """Write a self-sufficient checkpoint to `folder`, complete or not at all; `more` are JSON files by name.
+
+    FloatingPointError where the network's logits are not finite.
+    """
     with files.atomic_path(folder) as target:
         model.save_pretrained(target)
         pre.save(target)
@@ -191,6 +195,7 @@ def save(
         records.write_json(entries, target / "labels.json")
         for name, value in (more or {}).items():
             records.write_json(value, target / name)
+        samples.save(model, pre, target)
         seal(target, {**provenance, "preprocessing": pre.describe()})
     return folder
 
