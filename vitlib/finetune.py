@@ -106,14 +106,7 @@ def describe(base: Base) -> pd.DataFrame:
 
 def preprocessing(base: Base) -> Markdown:
     """What happens to every picture before the network sees it."""
-    about, side = base.preprocess.describe(), " × ".join(map(str, base.preprocess.side))
-    steps = [f"resized and cropped to {side} pixels" if about.get("do_center_crop") else f"resized to {side} pixels"]
-    if about.get("do_rescale"):
-        steps.append(f"its values are divided by {1 / about['rescale_factor']:g}")
-    if about.get("do_normalize"):
-        mean, std = (", ".join(f"{value:.3g}" for value in about[f"image_{name}"]) for name in ("mean", "std"))
-        steps.append(f"normalised with means {mean} and standard deviations {std} of red, green and blue")
-    return Markdown(f"Every picture is {'; '.join(steps)}.")
+    return Markdown(base.preprocess.in_words())
 
 
 def introduce(study: Study, base: Base) -> Markdown:

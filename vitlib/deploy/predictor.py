@@ -12,7 +12,7 @@ import torch
 from vitlib.measure import recommend
 from vitlib.network import attention, checkpoint, verify
 from vitlib.network.engine import Engine
-from vitlib.study import records, variants
+from vitlib.study import provenance, records, variants
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS, Variant
 
@@ -25,7 +25,7 @@ class Weights:
     """Checkpoints by the name of their kind (`merged`, `nf4`, …), and what notebook 2 measured with them."""
 
     folders: Mapping[str, Path]
-    measured: pd.DataFrame  # columns of the record `variants`; empty without it
+    measured: pd.DataFrame  # columns of the record `variants`, and `hardware` where it is known; empty without it
 
     def folder(self, variant: Variant) -> Path:
         """The checkpoint that holds the weights of `variant`. CheckpointError where it is missing."""
@@ -70,6 +70,8 @@ def _measured(places: list[Path], kinds: Mapping[str, Path] | set[str]) -> pd.Da
     if file is None:
         return pd.DataFrame(columns=["variant", "why"])
     rows = records.read_table(file)
+    if "hardware" not in rows and (environment := file.with_name("environment.json")).is_file():
+        rows["hardware"] = provenance.facts(records.read_json(environment)).get("hardware", "")
     found = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
     return rows[[variant is not None and variant.checkpoint in kinds for variant in found]]
 

@@ -1,8 +1,8 @@
 """Build, load and save a network; the one place where a variant becomes a module.
 
 A checkpoint is a folder that plain transformers can load, complete in itself: weights (safetensors), config with
-id→label names, preprocessing, `labels.json` (class folders by id), twelve pictures with its logits for them (`samples`), and `provenance.json` with the
-SHA-256 of each.
+id→label names, preprocessing, `labels.json` (class folders by id), twelve pictures with its logits for them
+(`samples`), and `provenance.json` with the SHA-256 of each.
 """
 
 import hashlib
@@ -279,10 +279,11 @@ def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
 
 
 def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
-    """The network of `variant` from a study's `checkpoints`; see `load_folder`."""
+    """The network of `variant` from a study's `checkpoints`, or from the one that this folder is; see `load_folder`."""
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
-    return load_folder(checkpoint_folder(checkpoints, variant), variant, device)
+    one = (checkpoints / "config.json").is_file()
+    return load_folder(checkpoints if one else checkpoint_folder(checkpoints, variant), variant, device)
 
 
 def load_folder(folder: Path, variant: Variant, device: torch.device) -> Loaded:
@@ -295,6 +296,10 @@ def load_folder(folder: Path, variant: Variant, device: torch.device) -> Loaded:
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
     about = whole(folder)
+    held = FORMATS.get(about.get("weights"))
+    if held and held.checkpoint != variant.checkpoint:
+        own = f"holds the weights {held.checkpoint!r}: {variant.name} needs {variant.checkpoint!r}"
+        raise CheckpointError(f"the checkpoint {folder.name!r} {own}")
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = getattr(torch, variant.format.dtype)
     model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)
