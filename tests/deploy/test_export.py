@@ -40,12 +40,14 @@ def test_onnx_takes_any_batch_and_knows_classes_and_preprocessing(checkpoints, t
     )
     assert command.main(words) == 1
     assert "vitlib-onnx exists" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    assert command.main([*words, "--output", "mine", "--overwrite"]) == 1  # it is no older export
 
 
 def test_a_network_that_computes_something_else_is_not_written(checkpoints, tmp_path, monkeypatch, capsys):
-    def other(model, pixels, about, folder):
+    def other(plain, pixels, about, folder):
         (folder / "model.onnx").write_text("other")
-        return lambda values: model(values).logits + 1e-3 * (len(values) == 3)  # at one batch size only
+        return lambda values: plain(values) + 1e-3 * (len(values) == 3)  # at one batch size only
 
     monkeypatch.setitem(export.EXPORTERS, "onnx", other)
     assert command.main(["export", str(checkpoints), "--to", "onnx"]) == 1 and list(tmp_path.iterdir()) == []

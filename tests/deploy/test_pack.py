@@ -116,9 +116,8 @@ def test_an_archive_is_whole_measured_and_the_same_again(measured, tmp_path, mon
 
 def test_what_is_unknown_is_called_so_and_the_base_is_named(measured, tmp_path):
     folder = measured / "checkpoints" / "mixed"
-    merged = measured / "checkpoints" / "merged"
     base = {"kind": "package", "base": "/home/me/x", "origin": "a pretrained ViT", "licence": "MIT | as they say"}
-    checkpoint.seal(merged, checkpoint.whole(merged) | {"origin": base, "parameters": {"data_source": "/data/my|own"}})
+    checkpoint.seal(folder, checkpoint.whole(folder) | {"origin": base, "parameters": {"data_source": "/data/my|own"}})
     card = ModelCard.load(packed(folder, tmp_path / "mine.zip") / "README.md")
     assert (card.data.license, card.data.license_name, card.data.eval_results) == ("other", "unknown", None)
     assert "| the weights | unknown: nobody has stated one |" in card.text

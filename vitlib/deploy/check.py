@@ -22,6 +22,7 @@ from vitlib.measure import timing
 from vitlib.network import attention, checkpoint, engine, plan, quantize, samples, tuning, verify
 from vitlib.network.engine import Engine
 from vitlib.pictures import preprocess
+from vitlib.report.tables import number
 from vitlib.study import provenance, records
 from vitlib.study.variants import ATTENTIONS, FORMATS, Variant
 
@@ -65,26 +66,26 @@ def run(options: argparse.Namespace) -> int:
 def checklist(path: Path, name: str, device: torch.device) -> Iterator[Row]:
     """A row for each check; the last is the first that failed where the next need what it found missing.
 
-    CheckpointError where there is no checkpoint, ValueError for an unknown variant.
+    ValueError for an unknown variant.
     """
-    if (path / "config.json").is_file() and (row := _checksums(path)).status == FAILED:
-        yield row
+    expected = "each file has the SHA-256 that it was saved with"
+    try:
+        weights = predictor.find(path)
+        variant, _ = predictor.choose(weights, name, device, batch_size=1)
+        folder = weights.folder(variant)
+        listed = checkpoint.whole(folder).get("files")
+    except checkpoint.CheckpointError as error:
+        yield Row("checksums", FAILED, str(error), expected)
         return
-    weights = predictor.find(path)
-    variant, _ = predictor.choose(weights, name, device, batch_size=1)
-    folder = weights.folder(variant)
-    yield (row := _checksums(folder))
-    if row.status == FAILED:
-        return
+    found = f"{len(listed)} files as they were saved" if listed else "unverified: provenance.json has no checksums"
+    yield Row("checksums", OK if listed else NOT, found, expected)
     yield _quantization(folder, variant)
     yield from _attentions(variant, device)
     yield (row := _device(variant, device))
     if row.status == FAILED:
         return
-    kinds = (
-        "of the plan" if variant.format.planned else variant.format.fused if variant.fused else variant.format.stored
-    )
-    expected = f"{variant.label}: {kinds} in {variant.format.dtype}"
+    linears = variant.format.fused if variant.fused else variant.format.stored
+    expected = f"{'those of its plan' if variant.format.planned else linears} in {variant.format.dtype}"
     try:
         ready = Engine(checkpoint.load_folder(folder, variant, device), variant.execution, (1,))
     except (ValueError, RuntimeError, OSError) as error:
@@ -96,17 +97,6 @@ def checklist(path: Path, name: str, device: torch.device) -> Iterator[Row]:
     yield _preprocessing(ready)
     yield _samples(ready)
     yield from _speed(ready, variant, weights.measured)
-
-
-def _checksums(folder: Path) -> Row:
-    expected = "each file has the SHA-256 that it was saved with"
-    try:
-        files = checkpoint.whole(folder).get("files")
-    except checkpoint.CheckpointError as error:
-        return Row("checksums", FAILED, str(error), expected)
-    if not files:
-        return Row("checksums", NOT, f"unverified: {checkpoint.PROVENANCE} has no checksums", expected)
-    return Row("checksums", OK, f"{len(files)} files as they were saved", expected)
 
 
 def _quantization(folder: Path, variant: Variant) -> Row:
@@ -128,10 +118,8 @@ def _attentions(variant: Variant, device: torch.device) -> Iterator[Row]:
     for name, words in ATTENTIONS.items():
         reason = attention.not_runnable(Variant(variant.format.reference, name), device)
         used = name == variant.attention
-        status = (FAILED if used else NOT) if reason else OK
-        yield Row(
-            f"attention: {words}", status, reason or "runs here", "needed" if used else f"not used by {variant.name}"
-        )
+        status, expected = (FAILED, f"needed by {variant.name}") if used else (NOT, f"not used by {variant.name}")
+        yield Row(f"attention: {words}", status if reason else OK, reason or "runs here", expected)
 
 
 def _device(variant: Variant, device: torch.device) -> Row:
@@ -153,8 +141,8 @@ def _preprocessing(ready: Engine) -> Row:
     if used is not None and used != now:
         wrong = ", ".join(key for key in used.keys() | now.keys() if used.get(key) != now.get(key))
         return Row("preprocessing", FAILED, f"other than in training: {wrong}", expected)
-    images = [image.convert("RGB") for image in samples.draw()]
-    same = again.describe() == pre.describe() and samples.pixels(images, again).equal(samples.pixels(images, pre))
+    drawn = (samples.pixels(samples.draw(), each) for each in (pre, again))
+    same = again.describe() == pre.describe() and next(drawn).equal(next(drawn))
     return Row("preprocessing", OK if same else FAILED, "the same" if same else "changed by saving it", expected)
 
 
@@ -186,11 +174,9 @@ def _speed(ready: Engine, variant: Variant, measured: pd.DataFrame) -> Iterator[
     took = timing.latency({variant.name: lambda _: ready(pixels)}, device, BUDGET)["latency_ms"].median()
     rows = measured[measured["variant"] == variant.name]
     rows = rows[rows["batch"] == 1].dropna(subset="latency_p50_ms") if len(rows) else rows
-    for what, unit, value, column in (
-        ("memory: weights and a call", "MB", ready.loaded.weights_mb + used, "peak_memory_mb"),
-        ("latency at batch size 1", "ms", took, "latency_p50_ms"),
-    ):
-        found = f"{value:,.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+    memory = ("memory: weights and a call", "MB", ready.loaded.weights_mb + used, "peak_memory_mb")
+    for what, unit, value, column in (memory, ("latency at batch size 1", "ms", took, "latency_p50_ms")):
+        found = f"{number(value)} {unit}"
         if rows.empty:
             yield Row(what, NOT, found, "informational: the study has not measured this variant")
             continue
@@ -198,4 +184,4 @@ def _speed(ready: Engine, variant: Variant, measured: pd.DataFrame) -> Iterator[
         here = provenance.facts(provenance.environment(parameters={})).get("hardware")
         same = "the same hardware" if where == here else f"other hardware: {where}" if where else "unknown hardware"
         found += f", {value / before:.2f} times the study's"
-        yield Row(what, OK, found, f"informational: {before:,.3g} {unit} on {same}")
+        yield Row(what, OK, found, f"informational: {number(before)} {unit} on {same}")

@@ -28,6 +28,7 @@ from vitlib.study import files, provenance, records
 from vitlib.study.variants import DIRECT, Variant
 
 Call = Callable[[torch.Tensor], torch.Tensor]  # pixel_values (n, 3, h, w) -> logits (n, classes)
+LATENCY = "latency.json"
 BATCHES = (1, 3, 12)  # of the sample pictures, whose logits are compared
 BUDGET = timing.Budget(rounds=stats.MINIMUM_ROUNDS, samples=20, seconds=0.3)
 ANY_BATCH = {0: torch.export.Dim("batch", min=1, max=4096)}
@@ -63,23 +64,23 @@ def run(options: argparse.Namespace) -> int:
     variant = Variant("fp16" if device.type == "cuda" else "fp32", DIRECT)
     loaded = checkpoint.load_folder(folders["merged"], variant, device)
     output = options.output or Path(Path(f"{loaded.about.get('study', 'vitlib')}-{options.to}").name)
-    if output.exists() and not options.overwrite:
-        raise FileExistsError(f"{output} exists: name another --output, or replace it with --overwrite")
-    images = [image.convert("RGB") for image in samples.draw()]
-    pixels = loaded.preprocess.normalise(samples.pixels(images, loaded.preprocess).to(device), loaded.dtype)
-    about = {"labels": loaded.labels.names, "preprocessing": loaded.preprocess.describe()}
+    if output.exists() and not (options.overwrite and (output / LATENCY).is_file()):  # no folder of anything else
+        raise FileExistsError(f"{output} exists: name another --output, or replace an older export with --overwrite")
+    drawn = samples.pixels(samples.draw(), loaded.preprocess).to(device)
+    pixels, plain = loaded.preprocess.normalise(drawn, loaded.dtype), _Plain(loaded.model)
+    facts = {"labels": loaded.labels.names, "preprocessing": loaded.preprocess.describe()}
+    about = {key: json.dumps(value) for key, value in facts.items()}
     with files.atomic_path(output) as folder:
         loaded.preprocess.save(folder)
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
-            call = EXPORTERS[options.to](
-                loaded.model, pixels[:2], {key: json.dumps(each) for key, each in about.items()}, folder
-            )
-        plain = _Plain(loaded.model)
-        row = (
-            {"variant": variant.name, "to": options.to} | _parity(plain, call, pixels) | _speed(plain, call, pixels[:1])
-        )
-        records.write_json(row, folder / "latency.json")
+            try:
+                call = EXPORTERS[options.to](plain, pixels[:2], about, folder)
+            except RuntimeError as error:  # of many lines
+                raise RuntimeError(f"the export failed: {files.first_line(error)}") from error
+        row = {"variant": variant.name, "to": options.to} | _parity(plain, call, pixels)
+        row |= _speed(plain, call, pixels[:1])
+        records.write_json(row, folder / LATENCY)
     print(f"wrote {output}; logits differ by at most {row['difference']:.2g} (allowed: {row['tolerance']:.2g})")
     plain_ms, took = f"{row['plain_ms']:.3g}", f"{row['exported_ms']:.3g}"
     print(f"batch size 1: {took} ms, PyTorch without compilation {plain_ms} ms: {row['in_words']}")
@@ -95,12 +96,12 @@ def _require(to: str) -> None:
         raise RuntimeError("AOTInductor needs a C++ compiler: install g++, or name one in the variable CXX")
 
 
-def _onnx(model: nn.Module, pixels: torch.Tensor, about: dict[str, str], folder: Path) -> Call:
+def _onnx(plain: _Plain, pixels: torch.Tensor, about: dict[str, str], folder: Path) -> Call:
     import onnxruntime
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     config = OnnxConfig(dynamic_shapes={"pixel_values": ANY_BATCH})
-    exported = OnnxExporter().export(model, {"pixel_values": pixels}, config=config)
+    exported = OnnxExporter().export(plain.network, {"pixel_values": pixels}, config=config)
     exported.program.metadata_props.update(about)
     exported.save_pretrained(folder)
     options = onnxruntime.SessionOptions()
@@ -109,13 +110,12 @@ def _onnx(model: nn.Module, pixels: torch.Tensor, about: dict[str, str], folder:
     return lambda values: torch.from_numpy(session.run(["logits"], {"pixel_values": values.numpy()})[0])
 
 
-def _aoti(model: nn.Module, pixels: torch.Tensor, about: dict[str, str], folder: Path) -> Call:
-    program = torch.export.export(_Plain(model), (pixels,), dynamic_shapes=(ANY_BATCH,))
-    options = {"aot_inductor.metadata": about}
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(folder / "model.pt2"), inductor_configs=options
-    )
-    return torch._inductor.aoti_load_package(package)
+def _aoti(plain: _Plain, pixels: torch.Tensor, about: dict[str, str], folder: Path) -> Call:
+    from torch import _inductor
+
+    program = torch.export.export(plain, (pixels,), dynamic_shapes=(ANY_BATCH,))
+    to = {"package_path": str(folder / "model.pt2"), "inductor_configs": {"aot_inductor.metadata": about}}
+    return _inductor.aoti_load_package(_inductor.aoti_compile_and_package(program, **to))
 
 
 EXPORTERS = {"onnx": _onnx, "aoti": _aoti}
@@ -139,8 +139,6 @@ def _speed(plain: Call, call: Call, pixels: torch.Tensor) -> dict[str, object]:
     taken = timing.latency(calls, pixels.device, BUDGET).rename(columns={"candidate": "variant"}).assign(batch=1)
     before, after = (benchmark.rounds_of(taken, name, 1) for name in calls)
     times, verdict = stats.times_faster(before, after), stats.same_or_slower(before, after)
-    row = {
-        f"{name}_ms": stats.median_interval(each).estimate for name, each in (("plain", before), ("exported", after))
-    }
+    row = {"plain_ms": stats.median_interval(before).estimate, "exported_ms": stats.median_interval(after).estimate}
     row |= {**stats.columns("times_faster", times), "in_words": benchmark.in_words(times, verdict, len(after))}
     return row | {"batch": 1, "hardware": provenance.facts(provenance.environment(parameters={})).get("hardware")}

@@ -60,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
     (kind, folder), *others = weights.folders.items()
     if others:
         raise ValueError(f"{options.checkpoint} has several checkpoints: name one, such as {folder}")
-    about = _about(folder)
+    about = checkpoint.whole(folder)
+    if "files" not in about:
+        raise checkpoint.CheckpointError(f"{folder.name!r} has no checksums, so nobody knows whether it is whole")
     output = options.output or Path(Path(f"{about.get('study', 'vitlib')}-{kind}.zip").name)
     if output.suffix != ".zip" or not re.fullmatch(files.STUDY_NAME, output.stem):
         raise ValueError(f"{output.name!r} cannot name the archive: use letters, digits, '.', '_' or '-', and .zip")
@@ -78,16 +80,6 @@ def run(options: argparse.Namespace) -> int:
         target.write_text(f"{files.checksum(output)}  {output.name}\n", encoding="utf-8")
     print(f"wrote {output} ({output.stat().st_size / 2**20:,.1f} MB) and {output.name}.sha256")
     return 0
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says, a mixed one with what it was made of as well. CheckpointError unless it is whole."""
-    about, beside = checkpoint.whole(folder), folder.parent / "merged"
-    if "files" not in about:
-        raise checkpoint.CheckpointError(f"{folder.name!r} has no checksums, so nobody knows whether it is whole")
-    merged = checkpoint.whole(beside) if "origin" not in about and beside.is_dir() else {}
-    same = merged.get("files", {}).get("model.safetensors") == about.get("merged_sha256", "")
-    return {**merged, **about} if same else about
 
 
 def _zip(target: Path, root: str, paths: list[Path]) -> None:

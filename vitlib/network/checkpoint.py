@@ -238,13 +238,13 @@ def save_mixed(checkpoints: Path, chosen: Mapping[str, str], device: torch.devic
     """Write the checkpoint `mixed` beside those that it is made of, with `chosen` in its `plan.json`; see `plan`."""
     merged, folder = checkpoints / plan.CHECKPOINTS["fp16"], checkpoints / "mixed"
     sources = {form: checkpoints / plan.CHECKPOINTS[form] for form in {"nf4", "int8"} & set(chosen.values())}
-    for source in (merged, *sources.values()):
-        whole(source)
+    said, *_ = (whole(source) for source in (merged, *sources.values()))
     nf4 = quantize.config(4, torch.float16, plan.kept(chosen)) if "nf4" in chosen.values() else None
     model = _from_pretrained(merged, torch.float16, device, quantization_config=nf4)[0].eval()
     networks = {form: _from_pretrained(source, torch.float16, device)[0].eval() for form, source in sources.items()}
     plan.fill(model, networks, chosen)
-    about = {"weights": "mixed", "quantized_from": merged.name, **note}
+    about = {key: said[key] for key in ("origin", "method", "parameters") if key in said}
+    about |= {"weights": "mixed", "quantized_from": merged.name, **note}
     about["merged_sha256"] = files.checksum(merged / "model.safetensors")
     own = {"pre": preprocess.load(merged), "labels": read_labels(merged), "provenance": about}
     return save(model, folder, **own, more={plan.FILE: dict(chosen)})

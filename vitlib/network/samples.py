@@ -42,7 +42,7 @@ def draw() -> tuple[Image.Image, ...]:
 
 def pixels(images: Sequence[Image.Image], pre: Preprocess) -> torch.Tensor:
     """The pictures as the network's preprocessing resizes them, uint8 (12, 3, h, w)."""
-    return torch.stack([pre.resize(image) for image in images])
+    return torch.stack([pre.resize(image.convert("RGB")) for image in images])
 
 
 @torch.no_grad()
