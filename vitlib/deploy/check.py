@@ -155,7 +155,7 @@ def _samples(ready: Engine) -> Row:
     limit = samples.tolerance(dtype, loaded.dtype, product=loaded.variant.format.product)
     expected = f"the stored classes, and logits within {limit:.2g}, by rounding in {loaded.variant.format.label}"
     try:
-        found = engine.logits(ready, samples.pixels(images, loaded.preprocess), batch_size=1)
+        found = engine.logits(ready, samples.pixels(images, loaded.preprocess), len(images))
     except FloatingPointError as error:
         return Row("sample pictures", FAILED, str(error), expected)
     best = logits.topk(2).values

@@ -47,7 +47,7 @@ def pixels(images: Sequence[Image.Image], pre: Preprocess) -> torch.Tensor:
 
 @torch.no_grad()
 def save(model: nn.Module, pre: Preprocess, folder: Path) -> None:
-    """Write the pictures and the logits of `model`, a transformers network, one picture a call, into `folder`.
+    """Write the pictures and the logits of `model`, a transformers network, for all of them in one pass, into `folder`.
 
     FloatingPointError where they are not finite.
     """
@@ -55,7 +55,7 @@ def save(model: nn.Module, pre: Preprocess, folder: Path) -> None:
     first.save(folder / PICTURES, save_all=True, append_images=others, compression="tiff_adobe_deflate")
     training, values = model.training, pre.normalise(pixels(_pictures(folder), pre).to(model.device), model.dtype)
     model.eval()
-    logits = torch.cat([model(pixel_values=one).logits.float().cpu() for one in values.split(1)])
+    logits = model(pixel_values=values).logits.float().cpu()
     model.train(training)
     if not logits.isfinite().all():
         raise FloatingPointError("the network gives logits that are not finite: its checkpoint is not saved")
