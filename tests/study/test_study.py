@@ -57,7 +57,9 @@ import sys
 from vitlib.study import files
 from vitlib.study.study import Study
 study = Study.at(sys.argv[1])
-with study.locked(), files.unchanged_on_error(study.folder / "records"):
+with study.locked(), files.unchanged_on_error(study.folder, ["records", "old.html", "new.html"]):
+    (study.folder / "old.html").write_text("of the killed run")
+    (study.folder / "new.html").write_text("of the killed run")
     study.record("base.json").write_text("of the killed run")
     study.record("new.json").write_text("of the killed run")
     print("held", flush=True)
@@ -65,8 +67,10 @@ with study.locked(), files.unchanged_on_error(study.folder / "records"):
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_killed_and_its_records_are_put_back(study):
+def test_a_second_process_is_refused_until_the_first_is_killed_and_its_changes_are_undone(study):
+    """Also the page, which would stand beside the records of another run."""
     study.write_json("base", {"kind": "random"})
+    (study.folder / "old.html").write_text("before")
     words = [sys.executable, "-c", HOLD, str(study.folder)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
@@ -77,6 +81,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed_and_its_records_a
         holder.kill()
     with study.locked():  # a dead holder's lock is free
         assert study.read_json("base") == {"kind": "random"} and not study.has("new.json")
+        assert (study.folder / "old.html").read_text() == "before" and not (study.folder / "new.html").exists()
 
 
 def test_a_notebooks_kernel_holds_its_study_until_it_opens_another(study, monkeypatch):

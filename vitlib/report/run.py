@@ -65,7 +65,8 @@ def execute(notebook: str | Path, *, parameters: Mapping[str, Any], folder: str 
     target = folder / f"{notebook.stem}.ipynb"
     facts = provenance.facts(provenance.environment(parameters={}))  # of the commit that the kernel imports
     facts["made"] = time.strftime("%Y-%m-%d %H:%M")
-    with Study.at(folder).locked(), files.unchanged_on_error(folder / "records"):
+    changes = ("records", target.name, target.with_suffix(".html").name)
+    with Study.at(folder).locked(), files.unchanged_on_error(folder, changes):
         with files.atomic_path(reserve := folder / ".reserve") as file:  # of the disk, for the page of a failure
             file.write_bytes(os.urandom(_RESERVE))
         text, ended = _papermill(notebook, chosen)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # it becomes a folder, a link and a word of a command line
-_BEFORE = ".before-"  # of a folder that a run may change
+_BEFORE = ".before"  # holds what a run may change, as it was, and this list of what there was:
+_EXISTED = "existed.json"
 _FULL = 2**16  # bytes free at most, where an error in writing is taken for one of a full disk
 _STALE_SECONDS = 3600  # a temporary sibling untouched this long belongs to a run that was killed
 
@@ -108,12 +110,14 @@ def naming_what_lacks_room(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_on_error(folder: Path) -> Iterator[None]:
-    """Put `folder` back as it was if the block fails; `put_back` does it after the block was killed."""
-    folder.mkdir(exist_ok=True)
-    before = folder.with_name(_BEFORE + folder.name)
-    with atomic_path(before) as copy:
-        shutil.copytree(folder, copy)
+def unchanged_on_error(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """Put what is called `names` in `folder` back as it was if the block fails; `put_back` does it after a kill."""
+    with atomic_path(before := folder / _BEFORE) as copy:
+        copy.mkdir()
+        existed = {name: (folder / name).exists() for name in names}
+        for name in filter(existed.get, existed):
+            (shutil.copytree if (folder / name).is_dir() else shutil.copy2)(folder / name, copy / name)
+        (copy / _EXISTED).write_text(json.dumps(existed))
     try:
         yield
     except BaseException:
@@ -123,9 +127,16 @@ def unchanged_on_error(folder: Path) -> Iterator[None]:
 
 
 def put_back(folder: Path) -> None:
-    """Put `folder` back as `unchanged_on_error` found it, if that did not end."""
-    if (before := folder.with_name(_BEFORE + folder.name)).exists():
-        _replace(before, folder)
+    """Put back in `folder` what `unchanged_on_error` found, if that did not end; killed itself, it may be repeated."""
+    before = folder / _BEFORE
+    if not before.exists():
+        return
+    for name, existed in json.loads((before / _EXISTED).read_text()).items():
+        if not existed:
+            _remove(folder / name)
+        elif (before / name).exists():
+            _replace(before / name, folder / name)
+    _remove(before.rename(_sibling(before, "tmp")))
 
 
 def _sibling(target: Path, kind: str) -> Path:

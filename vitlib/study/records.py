@@ -121,10 +121,9 @@ def write_table(frame: pd.DataFrame, path: Path | str) -> Path:
     if twice := sorted(set(frame.columns[frame.columns.duplicated()])):
         raise ValueError(f"{path.name} has columns twice: {', '.join(map(str, twice))}")
     ordered = frame[[*schema, *(column for column in frame.columns if column not in schema)]]
-    ordered = _each_text(ordered.infer_objects(), _guarded)
+    ordered = _each_text(ordered, _guarded).infer_objects()
     with atomic_path(path) as temporary:
-        form = {"float_format": "%.9g", "lineterminator": "\n", "errors": "backslashreplace"}
-        ordered.to_csv(temporary, index=False, encoding="utf-8", **form)
+        ordered.to_csv(temporary, index=False, encoding="utf-8", float_format="%.9g", lineterminator="\n")
     return path
 
 
@@ -152,6 +151,7 @@ def _each_text(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFram
 
 def _guarded(cell: str) -> str:
     """Text that no program takes for a formula or for the end of a row."""
+    cell = cell.encode("utf-8", "backslashreplace").decode()  # Arrow, which pandas may use, takes Unicode alone
     # The csv module leaves a carriage return unquoted, and readers end the row there.
     cell = re.sub(r"(\\*)(r|\r)", lambda found: found[1] * 2 + ("r" if found[2] == "r" else r"\r"), cell)
     return f"'{cell}" if _FORMULA.match(cell) else cell

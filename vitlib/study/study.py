@@ -132,7 +132,7 @@ class Study:
                 file.write_text(said, encoding="utf-8")
             os.environ[_HELD] = str(self.folder.resolve())
             try:
-                files.put_back(self.folder / "records")
+                files.put_back(self.folder)
                 yield
             finally:
                 os.environ.pop(_HELD, None)
