@@ -1,6 +1,6 @@
 """The network of a merged checkpoint for other runtimes: ONNX in FP32, or AOTInductor in FP16 on a GPU, FP32 on a CPU.
 
-Both take batches of any size, have preprocessing and class names in their metadata, and are written only if their
+Both take batches of up to 4096 pictures, have preprocessing and class names in their metadata, and are written only if their
 logits for the sample pictures are those of the original.
 """
 
@@ -24,6 +24,7 @@ from torch import nn
 from vitlib.deploy import predictor
 from vitlib.measure import benchmark, stats, timing
 from vitlib.network import checkpoint, samples, tuning
+from vitlib.report.tables import number
 from vitlib.study import files, provenance, records
 from vitlib.study.variants import DIRECT, Variant
 
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         row |= _speed(plain, call, pixels[:1])
         records.write_json(row, folder / LATENCY)
     print(f"wrote {output}; logits differ by at most {row['difference']:.2g} (allowed: {row['tolerance']:.2g})")
-    plain_ms, took = f"{row['plain_ms']:.3g}", f"{row['exported_ms']:.3g}"
+    plain_ms, took = number(row["plain_ms"]), number(row["exported_ms"])
     print(f"batch size 1: {took} ms, PyTorch without compilation {plain_ms} ms: {row['in_words']}")
     return 0
 
