@@ -1,7 +1,7 @@
 """The network of a merged checkpoint for other runtimes: ONNX in FP32, or AOTInductor in FP16 on a GPU, FP32 on a CPU.
 
-Both take batches of up to 4096 pictures, have preprocessing and class names in their metadata, and are written only if their
-logits for the sample pictures are those of the original.
+Both take batches of up to 4096 pictures, have preprocessing and class names in their metadata, and are written only if
+their logits for the sample pictures are those of the original.
 """
 
 from __future__ import annotations
