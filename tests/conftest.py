@@ -40,12 +40,12 @@ def checkpoints(tmp_path_factory, labels, pre):
     with torch.no_grad():  # logits of random weights are all alike; a larger head makes classes differ
         network.classifier.weight.mul_(20)
     cpu = torch.device("cpu")
-    checkpoint.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={})
+    checkpoint.save(network.half(), folder / "merged", pre=pre, labels=labels, provenance={"weights": "fp16"})
     pictures = torch.randn(16, 3, 32, 32)
     for weights in ("nf4", "nf4c", "int8"):
         quantized = checkpoint.quantize_checkpoint(folder / "merged", weights, cpu, pictures)
         name = FORMATS[weights].checkpoint
-        checkpoint.save(quantized, folder / name, pre=pre, labels=labels, provenance={})
+        checkpoint.save(quantized, folder / name, pre=pre, labels=labels, provenance={"weights": weights})
     chosen = dict(zip(plan.linears(network), itertools.cycle(["int8", "nf4", "fp16", "int8", "nf4"]), strict=False))
     checkpoint.save_mixed(folder, chosen, cpu, {})
     return folder

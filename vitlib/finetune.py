@@ -106,23 +106,14 @@ def describe(base: Base) -> pd.DataFrame:
 
 def preprocessing(base: Base) -> Markdown:
     """What happens to every picture before the network sees it."""
-    about, side = base.preprocess.describe(), " × ".join(map(str, base.preprocess.side))
-    steps = [f"resized and cropped to {side} pixels" if about.get("do_center_crop") else f"resized to {side} pixels"]
-    if about.get("do_rescale"):
-        steps.append(f"its values are divided by {1 / about['rescale_factor']:g}")
-    if about.get("do_normalize"):
-        mean, std = (", ".join(f"{value:.3g}" for value in about[f"image_{name}"]) for name in ("mean", "std"))
-        steps.append(f"normalised with means {mean} and standard deviations {std} of red, green and blue")
-    return Markdown(f"Every picture is {'; '.join(steps)}.")
+    return Markdown(base.preprocess.in_words())
 
 
 def introduce(study: Study, base: Base) -> Markdown:
     """What the base is and what that means for accuracies; its facts go to `records/base.json`."""
-    settings, about = study.settings, dict(base.origin)
-    if about["base"].startswith(("/", "~")):  # a folder of this machine: its name is enough for a reader
-        about["base"] = Path(about["base"]).name
-    study.write_json("base", about)
-    text = origin.sentence(about)
+    settings = study.settings
+    study.write_json("base", base.origin)
+    text = origin.sentence(base.origin)
     if settings.base_model == "pretrain" and settings.data_source != "synthetic":
         text += "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** "
         text += "Expect low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
@@ -234,8 +225,8 @@ def save_checkpoints(
     """Write `merged` and, quantized from it, those of `QUANTIZED`; pictures of the training split calibrate."""
     merged.config.update(checkpoint.label_maps(base.labels))
     about = {"study": study.name, "origin": base.origin, "method": study.settings.method}
-    about |= {"parameters": used_by(study.settings, "1_finetune"), "top1": float(history["top1"].iloc[-1])}
-    about["versions"] = provenance.environment(parameters={})["versions"]
+    made = provenance.environment(parameters=used_by(study.settings, "1_finetune"))  # without paths of this machine
+    about |= {key: made[key] for key in ("parameters", "versions")} | {"top1": float(history["top1"].iloc[-1])}
     pixels, made = decoded["valid"].pixels[:CHECKED], {}
 
     def save(model: nn.Module, name: str, **note: object) -> Path:

@@ -25,8 +25,8 @@ class Weights:
     """Checkpoints by the name of their kind (`merged`, `nf4`, …), and what notebook 2 measured with them."""
 
     folders: Mapping[str, Path]
-    measured: pd.DataFrame  # columns of the record `variants`; empty without it
-    hardware: str = ""  # name of the GPU or CPU that was measured; '' where it is not known
+    measured: pd.DataFrame  # columns of the record `variants`, and `hardware` where it is known; empty without it
+    hardware: str = ""  # that was measured, with the name of the GPU or CPU; '' where it is not known
 
     def folder(self, variant: Variant) -> Path:
         """The checkpoint that holds the weights of `variant`. CheckpointError where it is missing."""
@@ -70,12 +70,12 @@ def _measured(places: list[Path], kinds: Mapping[str, Path] | set[str]) -> tuple
     file = next((place / MEASURED for place in places if (place / MEASURED).is_file()), None)
     if file is None:
         return pd.DataFrame(columns=["variant", "why"]), ""
-    rows, environment = records.read_table(file), file.with_name("environment.json")
+    rows = records.read_table(file)
+    if "hardware" not in rows and (environment := file.with_name("environment.json")).is_file():
+        rows["hardware"] = provenance.facts(records.read_json(environment)).get("hardware", "")
     found = (variants.VARIANTS.get(name) for name in rows["variant"])  # None: of another version of this project
-    hardware = provenance.part(records.read_json(environment), "hardware") if environment.is_file() else {}
     rows = rows[[variant is not None and variant.checkpoint in kinds for variant in found]]
-    gpus = (hardware.get("gpus") or ()) if rows["peak_vram_mb"].notna().any() else ()
-    return rows, gpus[0]["name"] if gpus else hardware.get("cpu") or ""
+    return rows, "".join(rows.get("hardware", pd.Series(dtype=object)).fillna("").head(1))
 
 
 @dataclass
@@ -129,7 +129,7 @@ def choose(
     if name != "auto":
         return variants.find(name), "the parameter `variant` names it"
     own = torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.cpu_model()
-    other = weights.hardware not in ("", own) and len(weights.measured)
+    other = own not in weights.hardware and weights.hardware
     elsewhere = f" (measured on {weights.hardware}, not on this device)" if other else ""
     rows = recommended(weights.measured, device, batch_size, limits)
     if rows.empty:

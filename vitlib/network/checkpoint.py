@@ -1,7 +1,8 @@
 """Build, load and save a network; the one place where a variant becomes a module.
 
 A checkpoint is a folder that plain transformers can load, complete in itself: weights (safetensors), config with
-id→label names, preprocessing, `labels.json` (class folders by id) and `provenance.json` with the SHA-256 of each.
+id→label names, preprocessing, `labels.json` (class folders by id), twelve pictures with its logits for them
+(`samples`), and `provenance.json` with the SHA-256 of each.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from vitlib.network import attention, calibrate, dinov2, plan, quantize, verify
+from vitlib.network import attention, calibrate, dinov2, plan, quantize, samples, verify
 from vitlib.pictures import preprocess
 from vitlib.pictures.preprocess import Preprocess
 from vitlib.pictures.sources import Labels
@@ -182,7 +183,10 @@ def save(
     model: nn.Module, folder: Path, *, pre: Preprocess, labels: Labels, provenance: Mapping[str, object],
     more: Mapping[str, object] | None = None,
 ) -> Path:  # fmt: skip
-    """Write a self-sufficient checkpoint to `folder`, complete or not at all; `more` are JSON files by name."""
+    """Write a self-sufficient checkpoint to `folder`, complete or not at all; `more` are JSON files by name.
+
+    FloatingPointError where the network's logits are not finite.
+    """
     with files.atomic_path(folder) as target:
         model.save_pretrained(target)
         pre.save(target)
@@ -191,6 +195,7 @@ def save(
         records.write_json(entries, target / "labels.json")
         for name, value in (more or {}).items():
             records.write_json(value, target / name)
+        samples.save(model, pre, target)
         seal(target, {**provenance, "preprocessing": pre.describe()})
     return folder
 
@@ -233,13 +238,13 @@ def save_mixed(checkpoints: Path, chosen: Mapping[str, str], device: torch.devic
     """Write the checkpoint `mixed` beside those that it is made of, with `chosen` in its `plan.json`; see `plan`."""
     merged, folder = checkpoints / plan.CHECKPOINTS["fp16"], checkpoints / "mixed"
     sources = {form: checkpoints / plan.CHECKPOINTS[form] for form in {"nf4", "int8"} & set(chosen.values())}
-    for source in (merged, *sources.values()):
-        whole(source)
+    said, *_ = (whole(source) for source in (merged, *sources.values()))
     nf4 = quantize.config(4, torch.float16, plan.kept(chosen)) if "nf4" in chosen.values() else None
     model = _from_pretrained(merged, torch.float16, device, quantization_config=nf4)[0].eval()
     networks = {form: _from_pretrained(source, torch.float16, device)[0].eval() for form, source in sources.items()}
     plan.fill(model, networks, chosen)
-    about = {"weights": "mixed", "quantized_from": merged.name, **note}
+    about = {key: said[key] for key in ("origin", "method", "parameters") if key in said}
+    about |= {"weights": "mixed", "quantized_from": merged.name, **note}
     about["merged_sha256"] = files.checksum(merged / "model.safetensors")
     own = {"pre": preprocess.load(merged), "labels": read_labels(merged), "provenance": about}
     return save(model, folder, **own, more={plan.FILE: dict(chosen)})
@@ -274,10 +279,11 @@ def checkpoint_folder(checkpoints: Path, variant: Variant) -> Path:
 
 
 def load(checkpoints: Path, variant: Variant, device: torch.device) -> Loaded:
-    """The network of `variant` from a study's `checkpoints`; see `load_folder`."""
+    """The network of `variant` from a study's `checkpoints`, or from the one that this folder is; see `load_folder`."""
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
-    return load_folder(checkpoint_folder(checkpoints, variant), variant, device)
+    one = (checkpoints / "config.json").is_file()
+    return load_folder(checkpoints if one else checkpoint_folder(checkpoints, variant), variant, device)
 
 
 def load_folder(folder: Path, variant: Variant, device: torch.device) -> Loaded:
@@ -290,6 +296,10 @@ def load_folder(folder: Path, variant: Variant, device: torch.device) -> Loaded:
     if reason := attention.not_runnable(variant, device):
         raise NotRun(reason)
     about = whole(folder)
+    held = FORMATS.get(about.get("weights"))
+    if held and held.checkpoint != variant.checkpoint:
+        own = f"holds the weights {held.checkpoint!r}: {variant.name} needs {variant.checkpoint!r}"
+        raise CheckpointError(f"the checkpoint {folder.name!r} {own}")
     pre, labels = preprocess.load(folder), read_labels(folder)
     dtype = getattr(torch, variant.format.dtype)
     model, loading = _from_pretrained(folder, dtype, device, attn_implementation=variant.attention)

@@ -175,6 +175,8 @@ class Engine:
 def load(checkpoints: Path, name: str, device: str = "auto", batch_sizes: tuple[int, ...] = (1, 8, 32)) -> Engine:
     """The variant called `name` from the folder `checkpoints` of a study, verified and prepared for `batch_sizes`.
 
+    A folder that is one checkpoint, such as an unpacked archive, is taken too.
+
     ValueError for an unknown name, otherwise the errors of `checkpoint.load`.
     """
     variant, target = find(name), checkpoint.pick_device(device)

@@ -45,6 +45,17 @@ class Preprocess:
         settings = self.processor.to_dict()
         return {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
 
+    def in_words(self) -> str:
+        """What happens to every picture before the network sees it, as a sentence."""
+        about, side = self.describe(), " × ".join(map(str, self.side))
+        steps = [f"resized{' and cropped' * self._crops} to {side} pixels"]
+        if about.get("do_rescale"):
+            steps.append(f"its values are divided by {1 / about['rescale_factor']:g}")
+        if about.get("do_normalize"):
+            mean, std = (", ".join(f"{value:.3g}" for value in about[f"image_{name}"]) for name in ("mean", "std"))
+            steps.append(f"normalised with means {mean} and standard deviations {std} of red, green and blue")
+        return f"Every picture is {'; '.join(steps)}."
+
     @cached_property
     def side(self) -> tuple[int, int]:
         """Height and width in pixels of what the network sees."""

@@ -60,7 +60,8 @@ def describe(base: str, *, revision: str = "", architecture: str = "") -> dict[s
         return {"base": base, "kind": "generator", "revision": revision}
     if is_hub_id(base) and revision:  # a missing folder has no commit and is not a repository
         return {"base": base, "kind": "hub", "revision": revision}
-    found, said = {"base": base, "kind": "folder", "revision": revision}, _read(files.resolve(base) / "provenance.json")
+    name = Path(base).name if base.startswith(("/", "~")) else base  # what a reader needs of a folder of this machine
+    found, said = {"base": name, "kind": "folder", "revision": revision}, _read(files.resolve(base) / "provenance.json")
     if said.get("pretrained") is True:
         found |= {"kind": "package", "origin": said.get("origin", ""), "licence": said.get("licence", "")}
     if said.get("pretrained") is False:
