@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 
 # Each is a module of `vitlib.deploy` with `arguments(parser)` and `run(options) -> exit status`; ERRORS are its own.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "demo": "open a page on which a dropped picture is classified by two variants side by side",
+}
 OTHERS = {
     "report run notebooks/N.ipynb --study S": "execute a notebook into outputs/S/",
     "report index --study S": "write outputs/S/index.html",
