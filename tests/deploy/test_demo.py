@@ -12,7 +12,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,6 +129,8 @@ def test_a_dropped_picture_is_classified_as_the_engines_do(folder, pictures, tmp
         pytest.skip("no Chromium here")
     for package in ("playwright", "gradio"):
         pytest.importorskip(package)
+    import httpx  # of gradio
+
     broken, turned = tmp_path / "broken.jpg", pictures[5]
     broken.write_bytes(turned.read_bytes()[:300])
     names, own = [HOSTILE.names[0], "same {{name}} (2)", "same {{name}} (3)"], expected(folder, [turned])
@@ -147,12 +148,17 @@ def test_a_dropped_picture_is_classified_as_the_engines_do(folder, pictures, tmp
             assert re.sub(r"\n+", "\n", shown) == "\n".join([names[ids[0]], *lines])
         tab.screenshot(path=tmp_path / "demo.png", full_page=True)
         assert Image.open(tmp_path / "demo.png").width == tab.evaluate("document.documentElement.scrollWidth") == 390
+        half = engine.load(folder, "fp16-sdpa", "cpu").loaded.weights_mb
+        tab.get_by_label("Variant").first.click()
+        tab.get_by_role("option", name="FP16 · SDPA", exact=True).click()
+        tab.get_by_text(f"{half:,.1f} MB of weights").wait_for()
         tab.get_by_label("Remove Image").click()
         drop(tab, broken)
         with pytest.raises(decode.BadPicture) as reason:
             decode.open_picture(broken, 50.0)
         tab.get_by_text(f"This picture was not classified: {reason.value}").wait_for()
         assert tab.get_by_text("in the network").count() == 0
+        assert sum("queue/join" in url for url in asked) == 4  # one for each step above
         for elsewhere in ("http://127.0.0.1:9/x.jpg", str(turned)):  # is not fetched, and not read
             upload = {"path": elsewhere, "meta": {"_type": "gradio.FileData"}}
             event = httpx.post(f"{address}gradio_api/call/classify", json={"data": [upload, *VARIANTS]}).json()

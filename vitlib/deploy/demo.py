@@ -124,7 +124,7 @@ def page(networks: Networks, loaded: Loaded, pictures: list[str]) -> gradio.Bloc
                 with gradio.Column(scale=3, min_width=260):
                     chosen.append(gradio.Dropdown(choices, value=name, label="Variant"))
                     results += [gradio.Label(label="Names and probabilities"), gradio.HTML(elem_classes="facts")]
-        events = [picture.change, *(dropdown.input for dropdown in chosen)]
+        events = [picture.change, *(dropdown.change for dropdown in chosen)]
         how = {"trigger_mode": "always_last", "api_name": "classify"}
         how["preprocess"] = False  # Gradio's own would read the picture in another way than notebook 4
         gradio.on(events, answer, [picture, *chosen], [notice, *results], **how)
@@ -194,6 +194,7 @@ class Networks:
         with decode.MEMORY.shared():
             image = decode.open_picture(file, MEGAPIXELS)
             pixels = {name: one.preprocess.resize(image) for name, one in loaded.items()}
+            image.close()  # its pixels must be free when its share of the memory is
         waiting = {name: batcher.submit(pixels[name]) for name, batcher in running.items()}
         return [(loaded[name], waiting[name].result()) for name in names]
 
