@@ -11,7 +11,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test faults shots lab sync clean
+.PHONY: help setup study test faults demo shots lab sync clean
 
 help:  ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,12 @@ test: setup  ## linters and tests; the tests of one file share a process, becaus
 
 faults: setup  ## kill, damage, fill up and mislead; writes outputs/gallery/faults.csv (about 15 minutes)
 	@$(BIN)/python tools/faults.py
+
+demo: outputs/$(STUDY)/checkpoints setup  ## open a page on which two variants of STUDY classify a dropped picture
+	@$(BIN)/python -m vitlib demo --checkpoint outputs/$(STUDY)
+
+outputs/%/checkpoints:
+	@echo "error: study '$*' has no checkpoints yet: run \`make study STUDY=$*\` first" >&2; exit 1
 
 shots: setup  ## screenshots of the pages of STUDY (or of FOLDER=outputs/gallery/<name>) into its folder shots/
 	@$(BIN)/python tools/shots.py $(or $(FOLDER),outputs/$(STUDY))

@@ -322,17 +322,18 @@ def test_pictures_that_notebook_2_did_not_classify_are_not_shown(compared, tmp_p
     ("data", "kind", "which"),
     [("synthetic", "hub", "network"), ("data/mine", "generator", "base network"), ("data/mine", "hub", "")],
 )
-def test_photographs_for_a_network_that_knows_drawn_flowers_are_said(predicted, tmp_path, data, kind, which):
-    predictor, folder = predicted[0], tmp_path / "checkpoints"
+def test_photographs_for_a_network_that_knows_drawn_flowers_are_said(study, predicted, tmp_path, data, kind, which):
+    own, folder = predicted[0].engine.loaded, tmp_path / "checkpoints"
     about = {"parameters": {"data_source": data}, "origin": {"kind": kind, "base": "x"}}
     records.write_json(about, folder / "merged" / "provenance.json")
-    loaded = dataclasses.replace(predictor.engine.loaded, folder=folder / "nf4", about=about)
-    other = dataclasses.replace(predictor, engine=SimpleNamespace(loaded=loaded))
-    said = inference._drawn(other, "photographs")
-    assert said.startswith(f"**The {which} was trained on drawn flowers only**" if which else "") and bool(
-        said
-    ) == bool(which)
-    assert inference._drawn(other, "") == ""
+    loaded = dataclasses.replace(own, folder=folder / "nf4", about=about)
+    said = predictor.drawn_only(loaded)
+    assert said.startswith(f"**The {which} was trained on drawn flowers only**" if which else "")
+    assert bool(said) == bool(which)
+    chosen = dataclasses.replace(predicted[0], engine=SimpleNamespace(loaded=loaded))
+    for pictures in ("photographs", ""):  # those of the study itself are what it was trained on
+        shown = inference.headline(changed(study, pictures=pictures), predicted[1], chosen, 1.0)
+        assert ("drawn flowers" in shown) == bool(which and pictures)
 
 
 def test_a_folder_that_is_missing_or_empty_is_named(study, tmp_path):

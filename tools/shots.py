@@ -1,4 +1,7 @@
-"""Screenshots of a study's pages, PNG in its folder `shots/`, wide and narrow, light and dark: `make shots`."""
+"""Screenshots of a study's pages, PNG in its folder `shots/`, wide and narrow, light and dark: `make shots`.
+
+`python tools/shots.py outputs/<study> outputs/gallery/demo.png` makes the one of its demo that README shows.
+"""
 
 from __future__ import annotations
 
@@ -60,15 +63,33 @@ def write(folder: Path) -> list[Path]:
     return made
 
 
-def main(folder: Path) -> int:
+def write_demo(folder: Path, target: Path) -> Path:
+    """Write the PNG file `target` of the demo of a study after a click on its first example, 1280 pixels wide."""
+    from vitlib.deploy import demo, predictor  # torch takes seconds to import
+    from vitlib.network import checkpoint
+
+    networks = demo.Networks(predictor.find(folder), checkpoint.pick_device("auto"))
+    with demo.serve(networks) as address, browser() as chromium:
+        tab = chromium.new_page(viewport={"width": WIDTHS[0], "height": HEIGHT * 3 // 4})
+        tab.goto(address)
+        tab.locator(".gallery-item").first.click()
+        tab.get_by_text("in the network").last.wait_for()
+        tab.wait_for_timeout(500)  # milliseconds, in which bars grow to their lengths
+        with files.atomic_path(target) as file:
+            tab.screenshot(path=file, full_page=True)
+    return target
+
+
+def main(folder: Path, demo: Path | None = None) -> int:
     """Print the paths of the screenshots; returns the exit status, 1 with one line on stderr if there are none."""
     try:
-        print("\n".join(page.display(path) for path in write(folder)))
-    except (NoBrowser, page.PageError) as error:
+        made = [write_demo(folder, demo)] if demo else write(folder)
+        print("\n".join(page.display(path) for path in made))
+    except (NoBrowser, page.PageError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # Each is a module of `vitlib.deploy` with `arguments(parser)` and `run(options) -> exit status`; ERRORS are its own.
 COMMANDS: dict[str, str] = {
     "predict": "classify a folder of pictures",
+    "demo": "open a page on which a dropped picture is classified by two variants side by side",
     "check": "run the deployment checklist for a checkpoint on this machine",
     "pack": "write a checkpoint with its model card and measurements into one archive",
     "export": "write the FP32 or FP16 network as ONNX or for AOTInductor, compared with the original",

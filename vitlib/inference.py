@@ -18,7 +18,7 @@ from vitlib.network import stream
 from vitlib.pictures import decode, sources
 from vitlib.pictures.decode import Picture
 from vitlib.report.tables import NO_BREAK, Column, Markdown, text
-from vitlib.study import files, origin, records, variants
+from vitlib.study import files, records, variants
 from vitlib.study.params import Parameters
 from vitlib.study.study import Study
 
@@ -277,7 +277,8 @@ def headline(
         first += f" The class of {len(read) - n:,} more pictures is not known." * (n < len(read))
     speed = f"{_speed(study, chosen, rate)} {note} {_skipped(frame)}"
     told = [one for one in said if one not in (NOT_KNOWN, NOT_COMPARED)]
-    lines = [first, _drawn(chosen, study.settings.pictures), *told, speed.strip()]
+    drawn = predictor.drawn_only(chosen.engine.loaded) if study.settings.pictures else ""
+    lines = [first, drawn, *told, speed.strip()]
     return Markdown("\n".join(f"- {line}" for line in lines if line))
 
 
@@ -307,13 +308,3 @@ def _skipped(frame: pd.DataFrame) -> str:
     rows = frame[frame["status"] == "skipped"]
     named = "; ".join(f"{text(row.file)} ({text(row.reason)})" for row in rows.head(3).itertuples())
     return f"{len(rows)} of {len(frame):,} files were skipped: {named}{' …' * (len(rows) > 3)}." if len(rows) else ""
-
-
-def _drawn(chosen: Predictor, pictures: str) -> str:
-    """A warning where a network that was trained on drawn flowers classifies a folder of other `pictures`, else ''."""
-    loaded = chosen.engine.loaded
-    learned = loaded.about.get("parameters", {}).get("data_source")
-    base = origin.of_study(loaded.folder.parents[1]).get("kind")
-    which = "network" if learned == "synthetic" else "base network" if base == "generator" else ""
-    said = f"**The {which} was trained on drawn flowers only**: its predictions of photographs are not reliable."
-    return said if pictures and which else ""

@@ -11,8 +11,9 @@ import torch
 
 from vitlib.measure import recommend
 from vitlib.network import attention, checkpoint, verify
+from vitlib.network.checkpoint import Loaded
 from vitlib.network.engine import Engine
-from vitlib.study import provenance, records, variants
+from vitlib.study import origin, provenance, records, variants
 from vitlib.study.study import Study
 from vitlib.study.variants import FORMATS, Variant
 
@@ -100,6 +101,15 @@ class Predictor:
         row |= {"pixels": " × ".join(map(str, loaded.preprocess.side)), "weights (MB)": loaded.weights_mb}
         row["encoder linears"] = ", ".join(f"{count} {kind}" for kind, count in found["encoder_linears"].items())
         return pd.DataFrame([row | {"attention": found["attention"]}])
+
+
+def drawn_only(loaded: Loaded) -> str:
+    """A warning (Markdown) where a network, or its base, was trained on drawn flowers only, else ''."""
+    learned = loaded.about.get("parameters", {}).get("data_source")
+    base = origin.of_study(loaded.folder.parents[1]).get("kind")
+    which = "network" if learned == "synthetic" else "base network" if base == "generator" else ""
+    said = f"**The {which} was trained on drawn flowers only**: its predictions of photographs are not reliable."
+    return said if which else ""
 
 
 def load(
