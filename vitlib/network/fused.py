@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from vitlib.network import attention, layers, plan
 from vitlib.network.blocks import BlockBuffers, BlockWeights, can_run
 from vitlib.network.kernels import norms
 from vitlib.network.kernels.attention import AttentionConfig, attention_configs
 from vitlib.network.kernels.attention import attention as attention_kernel
+from vitlib.network.kernels.products import FP8
 from vitlib.network.kernels.triton_support import ROW_LIMIT
 from vitlib.network.layers import EightBit, Linear, Quantized
 from vitlib.network.tuning import Implementation, Tuned
@@ -40,20 +40,13 @@ class AddNorm(nn.Module):
         self.register_buffer("bias", norm.bias.detach())
         self.eps, self.codes = norm.eps, None
         if isinstance(reader, EightBit) and reader.in_features <= ROW_LIMIT:
-            fp8 = reader.codes_dtype == torch.float8_e4m3fn
-            reader.norm_quantizes = layers.use_kernels(reader.device, fp8=fp8)
+            reader.norm_quantizes = layers.use_kernels(reader.device, fp8=reader.codes_dtype == FP8)
             self.codes = reader.codes_dtype if reader.norm_quantizes else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
         """`x` + `residual` (rows, H), and its layer norm: as 8-bit codes where the layer that reads it takes them."""
-        inputs = x, residual, self.weight, self.bias, self.eps
-        if self.codes is not None:
-            total, *codes = norms.add_layer_norm_quantize(*inputs, self.codes)
-            return total, Quantized(*codes, total.dtype)
-        if layers.use_kernels(x.device) and x.shape[1] <= ROW_LIMIT:
-            return norms.add_layer_norm(*inputs)
-        total = x + residual
-        return total, F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps)
+        total, normed, scales = norms.add_layer_norm(x, residual, self.weight, self.bias, self.eps, self.codes)
+        return total, normed if scales is None else Quantized(normed, scales, total.dtype)
 
 
 class Embedding(nn.Module):

@@ -15,16 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitlib.network import quantize
-from vitlib.network.kernels import dequantize, products, triton_support
+from vitlib.network.kernels import dequantize, products
 from vitlib.network.kernels.dequantize import BLOCK
 from vitlib.network.kernels.products import Config
+from vitlib.network.kernels.triton_support import use_kernels
 from vitlib.network.tuning import Implementation, Tuned
-
-
-def use_kernels(device: torch.device, *, fp8: bool = False) -> bool:
-    """Whether this project's Triton kernels, or those of 8-bit floating point, pay on `device`: not on a T4."""
-    missing = triton_support.missing_fp8 if fp8 else triton_support.missing_products
-    return device.type == "cuda" and not missing(device)
 
 
 def gelu_of(values: torch.Tensor, gelu: str | None) -> torch.Tensor:
@@ -199,10 +194,8 @@ class Int8WeightOnly(Int8, WeightOnly):
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty_like(self.rows, dtype=dtype)
-        if use_kernels(self.rows.device):
-            dequantize.dequantize_int8(self.rows.view(-1), self.scales, out.view(-1))
-            return out
-        return torch.mul(self.rows, self.scales[:, None], out=out)  # computed in fp32 and rounded once
+        dequantize.dequantize_int8(self.rows.view(-1), self.scales, out.view(-1))
+        return out
 
 
 class Parts(WeightOnly):
@@ -230,15 +223,9 @@ class EightBit(Rows):
         return tuple(products.configs_for(*sizes, self.device)) if name == "fused" else (None,)
 
     def fused(self, x: torch.Tensor | Quantized, gelu: str | None, config: Config | None = None) -> torch.Tensor:
-        """This project's kernel: scales, bias and GELU in its epilogue."""
+        """This project's kernel: scales, bias and GELU in its epilogue. Without it both sides are dequantized."""
         codes, x_scales = self._codes(x)
         return products.linear_8bit(codes, x_scales, self.rows, self.scales, self.bias, gelu, x.dtype, config)
-
-    def dequantize(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
-        """The product of both dequantized sides in fp32, for devices and sizes without any 8-bit product."""
-        codes, x_scales = self._codes(x)
-        out = F.linear(codes.float() * x_scales[:, None], self.rows.float() * self.scales[:, None]).to(x.dtype)
-        return gelu_of(out if self.bias is None else out + self.bias, gelu)
 
     def _codes(self, x: torch.Tensor | Quantized) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(x, Quantized):
@@ -254,8 +241,9 @@ class W8A8(Int8, EightBit):
     def implementations(self, rows: int) -> dict[str, Implementation]:
         fits = rows > 16 and self.out_features % 8 == 0 and self.in_features % 8 == 0
         found = {"library": W8A8.library} if fits or not self.rows.is_cuda else {}
-        found |= {"fused": EightBit.fused} if use_kernels(self.rows.device) else {}
-        return found or {"dequantize": EightBit.dequantize}
+        if use_kernels(self.rows.device):
+            return found | {"fused": EightBit.fused}
+        return found or {"dequantize": EightBit.fused}
 
     def library(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
         """torch's int8 product, and scales, bias and GELU as operators of their own."""
@@ -287,8 +275,8 @@ class FP8(EightBit):
         self.answer = _scaled_product(weight.device, weight.dtype) if sizes_fit else None
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
-        found = ({"library": FP8.library} if self.answer else {}) | {"dequantize": EightBit.dequantize}
-        return found | ({"fused": EightBit.fused} if use_kernels(self.rows.device, fp8=True) else {})
+        found = {"library": FP8.library} if self.answer else {}
+        return found | {"fused" if use_kernels(self.rows.device, fp8=True) else "dequantize": EightBit.fused}
 
     def library(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
         """torch's scaled fp8 product, and bias and GELU as operators of their own."""

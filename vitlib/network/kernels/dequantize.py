@@ -77,7 +77,7 @@ def dequantize_nf4(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
     groups = packed.numel() // BLOCK
     _check(packed.numel() == BLOCK * groups and scales.numel() == 2 * groups, packed, scales, out, GROUP * groups)
     table = _table(packed.device)
-    if triton_support.missing_triton(packed.device):
+    if not triton_support.use_kernels(packed.device):
         codes = torch.stack([packed.view(groups, BLOCK) >> 4, packed.view(groups, BLOCK) & 15], dim=1)
         return out.copy_((table[codes.long()] * scales.view(groups, 2, 1).float()).view(-1))
     with torch.cuda.device_of(out):
@@ -92,8 +92,9 @@ def dequantize_int8(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor)
     """
     length = rows.numel() // max(scales.numel(), 1)
     _check(length * scales.numel() == rows.numel(), rows, scales, out, rows.numel())
-    if triton_support.missing_triton(rows.device):
-        return out.copy_((rows.view(-1, length).float() * scales[:, None]).view(-1))
+    if not triton_support.use_kernels(rows.device):
+        torch.mul(rows.view(-1, length), scales[:, None], out=out.view(-1, length))
+        return out
     block = triton.next_power_of_2(length)
     height = max(1, INT8_TILE // block)
     with torch.cuda.device_of(out):
