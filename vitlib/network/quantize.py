@@ -34,13 +34,6 @@ def config(bits: int, compute_dtype: torch.dtype, kept: Sequence[str] = (CLASSIF
     return BitsAndBytesConfig(**own, llm_int8_skip_modules=list(kept))
 
 
-class Linear8bitContiguous(bnb.nn.Linear8bitLt):
-    """bitsandbytes' int8 linear that is right on any input: a strided one is copied first."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.contiguous())
-
-
 def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
     """A quantized copy of `linear` (out, in) on its device: NF4 with double quantization (4 `bits`) or int8 (8)."""
     weight = linear.weight.detach()
@@ -53,7 +46,7 @@ def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
         # bitsandbytes packs NF4 rows by 32 for CPUs with AVX-512 bf16 and asserts that they divide: 102 classes do not.
         layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and layer.out_features % 32 == 0
     else:
-        layer = Linear8bitContiguous(*shape, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta")
+        layer = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta")
         codes = bnb.nn.Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False)
         layer.weight = codes.to(weight.device)
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
