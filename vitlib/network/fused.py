@@ -6,7 +6,7 @@ QKV product; and after the attention of the last block only the class token, as 
 exact saving: nothing that is left out enters the logits). The checkpoint itself is not changed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -195,28 +195,18 @@ class Block(nn.Module):
 
 
 class Maker(NamedTuple):
-    """How the linears of a network are made: `kind` of `layers.CLASSES`, tokens of a picture, dtype, device.
+    """How the linears of a network are made: class of each in `layers.CLASSES`, tokens of a picture, dtype, device."""
 
-    In a network of several formats, `kinds` has that of each linear.
-    """
-
-    kind: str
+    kinds: Mapping[nn.Linear, str]
     tokens: int
     dtype: torch.dtype
     device: torch.device
-    kinds: Mapping[nn.Linear, str] | None = None
 
     def __call__(self, *sources: nn.Linear, only_class: bool = False) -> Linear:
-        made = self._planned(sources) if self.kinds else layers.make(sources, self.kind)
+        made = layers.make(sources, [self.kinds[source] for source in sources])
         for part in (made, *getattr(made, "parts", ())):
             part.rows_per_picture, part.dtype = 1 if only_class else self.tokens, self.dtype
         return made
-
-    def _planned(self, sources: Sequence[nn.Linear]) -> Linear:
-        kinds = [self.kinds[source] for source in sources]
-        if len(set(kinds)) == 1:
-            return layers.CLASSES[kinds[0]](sources)
-        return layers.Parts([layers.CLASSES[kind]([source]) for kind, source in zip(kinds, sources, strict=True)])
 
 
 class FusedViT(nn.Module):
@@ -232,9 +222,9 @@ class FusedViT(nn.Module):
         self.config, self.gelu = model.config, gelu
         vit, positions = model.vit, model.vit.embeddings.position_embeddings
         self.embedding = Embedding(vit.embeddings)
-        chosen, named = getattr(model.config, "plan", None), plan.linears(model)
-        kinds = {named[name]: plan.KINDS[form] for name, form in chosen.items()} if chosen else None
-        make = Maker(kind, positions.shape[1], positions.dtype, positions.device, kinds)
+        chosen, named = getattr(model.config, "plan", {}), plan.linears(model)
+        kinds = dict.fromkeys(named.values(), kind) | {named[name]: plan.KINDS[form] for name, form in chosen.items()}
+        make = Maker(kinds, positions.shape[1], positions.dtype, positions.device)
         self.first_norm = vit.layers[0].layernorm_before
         self.blocks = nn.ModuleList(_blocks(vit, gelu, make))
         self.block_weights: list[BlockWeights] = []
@@ -278,7 +268,7 @@ def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
 def fuse(model: nn.Module, variant: Variant) -> FusedViT:
     """The network of `variant` from the plain one, which has not run yet on a CPU and is not changed.
 
-    ValueError where the network cannot be fused or its stored format is not that of the variant.
+    Its stored format must be that of the variant (see `verify`). ValueError where it cannot be fused.
     """
     if not hasattr(model, "vit"):
         raise ValueError(f"a {type(model).__name__} cannot be fused: it must be a ViTForImageClassification")

@@ -56,12 +56,10 @@ class Step(nn.Module):
 
 
 class Linear(Tuned):
-    """What all formats share. Made from `layers` of the class `source`, with their outputs side by side.
+    """What all formats share. Made from `layers`, with their outputs side by side.
 
     The tensors of a single layer are shared with it, those of several are copied into one.
     """
-
-    source: type[nn.Linear] = nn.Linear
 
     def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -136,8 +134,6 @@ class NF4(WeightOnly):
     The checkpoint quantizes the scales too: they are fp32 here. The codes have the order of the kernels that run.
     """
 
-    source = bnb.nn.Linear4bit
-
     def __init__(self, layers: Sequence[bnb.nn.Linear4bit]) -> None:
         states = [layer.weight.quant_state for layer in layers]
         if any(getattr(state, "packing_format_for_cpu", False) for state in states):
@@ -162,35 +158,28 @@ class NF4(WeightOnly):
 
 
 class Rows(Linear):
-    """What formats of 8-bit rows share: the weight (N, K) is `rows` times a fp32 scale a row."""
+    """What formats of 8-bit rows share: the weight (N, K) is `rows` of `codes_dtype` times a fp32 scale a row.
 
-    def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(*rows.shape, bias)
+    The rows are bitsandbytes' own, whose first pass moves the largest value of each from the weight to the layer's
+    state, or they are quantized from 16-bit weights.
+    """
+
+    codes_dtype: torch.dtype = torch.int8
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        if isinstance(layers[0], bnb.nn.Linear8bitLt):
+            maxima = [layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB for layer in layers]
+            rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / quantize.INT8_MAX
+        else:
+            rows, scales = products.quantize_rows(_joined([layer.weight for layer in layers]), self.codes_dtype)
+        super().__init__(*rows.shape, _bias(layers))
         self.step = Step()
         self.register_buffer("rows", rows)
         self.register_buffer("scales", scales)
 
 
-class Int8(Rows):
-    """bitsandbytes' int8 rows. The first pass moves the largest value of each from the weight to the layer's state."""
-
-    source = bnb.nn.Linear8bitLt
-
-    def __init__(self, layers: Sequence[bnb.nn.Linear8bitLt]) -> None:
-        maxima = [layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB for layer in layers]
-        rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / quantize.INT8_MAX
-        super().__init__(rows, scales, _bias(layers))
-
-
-class Int8WeightOnly(Int8, WeightOnly):
+class Int8WeightOnly(Rows, WeightOnly):
     """int8 rows, dequantized and then multiplied in the input's dtype; also of FP16 weights that are on such a grid."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        if isinstance(layers[0], bnb.nn.Linear8bitLt):
-            super().__init__(layers)
-        else:
-            weight = _joined([layer.weight for layer in layers])
-            Rows.__init__(self, *products.quantize_rows(weight, torch.int8), _bias(layers))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty_like(self.rows, dtype=dtype)
@@ -214,9 +203,7 @@ class Parts(WeightOnly):
 
 
 class EightBit(Rows):
-    """What the products of 8-bit inputs share. `codes_dtype` is that of the rows and of the quantized inputs."""
-
-    codes_dtype: torch.dtype
+    """What the products of 8-bit inputs share; these are quantized to `codes_dtype` too."""
 
     def configurations(self, rows: int, name: str) -> tuple[Config | None, ...]:
         sizes = rows, self.out_features, self.in_features
@@ -233,10 +220,8 @@ class EightBit(Rows):
         return self.step(products.quantize_rows, x.contiguous(), self.codes_dtype)
 
 
-class W8A8(Int8, EightBit):
+class W8A8(EightBit):
     """int8 rows, and the input quantized row by row: LLM.int8() (Dettmers et al. 2022) without its outliers."""
-
-    codes_dtype = torch.int8
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
         fits = rows > 16 and self.out_features % 8 == 0 and self.in_features % 8 == 0
@@ -269,10 +254,9 @@ class FP8(EightBit):
     codes_dtype = torch.float8_e4m3fn
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        weight = _joined([layer.weight for layer in layers])
-        super().__init__(*products.quantize_rows(weight, self.codes_dtype), _bias(layers))
+        super().__init__(layers)
         sizes_fit = self.out_features % 16 == 0 and self.in_features % 16 == 0
-        self.answer = _scaled_product(weight.device, weight.dtype) if sizes_fit else None
+        self.answer = _scaled_product(self.device, layers[0].weight.dtype) if sizes_fit else None
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
         found = {"library": FP8.library} if self.answer else {}
@@ -289,12 +273,11 @@ class FP8(EightBit):
 CLASSES = {kind.__name__: kind for kind in (Dense, NF4, Int8WeightOnly, W8A8, FP8)}  # names: `variants.Format.fused`
 
 
-def make(layers: Sequence[nn.Linear], kind: str) -> Linear:
-    """One layer of the class `kind` of `CLASSES`. ValueError where the stored format cannot become that."""
-    stored = next(k for k in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, nn.Linear) if isinstance(layers[0], k))
-    if CLASSES[kind].source is not stored:
-        raise ValueError(f"a {stored.__name__} cannot be computed as {kind}: load the checkpoint that holds it")
-    return CLASSES[kind](layers)
+def make(layers: Sequence[nn.Linear], kinds: Sequence[str]) -> Linear:
+    """One layer for linears with the same inputs, each of which becomes the class of `CLASSES` that `kinds` names."""
+    if len(set(kinds)) == 1:
+        return CLASSES[kinds[0]](layers)
+    return Parts([CLASSES[kind]([layer]) for layer, kind in zip(layers, kinds, strict=True)])
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
