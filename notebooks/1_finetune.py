@@ -128,7 +128,7 @@ tables.table(dataset.problems(), none="every file could be used")
 # The preprocessing of the base is applied to every picture, in training and in evaluation:
 
 # %%
-finetune.preprocessing(base)
+base.preprocess.describe()
 
 # %% [markdown]
 # The network's input is a tensor of normalised values: a batch of pictures with channels, rows and columns.

@@ -104,29 +104,13 @@ def describe(base: Base) -> pd.DataFrame:
     return pd.DataFrame([facts | {"parameters (M)": round(count / 1e6, 2), "new classes": len(base.labels.names)}])
 
 
-def preprocessing(base: Base) -> Markdown:
-    """What happens to every picture before the network sees it."""
-    about, side = base.preprocess.describe(), " × ".join(map(str, base.preprocess.side))
-    steps = [f"resized and cropped to {side} pixels" if about.get("do_center_crop") else f"resized to {side} pixels"]
-    if about.get("do_rescale"):
-        steps.append(f"its values are divided by {1 / about['rescale_factor']:g}")
-    if about.get("do_normalize"):
-        mean, std = (", ".join(f"{value:.3g}" for value in about[f"image_{name}"]) for name in ("mean", "std"))
-        steps.append(f"normalised with means {mean} and standard deviations {std} of red, green and blue")
-    return Markdown(f"Every picture is {'; '.join(steps)}.")
-
-
 def introduce(study: Study, base: Base) -> Markdown:
     """What the base is and what that means for accuracies; its facts go to `records/base.json`."""
-    settings, about = study.settings, dict(base.origin)
+    about = dict(base.origin)
     if about["base"].startswith(("/", "~")):  # a folder of this machine: its name is enough for a reader
         about["base"] = Path(about["base"]).name
     study.write_json("base", about)
-    text = origin.sentence(about)
-    if settings.base_model == "pretrain" and settings.data_source != "synthetic":
-        text += "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** "
-        text += "Expect low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
-    return Markdown(text)
+    return Markdown(origin.sentence(about))
 
 
 def parameter_table(model: nn.Module) -> pd.DataFrame:

@@ -80,7 +80,7 @@ class ScaledDotProduct(Tuned):
 
     part = "scaled dot product"  # the profiler's name of the attention function
 
-    def __init__(self, source: nn.Module, make: "Maker", *, only_class: bool = False) -> None:
+    def __init__(self, source: nn.Module, make: "Maker", *, only_class: bool) -> None:
         super().__init__()
         self.heads, self.width, self.scaling = source.num_attention_heads, source.head_dim, source.scaling
         self.dtype, self.device = make.dtype, make.device
@@ -121,39 +121,28 @@ class ScaledDotProduct(Tuned):
 
 
 class Attention(nn.Module):
-    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
+    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included.
+
+    With `only_class` each picture's first token, the class token, attends to all: the query is a product of its own.
+    """
 
     part = "attention"
 
-    def __init__(self, source: nn.Module, make: "Maker") -> None:
+    def __init__(self, source: nn.Module, make: "Maker", *, only_class: bool) -> None:
         super().__init__()
-        self.attend = ScaledDotProduct(source, make)
-        self.qkv = make(source.q_proj, source.k_proj, source.v_proj)
-        self.output = make(source.o_proj)
+        self.attend = ScaledDotProduct(source, make, only_class=only_class)
+        others = source.k_proj, source.v_proj
+        self.query = make(source.q_proj, only_class=True) if only_class else None
+        self.qkv = make(*others) if only_class else make(source.q_proj, *others)
+        self.output = make(source.o_proj, only_class=only_class)
 
     def forward(self, normed: torch.Tensor | Quantized, count: int) -> torch.Tensor:
-        states = self.qkv(normed).view(count, -1, 3, self.attend.heads, self.attend.width)
-        mixed = self.attend(*states.unbind(2))
-        return self.output(mixed.reshape(count * mixed.shape[1], -1))
-
-
-class ClassAttention(nn.Module):
-    """Self-attention of each picture's first token, the class token, to all of its tokens."""
-
-    part = "attention"
-
-    def __init__(self, source: nn.Module, make: "Maker") -> None:
-        super().__init__()
-        self.attend = ScaledDotProduct(source, make, only_class=True)
-        self.query = make(source.q_proj, only_class=True)
-        self.key_value = make(source.k_proj, source.v_proj)
-        self.output = make(source.o_proj, only_class=True)
-
-    def forward(self, normed: torch.Tensor, count: int) -> torch.Tensor:
         heads = self.attend.heads, self.attend.width
-        key, value = self.key_value(normed).view(count, -1, 2, *heads).unbind(2)
-        query = self.query(class_rows(normed, count)).view(count, 1, *heads)
-        return self.output(self.attend(query, key, value).reshape(count, -1))
+        states = self.qkv(normed).unflatten(1, (-1, *heads)).unflatten(0, (count, -1)).unbind(2)
+        if self.query is not None:
+            states = self.query(class_rows(normed, count)).view(count, 1, *heads), *states
+        mixed = self.attend(*states)
+        return self.output(mixed.reshape(count * mixed.shape[1], -1))
 
 
 def class_rows(tokens: torch.Tensor, count: int) -> torch.Tensor:
@@ -188,7 +177,7 @@ class Block(nn.Module):
 
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = self.attention(normed, count)
-        if isinstance(self.attention, ClassAttention):
+        if self.attention.query is not None:
             stream = class_rows(stream, count)
         stream, normed = self.middle_norm(mixed, stream)
         return self.following_norm(self.mlp(normed), stream)
@@ -255,8 +244,8 @@ class FusedViT(nn.Module):
 
 def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
     """The blocks of a transformers ViT, each with the norm that follows it; the last keeps the class token alone."""
-    *others, last = vit.layers
-    cores = [*(Attention(layer.attention, make) for layer in others), ClassAttention(last.attention, make)]
+    last = vit.layers[-1]
+    cores = [Attention(layer.attention, make, only_class=layer is last) for layer in vit.layers]
     norms_after = [*(layer.layernorm_before for layer in vit.layers[1:]), vit.layernorm]
     # The norm before the last attention has two readers, the last norm only the classifier: neither quantizes.
     readers = [*(core.qkv for core in cores[1:-1]), None, None]

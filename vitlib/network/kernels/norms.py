@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from vitlib.network.kernels import triton_support
 from vitlib.network.kernels.products import FP8, LIMITS, plain_quantize, quantized
-from vitlib.network.kernels.triton_support import FLOATS, ROW_LIMIT, check_matrix, jit, tl, triton
+from vitlib.network.kernels.triton_support import ROW_LIMIT, check_matrix, jit, tl, triton
 
 
 @jit
@@ -41,7 +41,7 @@ def add_layer_norm(
     longer than 4096 take the plain form. ValueError for strided or unequal inputs.
     """
     for name, tensor in (("x", x), ("residual", residual)):
-        check_matrix(name, tensor, weight.shape[0], FLOATS)
+        check_matrix(name, tensor, weight.shape[0])
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have the same (M, N)")
     m, n = residual.shape

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitlib.network.kernels import triton_support
-from vitlib.network.kernels.triton_support import FLOATS, ROW_LIMIT, check_matrix, jit, tl, triton
+from vitlib.network.kernels.triton_support import ROW_LIMIT, check_matrix, jit, tl, triton
 
 FP8 = torch.float8_e4m3fn
 LIMITS = {torch.int8: 127.0, FP8: 448.0}  # largest absolute value of a code
@@ -159,7 +159,7 @@ def _quantize_kernel(x, q, q_scale, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """(q (M, K) int8 or float8_e4m3fn, scale (M,) fp32), x ≈ q · scale, each row by its largest value. x contiguous."""
-    check_matrix("x", x, dtypes=FLOATS)
+    check_matrix("x", x)
     if not triton_support.use_kernels(x.device, fp8=dtype == FP8) or x.shape[1] > ROW_LIMIT:
         return plain_quantize(x.float(), dtype)
     m, k = x.shape
@@ -187,8 +187,8 @@ def linear_8bit(
     q (M, K) and rows (N, K) are both int8 (summed in int32) or both float8_e4m3fn (in fp32); q_scale (M,) and
     scale (N,) fp32. `config` None takes the first of `configs_for`. ValueError where matrices disagree.
     """
-    check_matrix("q", q, dtypes=tuple(LIMITS))
-    check_matrix("rows", rows, q.shape[1], (q.dtype,))
+    check_matrix("q", q)
+    check_matrix("rows", rows, q.shape[1])
     if not triton_support.use_kernels(q.device, fp8=q.dtype == FP8):
         y = F.linear(q.float() * q_scale[:, None], rows.float() * scale[:, None])
         y = y if bias is None else y + bias

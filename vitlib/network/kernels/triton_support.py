@@ -23,7 +23,6 @@ except ImportError:  # the plain forms remain
         return function or (lambda kernel: kernel)
 
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ROW_LIMIT = 4096  # longest row that one program normalises or quantizes
 
 
@@ -44,7 +43,7 @@ def use_kernels(device: torch.device, *, fp8: bool = False) -> bool:
     return torch.cuda.get_device_capability(device) >= ((8, 9) if fp8 else (8, 0))
 
 
-def check_matrix(name: str, tensor: torch.Tensor, columns: int | None = None, dtypes: tuple = ()) -> None:
+def check_matrix(name: str, tensor: torch.Tensor, columns: int | None = None) -> None:
     """ValueError unless `tensor` is a contiguous matrix (rows are read at stride K) within reach of 32-bit offsets."""
     if tensor.ndim != 2 or not tensor.is_contiguous():
         found = f"it is {tuple(tensor.shape)} with strides {tensor.stride()}"
@@ -53,7 +52,5 @@ def check_matrix(name: str, tensor: torch.Tensor, columns: int | None = None, dt
         )
     if columns is not None and tensor.shape[1] != columns:
         raise ValueError(f"{name} has {tensor.shape[1]} columns, {columns} were expected")
-    if dtypes and tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, must be one of {', '.join(map(str, dtypes))}")
     if tensor.numel() >= 2**31:
         raise ValueError(f"{name} has {tensor.numel()} numbers, at most 2**31 - 1 fit: use smaller batches")
