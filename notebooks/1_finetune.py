@@ -182,4 +182,4 @@ finetune.answers(compared)
 finetune.headline(study, history, reloaded, base, decoded, compared)
 
 # %% tags=["summary"]
-plots.learning_curves(history, finetune.overfits_after(history))
+plots.learning_curves(history)
