@@ -80,7 +80,7 @@ class Examples:
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Row numbers only: a batch is gathered in one indexing operation instead of picture by picture.
+    """Examples of which the DataLoader gathers a batch in one indexing operation instead of picture by picture.
 
     With `full` the last batch is filled up to that size with copies labelled PADDING: no other shape needs compiling.
     """
@@ -91,18 +91,13 @@ class _Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.examples.labels)
 
-    def __getitem__(self, row: int) -> tuple[_Rows, int]:
-        return self, row
-
-    @staticmethod
-    def collate(items: list[tuple[_Rows, int]]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """The batch with these rows; a short one is filled with copies of its first row, whose label is PADDING."""
-        dataset, rows = items[0][0], [row for _, row in items]
-        padding = max(dataset.full - len(rows), 0)
-        index, pixels = torch.tensor(rows + rows[:1] * padding), dataset.examples.pixels
+        padding = max(self.full - len(rows), 0)
+        index, pixels = torch.tensor(rows + rows[:1] * padding), self.examples.pixels
         if pixels.is_cuda:  # nothing waits for the copy
             index = index.pin_memory().to(pixels.device, non_blocking=True)
-        labels = dataset.examples.labels[index]
+        labels = self.examples.labels[index]
         labels[len(rows) :] = PADDING
         return {"pixels": pixels[index], "labels": labels}
 
@@ -114,7 +109,7 @@ class ImageTrainer(Trainer):
         self, *args, pre: Preprocess | None, recipe: Recipe, identity: dict, compiled: bool, teacher: nn.Module | None,
         **kwargs,
     ) -> None:  # fmt: skip
-        super().__init__(*args, data_collator=_Rows.collate, compute_metrics=_metrics, **kwargs)
+        super().__init__(*args, data_collator=lambda batch: batch, compute_metrics=_metrics, **kwargs)
         self.pre, self.recipe, self.identity, self.compiled, self.teacher = pre, recipe, identity, compiled, teacher
         self.add_callback(_EpochClock(self))
 
@@ -148,10 +143,10 @@ class ImageTrainer(Trainer):
         if not (self.compiled or self.args.device.type == "cuda"):
             return 0.0
         start = time.perf_counter()
-        rows = range(min(self.args.train_batch_size, len(self.train_dataset)))  # of all devices together
+        rows = list(range(min(self.args.train_batch_size, len(self.train_dataset))))  # of all devices together
         try:
             with torch.random.fork_rng(range(torch.cuda.device_count())):
-                inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
+                inputs = self._prepare_inputs(self.train_dataset.__getitems__(rows))
                 self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
         except torch.OutOfMemoryError:
             batch = f"a training batch of {self.args.train_batch_size} pictures does not fit this device's memory"

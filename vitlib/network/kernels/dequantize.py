@@ -8,6 +8,7 @@ import functools
 import math
 
 import torch
+from bitsandbytes import functional
 
 from vitlib.network.kernels import triton_support
 from vitlib.network.kernels.triton_support import jit, tl, triton
@@ -16,17 +17,11 @@ BLOCK = 64  # weights that share an NF4 scale
 GROUP = 2 * BLOCK  # weights of a repacked NF4 group: the two blocks that share their bytes
 NF4_TILE, INT8_TILE, WARPS = 32, 8192, 4  # groups, or numbers, that one program dequantizes, and its warps
 
-# The 16 values of NF4 (Dettmers et al. 2023, appendix E) in fp32: quantiles of a normal distribution in [-1, 1].
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-
 
 @functools.cache
 def _table(device: torch.device) -> torch.Tensor:
-    return torch.tensor(NF4, dtype=torch.float32).to(device)
+    """The 16 values of NF4 (Dettmers et al. 2023, appendix E) in fp32: quantiles of a normal distribution."""
+    return functional.get_4bit_type("nf4", device="cpu").to(device)
 
 
 @jit
