@@ -128,7 +128,7 @@ tables.table(dataset.problems(), none="every file could be used")
 # The preprocessing of the base is applied to every picture, in training and in evaluation:
 
 # %%
-finetune.preprocessing(base)
+base.preprocess.describe()
 
 # %% [markdown]
 # The network's input is a tensor of normalised values: a batch of pictures with channels, rows and columns.
@@ -182,4 +182,4 @@ finetune.answers(compared)
 finetune.headline(study, history, reloaded, base, decoded, compared)
 
 # %% tags=["summary"]
-plots.learning_curves(history, finetune.overfits_after(history))
+plots.learning_curves(history)

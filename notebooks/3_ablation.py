@@ -47,8 +47,7 @@ print(
 #
 # The network is loaded once in FP32. Every linear layer has a twin with the weights of each checkpoint: NF4, calibrated
 # NF4 and INT8 rows. A mixture names the format of each layer. Mixtures that agree up to some block share the evaluation
-# up to it, and mixtures that reach a block with the same formats are batched into one call. The classifier and the
-# patch embedding stay in FP16.
+# up to it. The classifier and the patch embedding stay in FP16.
 
 # %%
 mixer = ablation.linears.load(study, subject)

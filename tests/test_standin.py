@@ -33,6 +33,14 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def test_jitter_keeps_the_range_and_changes_only_the_brightness_of_grey():
+    batch = torch.randint(0, 256, (16, 3, 24, 32), generator=generator(1)).float()
+    views = standin.jittered(batch, 0.3, generator(1))
+    assert 0 <= views.min() <= views.max() <= 255 and not torch.equal(views, batch)
+    found = standin.jittered(torch.full_like(batch, 100), 0.3, generator(1)).mean(dim=(1, 2, 3))
+    assert 70 <= found.min() < 85 and 115 < found.max() <= 130
+
+
 def picture(colour, index):
     noise = np.random.default_rng(index).normal(0, 25, (20, 20, 3))
     return Image.fromarray((np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8))

@@ -39,7 +39,8 @@ WARMUP_SHARE = 0.15  # of a stage at most: on a slow card `warmup_steps` must no
 POSITIONS = "vit.embeddings.position_embeddings"
 BETAS, WEIGHT_DECAY, CLIP, LABEL_SMOOTHING = (0.9, 0.99), 0.1, 1.0, 0.1  # AdamW, largest gradient norm, cross entropy
 MIX_ALPHA = 0.8  # mixup and cutmix draw their share from Beta(alpha, alpha)
-AUGMENTATION = {"crop_area": 0.25, "rotation": 20.0, "jitter": 0.3}
+CROPS, JITTER = {"crop_area": 0.25, "rotation": 20.0}, 0.3
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's convert("L")
 
 
 class StandInError(ValueError):
@@ -184,10 +185,23 @@ class _Run:
     rng: np.random.Generator
 
 
+def jittered(views: torch.Tensor, most: float, generator: torch.Generator) -> torch.Tensor:
+    """Pictures (n, 3, h, w) of 0…255 whose brightness, saturation and contrast change by a factor of 1 ± `most`."""
+    factors = (torch.empty(len(views), device=generator.device) for _ in range(3))
+    drawn = (each.uniform_(1 - most, 1 + most, generator=generator).view(-1, 1, 1, 1) for each in factors)
+    light, colour, contrast = (each.to(views.device) for each in drawn)
+    views = views * light
+    grey = GREY[0] * views[:, :1] + GREY[1] * views[:, 1:2] + GREY[2] * views[:, 2:]
+    mean = grey.mean(dim=(2, 3), keepdim=True)
+    views = grey + (views - grey) * colour
+    return (mean + (views - mean) * contrast).clamp_(0, 255)
+
+
 def _loss(run: _Run, model: nn.Module, stage: Stage, rows: torch.Tensor) -> torch.Tensor:
     """Cross entropy of one augmented batch; nothing in it waits for the device."""
     labels = run.train.labels[rows]
-    views = preprocess.augment(run.train.pixels[rows], side=stage.side, generator=run.generator, **AUGMENTATION)
+    views = preprocess.augment(run.train.pixels[rows], side=stage.side, generator=run.generator, **CROPS)
+    views = jittered(views, JITTER, run.generator)
     views, share = mix(views, MIX_ALPHA, run.rng) if stage.mixing else (views, 1.0)
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.is_cuda):  # weights and norms stay in fp32
         logits = model(pixel_values=run.pre.normalise(views)).logits.float()

@@ -104,20 +104,10 @@ def describe(base: Base) -> pd.DataFrame:
     return pd.DataFrame([facts | {"parameters (M)": round(count / 1e6, 2), "new classes": len(base.labels.names)}])
 
 
-def preprocessing(base: Base) -> Markdown:
-    """What happens to every picture before the network sees it."""
-    return Markdown(base.preprocess.in_words())
-
-
 def introduce(study: Study, base: Base) -> Markdown:
     """What the base is and what that means for accuracies; its facts go to `records/base.json`."""
-    settings = study.settings
     study.write_json("base", base.origin)
-    text = origin.sentence(base.origin)
-    if settings.base_model == "pretrain" and settings.data_source != "synthetic":
-        text += "\n\n**The base was trained on drawn flowers only, and the pictures of this study are not drawn.** "
-        text += "Expect low accuracy; set `base_model` to a pretrained network (a folder or a Hub id)."
-    return Markdown(text)
+    return Markdown(origin.sentence(base.origin))
 
 
 def parameter_table(model: nn.Module) -> pd.DataFrame:
@@ -305,7 +295,7 @@ def headline(
     if best["epoch"] != last["epoch"]:
         chosen = f"The best epoch was {best['epoch']:.0f} with {100 * best['top1']:.1f} %. {chosen}"
     copies = decode.duplicates({split: decoded[split] for split in ("train", "valid")})
-    lines = [first, f"{_overfits(history)}{chosen}", _copies(copies, valid), _quantized(reloaded, valid)]
+    lines = [first, chosen, _copies(copies, valid), _quantized(reloaded, valid)]
     if compared is not None and {recipes.FROZEN_HEAD, "lora"} <= set(compared["recipe"]):
         lines.insert(1, _original(compared.set_index("recipe")))
     return Markdown("\n".join(f"- {line}" for line in lines))
@@ -313,30 +303,6 @@ def headline(
 
 def _count(number: float, what: str) -> str:
     return f"{number:,.0f} {what}" if number == 1 else f"{number:,.0f} {what}s"
-
-
-def overfits_after(history: pd.DataFrame) -> int | None:
-    """The epoch of the lowest validation loss where the network overfits from then on, else None.
-
-    It does where that loss has risen by a tenth while the training loss fell, or by a hundredth while it halved.
-    """
-    curves = history.set_index("epoch")[["valid_loss", "train_loss"]]
-    lowest = curves["valid_loss"].idxmin()
-    rise, fall = curves.iloc[-1] / curves.loc[lowest]
-    return int(lowest) if (rise > 1.1 and fall < 1) or (rise > 1.01 and fall < 0.5) else None
-
-
-def _overfits(history: pd.DataFrame) -> str:
-    """A sentence where the network overfits, else ''."""
-    if (epoch := overfits_after(history)) is None:
-        return ""
-    before, last = history.set_index("epoch").loc[epoch], history.iloc[-1]
-    valid, train = (f"{before[loss]:.2f} → {last[loss]:.2f}" for loss in ("valid_loss", "train_loss"))
-    risen = f", although Top-1 still rises ({100 * before['top1']:.1f} → {100 * last['top1']:.1f} %)"
-    return (
-        f"**After epoch {epoch} the validation loss no longer falls** ({valid}) while the training loss goes on "
-        f"falling ({train}): the network overfits{risen if last['top1'] > before['top1'] else ''}. "
-    )
 
 
 def _copies(found: pd.DataFrame, valid: int) -> str:

@@ -1,6 +1,5 @@
 """Quantized layers against the float64 product of their own dequantized weights, and exact sizes."""
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
@@ -20,15 +19,6 @@ def test_quantized_linear_is_close_to_the_product_it_replaces(bits, tolerance, d
         assert relative(quantize.quantize_linear(linear, bits)(x), linear(x)) < tolerance
 
 
-def test_the_int8_layer_hands_bitsandbytes_a_copy_of_a_strided_input(monkeypatch):
-    """A ViT's classifier reads `sequence_output[:, 0, :]`, which bitsandbytes' CUDA product takes for contiguous."""
-    seen, original = [], bnb.nn.Linear8bitLt.forward
-    monkeypatch.setattr(bnb.nn.Linear8bitLt, "forward", lambda self, x: seen.append(x) or original(self, x))
-    strided = torch.randn(4, 5, 64).half()[:, 0, :]
-    quantize.quantize_linear(nn.Linear(64, 32).half(), 8)(strided)
-    assert not strided.is_contiguous() and seen[0].is_contiguous() and torch.equal(seen[0], strided)
-
-
 @pytest.mark.parametrize("weights", ["nf4", "int8"])
 def test_saved_checkpoints_keep_the_classifier_in_16_bit(checkpoints, weights):
     network = checkpoint.load(checkpoints, Variant(weights), torch.device("cpu")).model
@@ -43,8 +33,6 @@ def test_saved_checkpoints_keep_the_classifier_in_16_bit(checkpoints, weights):
 def test_nf4_is_quantized_twice_and_computes_in_16_bit():
     settings = quantize.config(4, torch.float16)
     assert settings.bnb_4bit_compute_dtype == torch.float16 and settings.bnb_4bit_use_double_quant
-    with pytest.raises(ValueError, match="not in 16"):
-        quantize.config(16, torch.float16)
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int8"])

@@ -196,11 +196,6 @@ def test_rotation_turns_without_stretching():
     assert 5 < angles.max() < 20.5
 
 
-def test_views_have_the_side_asked_for_and_jitter_keeps_the_range(batch):
-    settled = {"side": 16, "crop_area": 0.25, "rotation": 20.0}
-    plain, views = (preprocess.augment(batch, generator=generator(1), jitter=j, **settled) for j in (0.0, 0.3))
+def test_views_have_the_side_asked_for(batch):
+    views = preprocess.augment(batch, side=16, crop_area=0.25, rotation=20.0, generator=generator(1))
     assert views.shape == (16, 3, 16, 16) and 0 <= views.min() <= views.max() <= 255
-    grey = torch.full_like(batch, 100)
-    found = preprocess.augment(grey, generator=generator(1), jitter=0.3, **settled).mean(dim=(1, 2, 3))
-    assert 70 <= found.min() < 85 and 115 < found.max() <= 130  # of a grey picture only the brightness changes
-    assert not torch.equal(plain, views)

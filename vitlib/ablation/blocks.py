@@ -47,7 +47,7 @@ def exchange(subject: Subject, bits: int) -> Exchange:
     """The network with bitsandbytes' layers as twins: NF4, or LLM.int8(), which finds outliers in the whole batch."""
     kind = FORMATS[bits]
     twins = {kind: lambda _, linear: quantize.quantize_linear(linear, bits)}
-    return Exchange(subject.loaded.model, twins, alone=["int8"])
+    return Exchange(subject.loaded.model, twins)
 
 
 def measure(study: Study, subject: Subject) -> tuple[dict[tuple[int, str], torch.Tensor], float]:

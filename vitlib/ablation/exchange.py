@@ -2,13 +2,12 @@
 
 The network is loaded once and every linear layer gets a twin in each format. A configuration names the format of every
 linear. The blocks before the first one in which two configurations differ are evaluated once for both, which saves half
-of the work where one block or linear differs. Configurations that have diverged but reach a block with the same formats
-again are batched into one call.
+of the work where one block or linear differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +21,6 @@ from vitlib.pictures.sources import Dataset
 from vitlib.study.study import Study
 from vitlib.study.variants import Variant
 
-TOGETHER = 256  # most pictures in one call of a block, where configurations are batched
-MOST = 64  # configurations in a pass, which bounds the activations held
 FULL = "fp16"  # the format of a linear that is left as it is
 # The linears of a block by what figures and records call them, in the order of a configuration's formats.
 LINEARS = {name: f"attention.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}" for name in ("fc1", "fc2")}
@@ -72,18 +69,14 @@ class Configuration:
     classifier: str = FULL
 
 
-State = tuple[torch.Tensor, list[Configuration]]  # activations (n, tokens, hidden), and the configurations with them
-
-
 class Exchange:
     """A network and, by format, the twins of its linears, which the functions `twins` make when first needed.
 
-    Several configurations run in calls of at most TOGETHER pictures, but one by one where a format of `alone` is used,
-    whose product depends on the whole batch. `block_runs` counts the evaluations of a block for a batch of pictures.
+    `block_runs` counts the evaluations of a block for a batch of pictures.
     """
 
-    def __init__(self, model: nn.Module, twins: Mapping[str, Twin], alone: Collection[str] = ()) -> None:
-        self.model, self.alone, self.block_runs = model, set(alone), 0
+    def __init__(self, model: nn.Module, twins: Mapping[str, Twin]) -> None:
+        self.model, self.block_runs = model, 0
         self._twins, self._made = {FULL: lambda name, linear: linear, **twins}, {}
 
     def linear(self, name: str, kind: str) -> nn.Module:
@@ -103,30 +96,21 @@ class Exchange:
         return self._made[number, formats]
 
     def logits(self, pixel_values: torch.Tensor, wanted: Sequence[Configuration]) -> dict[str, torch.Tensor]:
-        """Logits (n, classes) of one batch by name; holds at most two activations for each of `wanted`."""
-        states = [(self.model.vit.embeddings(pixel_values), list(wanted))]
-        for number in range(len(self.model.vit.layers)):
-            states = self._step(states, number)
-        found = {}
-        for hidden, group in states:
-            tokens = self.model.vit.layernorm(hidden)[:, 0, :]
-            found |= {one.name: self.linear(quantize.CLASSIFIER, one.classifier)(tokens) for one in group}
-        return found
+        """Logits (n, classes) of one batch by name; holds at most one activation for each block."""
+        return dict(self._after(0, self.model.vit.embeddings(pixel_values), wanted))
 
-    def _step(self, states: list[State], number: int) -> list[State]:
-        """States after block `number`, of the configurations with the same formats in it side by side."""
-        after = []
-        for formats in dict.fromkeys(one.blocks[number] for _, group in states for one in group):
-            parted = [(hidden, [one for one in group if one.blocks[number] == formats]) for hidden, group in states]
-            going = [(hidden, group) for hidden, group in parted if group]
-            self.block_runs += len(going)
-            block, size = self.block(number, formats), len(states[0][0])
-            most = 1 if self.alone & set(formats) else max(1, TOGETHER // size)
-            for first in range(0, len(going), most):
-                hidden, groups = zip(*going[first : first + most], strict=True)
-                outputs = block(hidden[0] if len(hidden) == 1 else torch.cat(hidden)).split(size)
-                after += zip(outputs, groups, strict=True)
-        return after
+    def _after(
+        self, number: int, hidden: torch.Tensor, wanted: Sequence[Configuration]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and logits of the configurations with the activations `hidden` (n, tokens, width) before a block."""
+        if number == len(self.model.vit.layers):
+            tokens = self.model.vit.layernorm(hidden)[:, 0].contiguous()  # bitsandbytes' int8 product reads no strides
+            yield from ((one.name, self.linear(quantize.CLASSIFIER, one.classifier)(tokens)) for one in wanted)
+            return
+        for formats in dict.fromkeys(one.blocks[number] for one in wanted):
+            self.block_runs += 1
+            group = [one for one in wanted if one.blocks[number] == formats]
+            yield from self._after(number + 1, self.block(number, formats)(hidden), group)
 
     def outputs(
         self, pixels: torch.Tensor, wanted: Sequence[Configuration], loaded: checkpoint.Loaded, size: int, what: str
@@ -138,8 +122,6 @@ class Exchange:
         own, parts = self.model.classifier.weight, []
         with torch.inference_mode():
             for batch in tqdm(pixels.split(size), f"{what}, {len(wanted)} configurations", unit="batch"):
-                x, logits = loaded.preprocess.normalise(batch.to(own.device), own.dtype), {}
-                for first in range(0, len(wanted), MOST):
-                    logits |= self.logits(x, wanted[first : first + MOST])
+                logits = self.logits(loaded.preprocess.normalise(batch.to(own.device), own.dtype), wanted)
                 parts.append(torch.stack([logits[one.name] for one in wanted]).float().cpu())  # one copy, so one wait
         return dict(zip((one.name for one in wanted), finite(torch.cat(parts, dim=1), loaded), strict=True))

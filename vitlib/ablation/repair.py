@@ -40,7 +40,7 @@ def repaired(study: Study, subject: Subject) -> pd.DataFrame:
         return study.write("repair", pd.DataFrame(columns=COLUMNS["repair"]))
     train = sources.decode_splits(sources.load(settings), ["train"], loaded.preprocess, settings.workers)["train"]
     examples = {"train": Examples.of(train, loaded.labels), "valid": Examples(subject.pixels, subject.labels)}
-    found = [repair.repair(study, loaded, start, examples, methods=own)[0] for start, own in STARTS.items()]
+    found = [repair.repair(study, loaded, start, examples, methods=own) for start, own in STARTS.items()]
     return study.write("repair", pd.concat(found, ignore_index=True))
 
 

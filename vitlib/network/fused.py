@@ -6,19 +6,19 @@ QKV product; and after the attention of the last block only the class token, as 
 exact saving: nothing that is left out enters the logits). The checkpoint itself is not changed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from vitlib.network import attention, layers, plan
 from vitlib.network.blocks import BlockBuffers, BlockWeights, can_run
 from vitlib.network.kernels import norms
 from vitlib.network.kernels.attention import AttentionConfig, attention_configs
 from vitlib.network.kernels.attention import attention as attention_kernel
+from vitlib.network.kernels.products import FP8
 from vitlib.network.kernels.triton_support import ROW_LIMIT
 from vitlib.network.layers import EightBit, Linear, Quantized
 from vitlib.network.tuning import Implementation, Tuned
@@ -40,20 +40,13 @@ class AddNorm(nn.Module):
         self.register_buffer("bias", norm.bias.detach())
         self.eps, self.codes = norm.eps, None
         if isinstance(reader, EightBit) and reader.in_features <= ROW_LIMIT:
-            fp8 = reader.codes_dtype == torch.float8_e4m3fn
-            reader.norm_quantizes = layers.use_kernels(reader.device, fp8=fp8)
+            reader.norm_quantizes = layers.use_kernels(reader.device, fp8=reader.codes_dtype == FP8)
             self.codes = reader.codes_dtype if reader.norm_quantizes else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
         """`x` + `residual` (rows, H), and its layer norm: as 8-bit codes where the layer that reads it takes them."""
-        inputs = x, residual, self.weight, self.bias, self.eps
-        if self.codes is not None:
-            total, *codes = norms.add_layer_norm_quantize(*inputs, self.codes)
-            return total, Quantized(*codes, total.dtype)
-        if layers.use_kernels(x.device) and x.shape[1] <= ROW_LIMIT:
-            return norms.add_layer_norm(*inputs)
-        total = x + residual
-        return total, F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps)
+        total, normed, scales = norms.add_layer_norm(x, residual, self.weight, self.bias, self.eps, self.codes)
+        return total, normed if scales is None else Quantized(normed, scales, total.dtype)
 
 
 class Embedding(nn.Module):
@@ -87,7 +80,7 @@ class ScaledDotProduct(Tuned):
 
     part = "scaled dot product"  # the profiler's name of the attention function
 
-    def __init__(self, source: nn.Module, make: "Maker", *, only_class: bool = False) -> None:
+    def __init__(self, source: nn.Module, make: "Maker", *, only_class: bool) -> None:
         super().__init__()
         self.heads, self.width, self.scaling = source.num_attention_heads, source.head_dim, source.scaling
         self.dtype, self.device = make.dtype, make.device
@@ -128,39 +121,28 @@ class ScaledDotProduct(Tuned):
 
 
 class Attention(nn.Module):
-    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included."""
+    """Self-attention of normed tokens (n·t, H) with one QKV product; the output projection included.
+
+    With `only_class` each picture's first token, the class token, attends to all: the query is a product of its own.
+    """
 
     part = "attention"
 
-    def __init__(self, source: nn.Module, make: "Maker") -> None:
+    def __init__(self, source: nn.Module, make: "Maker", *, only_class: bool) -> None:
         super().__init__()
-        self.attend = ScaledDotProduct(source, make)
-        self.qkv = make(source.q_proj, source.k_proj, source.v_proj)
-        self.output = make(source.o_proj)
+        self.attend = ScaledDotProduct(source, make, only_class=only_class)
+        others = source.k_proj, source.v_proj
+        self.query = make(source.q_proj, only_class=True) if only_class else None
+        self.qkv = make(*others) if only_class else make(source.q_proj, *others)
+        self.output = make(source.o_proj, only_class=only_class)
 
     def forward(self, normed: torch.Tensor | Quantized, count: int) -> torch.Tensor:
-        states = self.qkv(normed).view(count, -1, 3, self.attend.heads, self.attend.width)
-        mixed = self.attend(*states.unbind(2))
-        return self.output(mixed.reshape(count * mixed.shape[1], -1))
-
-
-class ClassAttention(nn.Module):
-    """Self-attention of each picture's first token, the class token, to all of its tokens."""
-
-    part = "attention"
-
-    def __init__(self, source: nn.Module, make: "Maker") -> None:
-        super().__init__()
-        self.attend = ScaledDotProduct(source, make, only_class=True)
-        self.query = make(source.q_proj, only_class=True)
-        self.key_value = make(source.k_proj, source.v_proj)
-        self.output = make(source.o_proj, only_class=True)
-
-    def forward(self, normed: torch.Tensor, count: int) -> torch.Tensor:
         heads = self.attend.heads, self.attend.width
-        key, value = self.key_value(normed).view(count, -1, 2, *heads).unbind(2)
-        query = self.query(class_rows(normed, count)).view(count, 1, *heads)
-        return self.output(self.attend(query, key, value).reshape(count, -1))
+        states = self.qkv(normed).unflatten(1, (-1, *heads)).unflatten(0, (count, -1)).unbind(2)
+        if self.query is not None:
+            states = self.query(class_rows(normed, count)).view(count, 1, *heads), *states
+        mixed = self.attend(*states)
+        return self.output(mixed.reshape(count * mixed.shape[1], -1))
 
 
 def class_rows(tokens: torch.Tensor, count: int) -> torch.Tensor:
@@ -195,35 +177,25 @@ class Block(nn.Module):
 
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = self.attention(normed, count)
-        if isinstance(self.attention, ClassAttention):
+        if self.attention.query is not None:
             stream = class_rows(stream, count)
         stream, normed = self.middle_norm(mixed, stream)
         return self.following_norm(self.mlp(normed), stream)
 
 
 class Maker(NamedTuple):
-    """How the linears of a network are made: `kind` of `layers.CLASSES`, tokens of a picture, dtype, device.
+    """How the linears of a network are made: class of each in `layers.CLASSES`, tokens of a picture, dtype, device."""
 
-    In a network of several formats, `kinds` has that of each linear.
-    """
-
-    kind: str
+    kinds: Mapping[nn.Linear, str]
     tokens: int
     dtype: torch.dtype
     device: torch.device
-    kinds: Mapping[nn.Linear, str] | None = None
 
     def __call__(self, *sources: nn.Linear, only_class: bool = False) -> Linear:
-        made = self._planned(sources) if self.kinds else layers.make(sources, self.kind)
+        made = layers.make(sources, [self.kinds[source] for source in sources])
         for part in (made, *getattr(made, "parts", ())):
             part.rows_per_picture, part.dtype = 1 if only_class else self.tokens, self.dtype
         return made
-
-    def _planned(self, sources: Sequence[nn.Linear]) -> Linear:
-        kinds = [self.kinds[source] for source in sources]
-        if len(set(kinds)) == 1:
-            return layers.CLASSES[kinds[0]](sources)
-        return layers.Parts([layers.CLASSES[kind]([source]) for kind, source in zip(kinds, sources, strict=True)])
 
 
 class FusedViT(nn.Module):
@@ -239,9 +211,9 @@ class FusedViT(nn.Module):
         self.config, self.gelu = model.config, gelu
         vit, positions = model.vit, model.vit.embeddings.position_embeddings
         self.embedding = Embedding(vit.embeddings)
-        chosen, named = getattr(model.config, "plan", None), plan.linears(model)
-        kinds = {named[name]: plan.KINDS[form] for name, form in chosen.items()} if chosen else None
-        make = Maker(kind, positions.shape[1], positions.dtype, positions.device, kinds)
+        chosen, named = getattr(model.config, "plan", {}), plan.linears(model)
+        kinds = dict.fromkeys(named.values(), kind) | {named[name]: plan.KINDS[form] for name, form in chosen.items()}
+        make = Maker(kinds, positions.shape[1], positions.dtype, positions.device)
         self.first_norm = vit.layers[0].layernorm_before
         self.blocks = nn.ModuleList(_blocks(vit, gelu, make))
         self.block_weights: list[BlockWeights] = []
@@ -272,8 +244,8 @@ class FusedViT(nn.Module):
 
 def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
     """The blocks of a transformers ViT, each with the norm that follows it; the last keeps the class token alone."""
-    *others, last = vit.layers
-    cores = [*(Attention(layer.attention, make) for layer in others), ClassAttention(last.attention, make)]
+    last = vit.layers[-1]
+    cores = [Attention(layer.attention, make, only_class=layer is last) for layer in vit.layers]
     norms_after = [*(layer.layernorm_before for layer in vit.layers[1:]), vit.layernorm]
     # The norm before the last attention has two readers, the last norm only the classifier: neither quantizes.
     readers = [*(core.qkv for core in cores[1:-1]), None, None]
@@ -285,7 +257,7 @@ def _blocks(vit: nn.Module, gelu: str | None, make: Maker) -> Iterator[Block]:
 def fuse(model: nn.Module, variant: Variant) -> FusedViT:
     """The network of `variant` from the plain one, which has not run yet on a CPU and is not changed.
 
-    ValueError where the network cannot be fused or its stored format is not that of the variant.
+    Its stored format must be that of the variant (see `verify`). ValueError where it cannot be fused.
     """
     if not hasattr(model, "vit"):
         raise ValueError(f"a {type(model).__name__} cannot be fused: it must be a ViTForImageClassification")

@@ -15,16 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitlib.network import quantize
-from vitlib.network.kernels import dequantize, products, triton_support
+from vitlib.network.kernels import dequantize, products
 from vitlib.network.kernels.dequantize import BLOCK
 from vitlib.network.kernels.products import Config
+from vitlib.network.kernels.triton_support import use_kernels
 from vitlib.network.tuning import Implementation, Tuned
-
-
-def use_kernels(device: torch.device, *, fp8: bool = False) -> bool:
-    """Whether this project's Triton kernels, or those of 8-bit floating point, pay on `device`: not on a T4."""
-    missing = triton_support.missing_fp8 if fp8 else triton_support.missing_products
-    return device.type == "cuda" and not missing(device)
 
 
 def gelu_of(values: torch.Tensor, gelu: str | None) -> torch.Tensor:
@@ -61,12 +56,10 @@ class Step(nn.Module):
 
 
 class Linear(Tuned):
-    """What all formats share. Made from `layers` of the class `source`, with their outputs side by side.
+    """What all formats share. Made from `layers`, with their outputs side by side.
 
     The tensors of a single layer are shared with it, those of several are copied into one.
     """
-
-    source: type[nn.Linear] = nn.Linear
 
     def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -141,8 +134,6 @@ class NF4(WeightOnly):
     The checkpoint quantizes the scales too: they are fp32 here. The codes have the order of the kernels that run.
     """
 
-    source = bnb.nn.Linear4bit
-
     def __init__(self, layers: Sequence[bnb.nn.Linear4bit]) -> None:
         states = [layer.weight.quant_state for layer in layers]
         if any(getattr(state, "packing_format_for_cpu", False) for state in states):
@@ -167,42 +158,33 @@ class NF4(WeightOnly):
 
 
 class Rows(Linear):
-    """What formats of 8-bit rows share: the weight (N, K) is `rows` times a fp32 scale a row."""
+    """What formats of 8-bit rows share: the weight (N, K) is `rows` of `codes_dtype` times a fp32 scale a row.
 
-    def __init__(self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(*rows.shape, bias)
+    The rows are bitsandbytes' own, whose first pass moves the largest value of each from the weight to the layer's
+    state, or they are quantized from 16-bit weights.
+    """
+
+    codes_dtype: torch.dtype = torch.int8
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        if isinstance(layers[0], bnb.nn.Linear8bitLt):
+            maxima = [layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB for layer in layers]
+            rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / quantize.INT8_MAX
+        else:
+            rows, scales = products.quantize_rows(_joined([layer.weight for layer in layers]), self.codes_dtype)
+        super().__init__(*rows.shape, _bias(layers))
         self.step = Step()
         self.register_buffer("rows", rows)
         self.register_buffer("scales", scales)
 
 
-class Int8(Rows):
-    """bitsandbytes' int8 rows. The first pass moves the largest value of each from the weight to the layer's state."""
-
-    source = bnb.nn.Linear8bitLt
-
-    def __init__(self, layers: Sequence[bnb.nn.Linear8bitLt]) -> None:
-        maxima = [layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB for layer in layers]
-        rows, scales = _joined([layer.weight.data for layer in layers]), _joined(maxima).float() / quantize.INT8_MAX
-        super().__init__(rows, scales, _bias(layers))
-
-
-class Int8WeightOnly(Int8, WeightOnly):
+class Int8WeightOnly(Rows, WeightOnly):
     """int8 rows, dequantized and then multiplied in the input's dtype; also of FP16 weights that are on such a grid."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        if isinstance(layers[0], bnb.nn.Linear8bitLt):
-            super().__init__(layers)
-        else:
-            weight = _joined([layer.weight for layer in layers])
-            Rows.__init__(self, *products.quantize_rows(weight, torch.int8), _bias(layers))
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty_like(self.rows, dtype=dtype)
-        if use_kernels(self.rows.device):
-            dequantize.dequantize_int8(self.rows.view(-1), self.scales, out.view(-1))
-            return out
-        return torch.mul(self.rows, self.scales[:, None], out=out)  # computed in fp32 and rounded once
+        dequantize.dequantize_int8(self.rows.view(-1), self.scales, out.view(-1))
+        return out
 
 
 class Parts(WeightOnly):
@@ -221,24 +203,16 @@ class Parts(WeightOnly):
 
 
 class EightBit(Rows):
-    """What the products of 8-bit inputs share. `codes_dtype` is that of the rows and of the quantized inputs."""
-
-    codes_dtype: torch.dtype
+    """What the products of 8-bit inputs share; these are quantized to `codes_dtype` too."""
 
     def configurations(self, rows: int, name: str) -> tuple[Config | None, ...]:
         sizes = rows, self.out_features, self.in_features
         return tuple(products.configs_for(*sizes, self.device)) if name == "fused" else (None,)
 
     def fused(self, x: torch.Tensor | Quantized, gelu: str | None, config: Config | None = None) -> torch.Tensor:
-        """This project's kernel: scales, bias and GELU in its epilogue."""
+        """This project's kernel: scales, bias and GELU in its epilogue. Without it both sides are dequantized."""
         codes, x_scales = self._codes(x)
         return products.linear_8bit(codes, x_scales, self.rows, self.scales, self.bias, gelu, x.dtype, config)
-
-    def dequantize(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
-        """The product of both dequantized sides in fp32, for devices and sizes without any 8-bit product."""
-        codes, x_scales = self._codes(x)
-        out = F.linear(codes.float() * x_scales[:, None], self.rows.float() * self.scales[:, None]).to(x.dtype)
-        return gelu_of(out if self.bias is None else out + self.bias, gelu)
 
     def _codes(self, x: torch.Tensor | Quantized) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(x, Quantized):
@@ -246,16 +220,15 @@ class EightBit(Rows):
         return self.step(products.quantize_rows, x.contiguous(), self.codes_dtype)
 
 
-class W8A8(Int8, EightBit):
+class W8A8(EightBit):
     """int8 rows, and the input quantized row by row: LLM.int8() (Dettmers et al. 2022) without its outliers."""
-
-    codes_dtype = torch.int8
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
         fits = rows > 16 and self.out_features % 8 == 0 and self.in_features % 8 == 0
         found = {"library": W8A8.library} if fits or not self.rows.is_cuda else {}
-        found |= {"fused": EightBit.fused} if use_kernels(self.rows.device) else {}
-        return found or {"dequantize": EightBit.dequantize}
+        if use_kernels(self.rows.device):
+            return found | {"fused": EightBit.fused}
+        return found or {"dequantize": EightBit.fused}
 
     def library(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
         """torch's int8 product, and scales, bias and GELU as operators of their own."""
@@ -281,14 +254,13 @@ class FP8(EightBit):
     codes_dtype = torch.float8_e4m3fn
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        weight = _joined([layer.weight for layer in layers])
-        super().__init__(*products.quantize_rows(weight, self.codes_dtype), _bias(layers))
+        super().__init__(layers)
         sizes_fit = self.out_features % 16 == 0 and self.in_features % 16 == 0
-        self.answer = _scaled_product(weight.device, weight.dtype) if sizes_fit else None
+        self.answer = _scaled_product(self.device, layers[0].weight.dtype) if sizes_fit else None
 
     def implementations(self, rows: int) -> dict[str, Implementation]:
-        found = ({"library": FP8.library} if self.answer else {}) | {"dequantize": EightBit.dequantize}
-        return found | ({"fused": EightBit.fused} if use_kernels(self.rows.device, fp8=True) else {})
+        found = {"library": FP8.library} if self.answer else {}
+        return found | {"fused" if use_kernels(self.rows.device, fp8=True) else "dequantize": EightBit.fused}
 
     def library(self, x: torch.Tensor | Quantized, gelu: str | None, config: None = None) -> torch.Tensor:
         """torch's scaled fp8 product, and bias and GELU as operators of their own."""
@@ -301,12 +273,11 @@ class FP8(EightBit):
 CLASSES = {kind.__name__: kind for kind in (Dense, NF4, Int8WeightOnly, W8A8, FP8)}  # names: `variants.Format.fused`
 
 
-def make(layers: Sequence[nn.Linear], kind: str) -> Linear:
-    """One layer of the class `kind` of `CLASSES`. ValueError where the stored format cannot become that."""
-    stored = next(k for k in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, nn.Linear) if isinstance(layers[0], k))
-    if CLASSES[kind].source is not stored:
-        raise ValueError(f"a {stored.__name__} cannot be computed as {kind}: load the checkpoint that holds it")
-    return CLASSES[kind](layers)
+def make(layers: Sequence[nn.Linear], kinds: Sequence[str]) -> Linear:
+    """One layer for linears with the same inputs, each of which becomes the class of `CLASSES` that `kinds` names."""
+    if len(set(kinds)) == 1:
+        return CLASSES[kinds[0]](layers)
+    return Parts([CLASSES[kind]([layer]) for layer, kind in zip(layers, kinds, strict=True)])
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

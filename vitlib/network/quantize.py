@@ -20,25 +20,14 @@ INT8_MAX = 127.0  # bitsandbytes' int8 weight is code · SCB / 127, with SCB the
 
 
 def config(bits: int, compute_dtype: torch.dtype, kept: Sequence[str] = (CLASSIFIER,)) -> BitsAndBytesConfig:
-    """transformers' quantization settings: NF4 for 4 `bits`, LLM.int8() for 8. ValueError for any other number.
-
-    The modules `kept` stay in 16 bits.
+    """transformers' quantization settings: NF4 for 4 `bits`, LLM.int8() for 8. The modules `kept` stay in 16 bits.
 
     `llm_int8_skip_modules` is the list for both formats. An empty list would mean "quantize everything", and
     transformers' own default does quantize a ViT's classifier.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bitsandbytes stores weights in 4 or 8 bits, not in {bits}")
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
     own = {"load_in_4bit": True, **nf4} if bits == 4 else {"load_in_8bit": True, "llm_int8_threshold": INT8_THRESHOLD}
     return BitsAndBytesConfig(**own, llm_int8_skip_modules=list(kept))
-
-
-class Linear8bitContiguous(bnb.nn.Linear8bitLt):
-    """bitsandbytes' int8 linear that is right on any input: a strided one is copied first."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.contiguous())
 
 
 def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
@@ -53,7 +42,7 @@ def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
         # bitsandbytes packs NF4 rows by 32 for CPUs with AVX-512 bf16 and asserts that they divide: 102 classes do not.
         layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and layer.out_features % 32 == 0
     else:
-        layer = Linear8bitContiguous(*shape, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta")
+        layer = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta")
         codes = bnb.nn.Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False)
         layer.weight = codes.to(weight.device)
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)

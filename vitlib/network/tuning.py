@@ -52,10 +52,7 @@ class Tuned(nn.Module):
 
     def choose(self, rows: int, name: str, config: tuple | None = None) -> None:
         """Take the implementation `name`, with its `config`, for inputs of `rows` rows from now on."""
-        found = self.implementations(rows)
-        if name not in found:
-            raise ValueError(f"{type(self).__name__} has no implementation {name!r} here: one of {', '.join(found)}")
-        self.choices[rows] = found[name], config
+        self.choices[rows] = self.implementations(rows)[name], config
 
     def run(self, name: str, config: tuple | None, rows: int, *inputs: object) -> torch.Tensor:
         """The result of `forward` for `inputs` of `rows` rows by one implementation, whatever was chosen."""

@@ -22,7 +22,6 @@ TENSOR_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling
 SETTINGS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
 SETTINGS += ("do_normalize", "image_mean", "image_std")
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # of its training pictures
-GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's convert("L")
 
 
 class PreprocessError(ValueError):
@@ -131,15 +130,12 @@ def new(side: int) -> Preprocess:
     return Preprocess(ViTImageProcessorPil(size={"height": side, "width": side}))
 
 
-def augment(
-    batch: Tensor, *, crop_area: float, generator: Generator, side: int = 0, rotation: float = 0, jitter: float = 0
-) -> Tensor:
+def augment(batch: Tensor, *, crop_area: float, generator: Generator, side: int = 0, rotation: float = 0) -> Tensor:
     """Random views (n, 3, side, side) of a batch (n, 3, h, w) with values 0…255; float32 on the same device.
 
     Crops of `crop_area`…1 of the area with an aspect of ¾…4/3 (Szegedy et al. 2015, section 6), mirrored half the time
-    and turned by up to `rotation` degrees, in one resampling, reflected at the border. Then brightness, saturation
-    and contrast change by a factor of 1 ± `jitter` each. A `side` of 0 is the batch's. A generator of the CPU cuts the
-    same crops on every device.
+    and turned by up to `rotation` degrees, in one resampling, reflected at the border. A `side` of 0 is the batch's.
+    A generator of the CPU cuts the same crops on every device.
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -159,12 +155,4 @@ def augment(
         theta = theta.pin_memory().to(batch.device, non_blocking=True)
     size = (side, side) if side else batch.shape[2:]
     grid = functional.affine_grid(theta, [*batch.shape[:2], *size], align_corners=False)
-    views = functional.grid_sample(batch.to(torch.float32), grid, padding_mode="reflection", align_corners=False)
-    if not jitter:
-        return views
-    light, colour, contrast = (uniform(1 - jitter, 1 + jitter).view(-1, 1, 1, 1).to(batch.device) for _ in range(3))
-    views = views * light
-    grey = GREY[0] * views[:, :1] + GREY[1] * views[:, 1:2] + GREY[2] * views[:, 2:]
-    mean = grey.mean(dim=(2, 3), keepdim=True)
-    views = grey + (views - grey) * colour
-    return (mean + (views - mean) * contrast).clamp_(0, 255)
+    return functional.grid_sample(batch.to(torch.float32), grid, padding_mode="reflection", align_corners=False)

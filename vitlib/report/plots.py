@@ -130,11 +130,8 @@ def _data_address(image: np.ndarray) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def learning_curves(history: pd.DataFrame, overfits_after: int | None = None) -> Plot:
-    """Loss in training and validation, and the accuracies in validation that `history` has (Top-1, Top-5), by epoch.
-
-    The epoch `overfits_after` is marked as the one with the lowest validation loss.
-    """
+def learning_curves(history: pd.DataFrame) -> Plot:
+    """Loss in training and validation, and the accuracies in validation that `history` has (Top-1, Top-5), by epoch."""
     figure = _figure(1, 2, width=10, height=3.8)
     left, right = figure.axes
     curves = history.set_index("epoch")
@@ -147,10 +144,6 @@ def learning_curves(history: pd.DataFrame, overfits_after: int | None = None) ->
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy")
     loss, top1 = curves["valid_loss"], 100 * curves["top1"]
     said = f"Validation loss goes from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}"
-    if overfits_after is not None:
-        lowest = f"lowest validation loss: {loss[overfits_after]:.2f}, epoch {overfits_after}"
-        left.axvline(overfits_after, color=_GREY, linestyle=":", label=lowest)
-        said += f" (lowest {loss[overfits_after]:.2f} after epoch {overfits_after}: it overfits)"
     for axis in figure.axes:
         axis.legend(frameon=False)
         axis.xaxis.get_major_locator().set_params(integer=True)

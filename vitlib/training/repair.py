@@ -8,6 +8,7 @@ fine-tuning; what was trained is then put into the quantized network, and that o
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -45,32 +46,28 @@ BATCH = 32  # of the measurement
 def repair(
     study: Study, teacher: Loaded, start: str, examples: Mapping[str, Examples], *,
     methods: Iterable[str] = tuple(METHODS), seeds: Iterable[int] = (0, 1, 2),
-) -> tuple[pd.DataFrame, dict[tuple[str, int], torch.Tensor]]:  # fmt: skip
+) -> pd.DataFrame:  # fmt: skip
     """Repair the study's checkpoint of the quantized format `start` for `repair_epochs`, by every method and seed.
 
     Returns a row for the plain network (method "none", seed −1) and for each repaired one, with the columns of the
-    record `repair`, and their float32 logits (n, classes) of `examples["valid"]` by (method, seed). The FP16 network
-    `teacher` and the labels teach on `examples["train"]` alone.
+    record `repair`, measured on `examples["valid"]`. The FP16 network `teacher` and the labels teach on
+    `examples["train"]` alone.
     """
-    epochs, load = (
-        study.settings.repair_epochs,
-        partial(checkpoint.load, study.checkpoints, Variant(start), teacher.device),
-    )
-    network, pixels = load(), examples["valid"].pixels
-    target = engine.logits(engine.Engine(teacher), pixels, BATCH)
+    epochs, valid = study.settings.repair_epochs, examples["valid"]
+    load = partial(checkpoint.load, study.checkpoints, Variant(start), teacher.device)
+    network = load()
     bits, weights = bits_per_weight(network.model)
-    found = {("none", -1): engine.logits(engine.Engine(network), pixels, BATCH)}
-    rows = [{"start": start, "method": "none", "seed": -1, "epochs": 0, "bits": bits, "train_loss": float("nan")}]
-    for method in methods:
-        for seed in seeds:
-            recipe = replace(RECIPE, epochs=epochs, seed=seed)
-            loaded, added, loss = repaired(load, teacher, examples, method=method, recipe=recipe)
-            found[method, seed] = engine.logits(engine.Engine(loaded), pixels, BATCH)
-            row = {"start": start, "method": method, "seed": seed, "epochs": epochs, "train_loss": loss}
-            rows.append(row | {"bits": bits + 16 * added / weights})
-    labels, plain = examples["valid"].labels, found["none", -1]
-    measured = [_row(logits, target, plain, labels) for logits in found.values()]
-    return pd.DataFrame([row | more for row, more in zip(rows, measured, strict=True)]), found
+    target, plain = (engine.logits(engine.Engine(loaded), valid.pixels, BATCH) for loaded in (teacher, network))
+    row = {"start": start, "method": "none", "seed": -1, "epochs": 0, "bits": bits, "train_loss": float("nan")}
+    rows = [row | _measured(plain, target, plain, valid.labels)]
+    for method, seed in itertools.product(methods, seeds):
+        recipe = replace(RECIPE, epochs=epochs, seed=seed)
+        loaded, added, loss = repaired(load, teacher, examples, method=method, recipe=recipe)
+        row = {"start": start, "method": method, "seed": seed, "epochs": epochs, "train_loss": loss}
+        row["bits"] = bits + 16 * added / weights
+        found = engine.logits(engine.Engine(loaded), valid.pixels, BATCH)
+        rows.append(row | _measured(found, target, plain, valid.labels))
+    return pd.DataFrame(rows)
 
 
 def repaired(
@@ -111,7 +108,9 @@ def bits_per_weight(model: nn.Module) -> tuple[float, int]:
     return 8 * size / weights, weights
 
 
-def _row(logits: torch.Tensor, target: torch.Tensor, plain: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def _measured(
+    logits: torch.Tensor, target: torch.Tensor, plain: torch.Tensor, labels: torch.Tensor
+) -> dict[str, float]:
     """Accuracy with Wilson's interval, its difference from the plain network's, and the distance from the FP16 one."""
     right, before = (stats.topk_right(each.numpy(), labels.numpy()) for each in (logits, plain))
     kl = stats.paired_bootstrap(stats.kl_divergence(target.numpy(), logits.numpy()))

@@ -80,7 +80,7 @@ class Examples:
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Row numbers only: a batch is gathered in one indexing operation instead of picture by picture.
+    """Examples of which the DataLoader gathers a batch in one indexing operation instead of picture by picture.
 
     With `full` the last batch is filled up to that size with copies labelled PADDING: no other shape needs compiling.
     """
@@ -91,18 +91,13 @@ class _Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.examples.labels)
 
-    def __getitem__(self, row: int) -> tuple[_Rows, int]:
-        return self, row
-
-    @staticmethod
-    def collate(items: list[tuple[_Rows, int]]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """The batch with these rows; a short one is filled with copies of its first row, whose label is PADDING."""
-        dataset, rows = items[0][0], [row for _, row in items]
-        padding = max(dataset.full - len(rows), 0)
-        index, pixels = torch.tensor(rows + rows[:1] * padding), dataset.examples.pixels
+        padding = max(self.full - len(rows), 0)
+        index, pixels = torch.tensor(rows + rows[:1] * padding), self.examples.pixels
         if pixels.is_cuda:  # nothing waits for the copy
             index = index.pin_memory().to(pixels.device, non_blocking=True)
-        labels = dataset.examples.labels[index]
+        labels = self.examples.labels[index]
         labels[len(rows) :] = PADDING
         return {"pixels": pixels[index], "labels": labels}
 
@@ -114,7 +109,7 @@ class ImageTrainer(Trainer):
         self, *args, pre: Preprocess | None, recipe: Recipe, identity: dict, compiled: bool, teacher: nn.Module | None,
         **kwargs,
     ) -> None:  # fmt: skip
-        super().__init__(*args, data_collator=_Rows.collate, compute_metrics=_metrics, **kwargs)
+        super().__init__(*args, data_collator=lambda batch: batch, compute_metrics=_metrics, **kwargs)
         self.pre, self.recipe, self.identity, self.compiled, self.teacher = pre, recipe, identity, compiled, teacher
         self.add_callback(_EpochClock(self))
 
@@ -142,41 +137,28 @@ class ImageTrainer(Trainer):
     def warm_up(self) -> float:
         """Compile the blocks on a first batch and see that it fits; seconds of compilation (0.0 without it).
 
-        Where the compiler fails (Triton needs a C compiler, for one), "auto" prints it and trains without. Where memory
-        does not suffice, activations are recomputed, which changes no gradient; MemoryError where that does not help.
+        Where the compiler fails (Triton needs a C compiler, for one), "auto" prints it and trains without. MemoryError
+        where memory does not suffice.
         """
         if not (self.compiled or self.args.device.type == "cuda"):
             return 0.0
         start = time.perf_counter()
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            while (fault := self._fault_of_a_batch()) is not None:
-                if fault:
-                    print(f"not compiled, {fault}")
-                    uncompile(self.model)
-                    continue
-                batch = f"a training batch of {self.args.train_batch_size} pictures does not fit this device's memory"
-                if self.model.is_activation_checkpointing:
-                    raise MemoryError(f"{batch}: set train_batch_size to a smaller number")
-                print(f"{batch}: activations are recomputed in the backward pass (activation checkpointing)")
-                self.model.activation_checkpointing_enable({"use_reentrant": False})
-        return time.perf_counter() - start if self.compiled else 0.0
-
-    def _fault_of_a_batch(self) -> str | None:
-        """None where a batch can be trained on, '' where memory does not suffice, or what the compiler says."""
-        rows = range(min(self.args.train_batch_size, len(self.train_dataset)))  # of all devices together
-        fault = None
+        rows = list(range(min(self.args.train_batch_size, len(self.train_dataset))))  # of all devices together
         try:
-            inputs = self._prepare_inputs(_Rows.collate([self.train_dataset[row] for row in rows]))
-            self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                inputs = self._prepare_inputs(self.train_dataset.__getitems__(rows))
+                self.accelerator.backward(self.compute_loss(self.model_wrapped.train(), inputs))
         except torch.OutOfMemoryError:
-            fault = ""
+            batch = f"a training batch of {self.args.train_batch_size} pictures does not fit this device's memory"
+            raise MemoryError(f"{batch}: set train_batch_size to a smaller number") from None
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.recipe.compile_training != "auto":
                 raise
-            fault = files.first_line(error)
+            print(f"not compiled, {files.first_line(error)}")
+            uncompile(self.model)
         self.model_wrapped.zero_grad()
         torch.cuda.empty_cache()  # not above, where the traceback still holds tensors
-        return fault
+        return time.perf_counter() - start if self.compiled else 0.0
 
     def evaluation_loop(self, *args: object, **kwargs: object) -> object:
         """The Trainer's, without compilation: a second one for a few batches would take longer than it saves."""
@@ -228,8 +210,7 @@ class _EpochClock(TrainerCallback):
 
     def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Log the epoch's seconds, images per second and peak memory in MB."""
-        recomputed = self.trainer.model.is_activation_checkpointing
-        row = {"epoch": state.epoch, "compile_s": self.compile_s, "recomputed": recomputed}
+        row = {"epoch": state.epoch, "compile_s": self.compile_s}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             row["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -279,7 +260,6 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
         finally:  # a smaller batch may be tried next, with the same network
-            model.activation_checkpointing_disable()
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward
     return _history(trainer.state.log_history)
 
@@ -402,7 +382,7 @@ def damage(checkpoint: Path) -> str:
 def _history(log: list[dict[str, float]]) -> pd.DataFrame:
     """A row an epoch; the Trainer and the clock log several entries in each."""
     names = {"loss": "train_loss", "eval_loss": "valid_loss", "eval_top1": "top1", "eval_top5": "top5"}
-    names |= {key: key for key in ("epoch_s", "images_per_s", "peak_vram_mb", "compile_s", "recomputed")}
+    names |= {key: key for key in ("epoch_s", "images_per_s", "peak_vram_mb", "compile_s")}
     entries = pd.DataFrame(log).reindex(columns=["epoch", *names])
     epochs = entries["epoch"].round().astype(int)
     return entries.groupby(epochs)[list(names)].first().rename(columns=names).reset_index()

@@ -79,7 +79,7 @@ def attention(
     fits = query.ndim == 4 and shapes[1] == shapes[2] == (shapes[0][0], key.shape[1], *shapes[0][2:])
     if not fits or any(tensor.stride(-1) != 1 for tensor in (query, key, value)) or not key.shape[1]:
         raise ValueError(f"attention takes (n, tokens, heads, width), contiguous in width, not {shapes}")
-    if query.dtype == torch.float32 or triton_support.missing_products(query.device):
+    if query.dtype == torch.float32 or not triton_support.use_kernels(query.device):
         swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return F.scaled_dot_product_attention(*swapped, scale=scaling).transpose(1, 2).contiguous()
     count, rows, heads, width = query.shape

@@ -8,6 +8,7 @@ import functools
 import math
 
 import torch
+from bitsandbytes import functional
 
 from vitlib.network.kernels import triton_support
 from vitlib.network.kernels.triton_support import jit, tl, triton
@@ -16,17 +17,11 @@ BLOCK = 64  # weights that share an NF4 scale
 GROUP = 2 * BLOCK  # weights of a repacked NF4 group: the two blocks that share their bytes
 NF4_TILE, INT8_TILE, WARPS = 32, 8192, 4  # groups, or numbers, that one program dequantizes, and its warps
 
-# The 16 values of NF4 (Dettmers et al. 2023, appendix E) in fp32: quantiles of a normal distribution in [-1, 1].
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-
 
 @functools.cache
 def _table(device: torch.device) -> torch.Tensor:
-    return torch.tensor(NF4, dtype=torch.float32).to(device)
+    """The 16 values of NF4 (Dettmers et al. 2023, appendix E) in fp32: quantiles of a normal distribution."""
+    return functional.get_4bit_type("nf4", device="cpu").to(device)
 
 
 @jit
@@ -77,7 +72,7 @@ def dequantize_nf4(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
     groups = packed.numel() // BLOCK
     _check(packed.numel() == BLOCK * groups and scales.numel() == 2 * groups, packed, scales, out, GROUP * groups)
     table = _table(packed.device)
-    if triton_support.missing_triton(packed.device):
+    if not triton_support.use_kernels(packed.device):
         codes = torch.stack([packed.view(groups, BLOCK) >> 4, packed.view(groups, BLOCK) & 15], dim=1)
         return out.copy_((table[codes.long()] * scales.view(groups, 2, 1).float()).view(-1))
     with torch.cuda.device_of(out):
@@ -92,8 +87,9 @@ def dequantize_int8(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor)
     """
     length = rows.numel() // max(scales.numel(), 1)
     _check(length * scales.numel() == rows.numel(), rows, scales, out, rows.numel())
-    if triton_support.missing_triton(rows.device):
-        return out.copy_((rows.view(-1, length).float() * scales[:, None]).view(-1))
+    if not triton_support.use_kernels(rows.device):
+        torch.mul(rows.view(-1, length), scales[:, None], out=out.view(-1, length))
+        return out
     block = triton.next_power_of_2(length)
     height = max(1, INT8_TILE // block)
     with torch.cuda.device_of(out):

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitlib.network.kernels import products
-from vitlib.network.kernels.products import LIMITS, quantized
-from vitlib.network.kernels.triton_support import FLOATS, ROW_LIMIT, check_matrix, jit, tl, triton
+from vitlib.network.kernels import triton_support
+from vitlib.network.kernels.products import FP8, LIMITS, plain_quantize, quantized
+from vitlib.network.kernels.triton_support import ROW_LIMIT, check_matrix, jit, tl, triton
 
 
 @jit
@@ -31,38 +31,24 @@ def _norm_kernel(
     tl.store(normed + at, y.to(normed.dtype.element_ty), mask=mask)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(sum, normed), both (M, N): x + residual, and its layer norm with `weight` and `bias` (N,).
-
-    The sum is rounded to the dtype of the residual before the norm, whose statistics are fp32. Rows longer than 4096
-    take the plain form. ValueError for strided or unequal inputs.
-    """
-    return _norm(x, residual, weight, bias, eps)[:2]
-
-
-def add_layer_norm_quantize(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype = torch.int8
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum (M, N), q (M, N), q_scale (M,)): `add_layer_norm` with the normed row quantized in the same pass.
-
-    The row is quantized to `dtype` from fp32, without the rounding to 16 bits in between.
-    """
-    products.check_codes(dtype)
-    return _norm(x, residual, weight, bias, eps, dtype)
-
-
-def _norm(
+def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, codes: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(sum, normed, q_scale): x + residual and its layer norm, both (M, N), with `weight` and `bias` (N,).
+
+    The sum is rounded to the dtype of the residual before the norm, whose statistics are fp32. With `codes` the normed
+    row is quantized to that dtype in the same pass, from fp32, with scales (M,); without, `q_scale` is None. Rows
+    longer than 4096 take the plain form. ValueError for strided or unequal inputs.
+    """
     for name, tensor in (("x", x), ("residual", residual)):
-        check_matrix(name, tensor, weight.shape[0], FLOATS)
+        check_matrix(name, tensor, weight.shape[0])
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have the same (M, N)")
     m, n = residual.shape
-    if products.missing_for(codes, weight.device) or n > ROW_LIMIT:
+    if not triton_support.use_kernels(weight.device, fp8=codes == FP8) or n > ROW_LIMIT:
         total = (x.float() + residual.float()).to(residual.dtype)
         normed = F.layer_norm(total.float(), (n,), weight.float(), bias.float(), eps)
-        return total, *((normed.to(residual.dtype), None) if codes is None else products.plain_quantize(normed, codes))
+        return total, *((normed.to(residual.dtype), None) if codes is None else plain_quantize(normed, codes))
     total = torch.empty_like(residual)
     normed = torch.empty_like(residual, dtype=codes or residual.dtype)
     q_scale = None if codes is None else torch.empty(m, dtype=torch.float32, device=weight.device)

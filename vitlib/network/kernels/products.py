@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitlib.network.kernels import triton_support
-from vitlib.network.kernels.triton_support import FLOATS, ROW_LIMIT, check_matrix, check_scale, jit, tl, triton
+from vitlib.network.kernels.triton_support import ROW_LIMIT, check_matrix, jit, tl, triton
 
-LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest absolute value of a code
+FP8 = torch.float8_e4m3fn
+LIMITS = {torch.int8: 127.0, FP8: 448.0}  # largest absolute value of a code
 TINY = 1e-30  # a row whose largest value is smaller quantizes to zeros
 
 
@@ -42,7 +43,6 @@ FOR_MANY_ROWS = (
     *(Config(128, 256, 128, 1, 8, 4), Config(128, 256, 128, 1, 8, 3)),
     *(Config(128, 128, 64, 1, 4, 4), Config(64, 64, 64, 1, 4, 3)),
 )
-SMALLEST = Config(32, 32, 64, 1, 4, 2)
 
 
 def configs(m: int, n: int, k: int, shared_bytes: int = 227 * 1024, processors: int = 132) -> list[Config]:
@@ -57,7 +57,7 @@ def configs(m: int, n: int, k: int, shared_bytes: int = 227 * 1024, processors: 
         while split * 2 <= most:
             split *= 2
         found += [config._replace(split_k=split)] if config.shared_bytes <= shared_bytes else []
-    return list(dict.fromkeys(found)) or [SMALLEST]
+    return list(dict.fromkeys(found))
 
 
 @functools.cache
@@ -157,22 +157,10 @@ def _quantize_kernel(x, q, q_scale, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl
     tl.store(q_scale + row, step)
 
 
-def missing_for(dtype: torch.dtype | None, device: torch.device) -> str:
-    """Why rows cannot be quantized to `dtype` by a kernel on `device`, '' if they can."""
-    return (triton_support.missing_fp8 if dtype == torch.float8_e4m3fn else triton_support.missing_triton)(device)
-
-
-def check_codes(dtype: torch.dtype) -> None:
-    """ValueError unless rows can be quantized to `dtype`."""
-    if dtype not in LIMITS:
-        raise ValueError(f"rows are quantized to {' or '.join(map(str, LIMITS))}, not {dtype}")
-
-
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """(q (M, K) int8 or float8_e4m3fn, scale (M,) fp32), x ≈ q · scale, each row by its largest value. x contiguous."""
-    check_matrix("x", x, dtypes=FLOATS)
-    check_codes(dtype)
-    if missing_for(dtype, x.device) or x.shape[1] > ROW_LIMIT:
+    check_matrix("x", x)
+    if not triton_support.use_kernels(x.device, fp8=dtype == FP8) or x.shape[1] > ROW_LIMIT:
         return plain_quantize(x.float(), dtype)
     m, k = x.shape
     q, scale = x.new_empty(m, k, dtype=dtype), x.new_empty(m, dtype=torch.float32)
@@ -197,16 +185,11 @@ def linear_8bit(
     """(M, N) of `dtype`: (q · q_scale) times (rows · scale)ᵀ, plus `bias` (N,), through the GELU "tanh" or "erf".
 
     q (M, K) and rows (N, K) are both int8 (summed in int32) or both float8_e4m3fn (in fp32); q_scale (M,) and
-    scale (N,) fp32. `config` None takes the first of `configs_for`. ValueError where sizes or dtypes disagree.
+    scale (N,) fp32. `config` None takes the first of `configs_for`. ValueError where matrices disagree.
     """
-    check_matrix("q", q, dtypes=tuple(LIMITS))
-    check_matrix("rows", rows, q.shape[1], (q.dtype,))
-    check_scale("q_scale", q_scale, q.shape[0])
-    check_scale("scale", scale, rows.shape[0])
-    if gelu not in (None, "tanh", "erf"):
-        raise ValueError(f"gelu must be None, 'tanh' or 'erf', not {gelu!r}")
-    integer = q.dtype == torch.int8
-    if (triton_support.missing_products if integer else triton_support.missing_fp8)(q.device):
+    check_matrix("q", q)
+    check_matrix("rows", rows, q.shape[1])
+    if not triton_support.use_kernels(q.device, fp8=q.dtype == FP8):
         y = F.linear(q.float() * q_scale[:, None], rows.float() * scale[:, None])
         y = y if bias is None else y + bias
         return (F.gelu(y, approximate="tanh" if gelu == "tanh" else "none") if gelu else y).to(dtype)
@@ -222,7 +205,7 @@ def linear_8bit(
             *(q, q_scale, rows, scale, out if bias is None else bias, out, m),
             **{"N": n, "K": k, "BM": config.bm, "BN": config.bn, "BK": config.bk},
             **{"STEPS": math.ceil(math.ceil(k / config.bk) / config.split_k), "PARTIALS": parts},
-            **{"BIAS": bias is not None, "GELU": gelu or "", "SUM": tl.int32 if integer else tl.float32},
+            **{"BIAS": bias is not None, "GELU": gelu or "", "SUM": tl.float32 if q.dtype == FP8 else tl.int32},
             **{"num_warps": config.warps, "num_stages": config.stages},
         )
         return _reduced(out, bias, gelu, dtype) if parts else out
