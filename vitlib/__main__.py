@@ -6,8 +6,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-# Each is a module of `vitlib.deploy` with `arguments(parser)` and `run(options) -> exit status`; ERRORS are its own.
+# Each is a module of `vitlib.deploy` with `arguments(parser)` and `run(options) -> exit status`.
 COMMANDS: dict[str, str] = {
     "predict": "classify a folder of pictures",
     "demo": "open a page on which a dropped picture is classified by two variants side by side",
@@ -24,11 +25,18 @@ OTHERS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors of usage end with 1: 2 says that a part of the work is done."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"error: {message} (see {self.prog} --help)\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 1 with one line on stderr where a command failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     others = "\n".join(f"  python -m vitlib.{command:<41}{meaning}" for command, meaning in OTHERS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m vitlib",
         description="Use a checkpoint: outputs/<study>, a folder in its checkpoints/, or an unpacked archive.",
         epilog=f"more commands:\n{others}",
@@ -46,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return module.run(options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -253,7 +253,7 @@ def test_a_record_of_another_device_is_said_and_of_another_kind_not_used(checkpo
         (np.nan, {"cpu": provenance.cpu_model(), "gpus": None}, "bf16-sdpa", "it is the best within the limits"),
         (np.nan, {"cpu": "Abacus 1", "gpus": None}, "bf16-sdpa", "limits (measured on Abacus 1, not on this device)"),
         (5.0, {"cpu": "Abacus 1", "gpus": [{"name": "NVIDIA H200"}]}, "fp32-sdpa",
-         "no variant that runs here (measured on NVIDIA H200, not on this device), and it is the default on cpu"),
+         "(measured on NVIDIA H200, Abacus 1, not on this device), and it is the default on cpu"),
     ):  # fmt: skip
         records.write_table(table.assign(peak_vram_mb=vram), tmp_path / "records" / "variants.csv")
         records.write_json({"hardware": hardware}, tmp_path / "records" / "environment.json")

@@ -170,7 +170,7 @@ def _speed(ready: Engine, variant: Variant, measured: pd.DataFrame) -> Iterator[
     """Memory and latency of a picture, with those of the study; another machine is no failure."""
     device, pre = ready.loaded.device, ready.loaded.preprocess
     pixels = torch.zeros(1, 3, *pre.side, dtype=ready.loaded.dtype, device=device)
-    used = timing.peak_memory_mb(lambda _: ready(pixels), device).allocated + ready.pool_mb.get(1, 0.0)
+    used = timing.peak_memory_mb(lambda _: ready(pixels), device)[0] + ready.pool_mb.get(1, 0.0)
     took = timing.latency({variant.name: lambda _: ready(pixels)}, device, BUDGET)["latency_ms"].median()
     rows = measured[measured["variant"] == variant.name]
     rows = rows[rows["batch"] == 1].dropna(subset="latency_p50_ms") if len(rows) else rows

@@ -111,6 +111,7 @@ def test_the_first_two_variants(folder, checkpoints):
         "batch": 1,
     }
     rows |= {"latency_p50_ms": [1.0, 5.0, 0.5], "peak_memory_mb": 1.0, "logit_kl": 0.0, "difference_low": 0.0}
+    rows |= {"peak_vram_mb": float("nan")}
     measured = predictor.Weights(both.folders, pd.DataFrame(rows))
     assert first(measured) == ["fp32-sdpa", "nf4-direct-fused"]
     assert list(Networks(measured, CPU).offered) == ["fp32-sdpa", "nf4-direct-fused"]  # no graph on a CPU
