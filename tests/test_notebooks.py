@@ -86,24 +86,24 @@ def test_pages_tell_and_lose_nothing(smoke):
 
 
 def test_the_readmes_commands_run(smoke, tmp_path):
-    """Those that predict a folder, in a shell, and the example in Python; on the smoke study's checkpoints."""
+    """The one that predicts a folder, in a shell, and the examples in Python; on the smoke study's checkpoints."""
     text = (ROOT / "README.md").read_text()
-    (command,) = re.findall(r"^\.venv/bin/python -m vitlib\.report run notebooks/4_inference.*$", text, re.MULTILINE)
-    shutil.rmtree(smoke.with_name("smoke-photos"), ignore_errors=True)  # a study keeps to its pictures
+    (command,) = re.findall(r"^\.venv/bin/python -m vitlib predict .*$", text, re.MULTILINE)
     pictures = tmp_path / "flat"
     pictures.mkdir()
     for shade in (40, 200):
         Image.new("RGB", (64, 48), (shade, 90, 90)).save(pictures / f"{shade}.jpg")
-    command = command.replace(".venv/bin/python", sys.executable).replace("--study photos", "--study smoke-photos")
-    command = command.replace("checkpoints_of demo", "checkpoints_of smoke").replace("path/to/folder", str(pictures))
+    command = command.replace(".venv/bin/python", sys.executable).replace("outputs/demo", str(smoke))
+    output = tmp_path / "predictions.csv"
+    command = command.replace("predictions.csv", str(output)).replace("path/to/folder", str(pictures))
     done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    predicted = records.read_table(smoke.with_name("smoke-photos") / "records" / "predictions.csv")
-    assert list(predicted["status"]) == ["ok", "ok"]
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    values = {"pixel_values": torch.zeros(2, 3, 48, 48, dtype=torch.float16)}
-    exec(example.replace("outputs/demo/", f"{smoke}/"), values)
-    assert values["logits"].shape == (2, len(values["engine"].loaded.labels.names))
+    assert list(records.read_table(output)["status"]) == ["ok", "ok"]
+    picture = Image.new("RGB", (64, 48))
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        values = {"pixel_values": torch.zeros(1, 3, 48, 48, dtype=torch.float16), "picture": picture}
+        exec(example.replace("outputs/demo/", f"{smoke}/"), values)
+        assert values["logits"].shape == (1, len(records.read_json(smoke / "checkpoints" / "merged" / "labels.json")))
 
 
 def test_snakemake_knows_every_record(smoke):

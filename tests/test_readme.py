@@ -52,7 +52,8 @@ def test_every_module_that_is_named_can_be_called():
 
 
 def test_the_map_names_every_module():
-    house = README.partition("## The house")[2].partition("vitlib/\n")[2].partition("```")[0]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = text.partition("## The house")[2].partition("vitlib/\n")[2].partition("```")[0]
     modules = {path.stem for path in (ROOT / "vitlib").glob("*/*.py")} - {"__init__", "__main__"}
     modules -= {path.stem for door in ("claims", "ablation") for path in (ROOT / "vitlib" / door).glob("*.py")}
     assert not {name for name in modules if not re.search(rf"\b{name}\b", house)}
