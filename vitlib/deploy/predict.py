@@ -137,6 +137,8 @@ class Output:
         known = records.read_json(self.side) if self.side.is_file() else {}
         other = [name for name, value in self.about.items() if known.get(name) != value]
         if not other and not (known["finished"] and overwrite):
+            if known["finished"] and self.rows != self.path:  # a kill may have left it
+                self.rows.unlink(missing_ok=True)
             return known
         if overwrite:
             return {}
